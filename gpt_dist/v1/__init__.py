@@ -1,0 +1,1 @@
+"""Generated from proto/gpt_dist/v1 by proto/generate.sh."""

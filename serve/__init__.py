@@ -1,0 +1,1 @@
+"""serve: the gRPC server and its clients. Importing the package imports nothing else."""

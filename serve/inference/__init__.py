@@ -1,0 +1,1 @@
+"""Generated from proto/serve/inference by proto/generate.sh: the Open Inference Protocol."""
