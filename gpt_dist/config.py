@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import types
 import typing
@@ -425,7 +426,7 @@ def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
     except ValidationError as error:
         problems += _explain(error)
     if config is not None:
-        problems += combination_problems(config)
+        problems += combination_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
     if problems or config is None:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     return config

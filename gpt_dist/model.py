@@ -22,6 +22,9 @@ from gpt_dist.loss import linear_cross_entropy
 PADDING = 128
 """The embedding's rows are padded to a multiple of this, for speed. Padding stays zero."""
 
+VOCAB_PARAMETERS = ("wte.weight", "lm_head.weight")
+"""Parameters whose rows are tokens; files hold them without padding."""
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
@@ -122,13 +125,8 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 scale = 1 / math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(parameter, std=0.02 * scale)
-            if name in self.vocab_parameters:
+            if name in VOCAB_PARAMETERS:
                 parameter[self.vocab_size :] = 0
-
-    @property
-    def vocab_parameters(self) -> set[str]:
-        """Names of the parameters whose rows are tokens, padded beyond ``vocab_size``."""
-        return {"wte.weight", "lm_head.weight"}
 
     @property
     def head_weight(self) -> Tensor:
@@ -174,7 +172,7 @@ class GPT(nn.Module):
         """Parameters without padding; ``embeddings=False`` also without positions (for FLOPs)."""
         total = 0
         for name, parameter in self.named_parameters():
-            rows = self.vocab_size if name in self.vocab_parameters else parameter.shape[0]
+            rows = self.vocab_size if name in VOCAB_PARAMETERS else parameter.shape[0]
             total += parameter.numel() // parameter.shape[0] * rows
         if not embeddings and self.config.n_layer:
             total -= self.wpe.weight.numel()

@@ -1,0 +1,184 @@
+"""One optimizer step behind one small interface: the loop does not know how ranks share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt_dist.config import Config
+from gpt_dist.data import Batch
+from gpt_dist.distributed import World
+from gpt_dist.model import GPT
+from gpt_dist.optim import global_norm, make_adamw
+
+Reader = Callable[[str], Tensor]
+"""Name → full tensor on the host, as ``Engine.full_state`` yields them."""
+
+
+class Engine(Protocol):
+    """What the training loop needs; all methods are collective.
+
+    Tensors of the full state are named ``model.<parameter>`` and ``optimizer.<state>.<parameter>``,
+    and ``optimizer.step`` (a scalar). They are fp32 and whole, whatever shards them.
+    """
+
+    model: GPT
+
+    def warm_up(self, batch: Batch) -> None:
+        """Run discarded passes, so that every start of a run reaches the same internal state."""
+
+    def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
+        """Add one micro-batch's gradients; ``last`` marks the step's last one.
+
+        Returns:
+            The summed loss of this rank's micro-batch in nats, a scalar on the device.
+        """
+        ...
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, update and forget the gradients; skip the update where their norm is not finite.
+
+        Returns:
+            The global gradient norm before clipping, a scalar on the device.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Summed loss of a batch without dropout and gradients, a scalar on the device."""
+        ...
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of model and optimizer, one whole tensor at a time."""
+        ...
+
+    def load_full_state(self, reader: Reader) -> None:
+        """Set every tensor of model and optimizer."""
+        ...
+
+
+class DDPEngine:
+    """Whole copies on every rank, gradients averaged by DistributedDataParallel.
+
+    Args:
+        model: on its device; the engine owns it from now on.
+        world: the ranks that share a step.
+        config: the run's configuration.
+        dtype: arithmetic of the matrix products; parameters and updates stay fp32.
+    """
+
+    def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
+        self.model, self.world, self.dtype = model, world, dtype
+        self.grad_clip = config.optim.grad_clip
+        # Each rank's loss is a sum; DDP averages over ranks. Together: the mean over all tokens.
+        self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
+        self.fused = world.device.type in ("cpu", "cuda")
+        self.optimizer = make_adamw(model, config.optim, fused=self.fused)
+        self.ddp: torch.nn.Module = model
+        if world.size > 1:
+            self.ddp = DistributedDataParallel(
+                model,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def warm_up(self, batch: Batch) -> None:
+        """Two passes: DDP rebuilds its buckets after the first, which changes how sums are ordered.
+
+        A single process has nothing to rebuild.
+        """
+        if self.world.size > 1:
+            for _ in range(2):
+                self.micro_step(batch, last=True)
+            self.optimizer.zero_grad()
+
+    def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
+        # no_sync must enclose the forward pass too: DDP decides there whether to reduce.
+        quiet: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.ddp, DistributedDataParallel) and not last:
+            quiet = self.ddp.no_sync()
+        with quiet:
+            with self._autocast():
+                loss = self.ddp(batch.ids, batch.targets)
+            (loss * self.loss_scale).backward()
+        detached: Tensor = loss.detach()
+        return detached
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = global_norm(gradients)
+        shrink = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)
+        finite = norm.isfinite()
+        if self.fused:
+            # The fused kernel divides by grad_scale and leaves everything alone on found_inf: no
+            # pass over the gradients for clipping, no wait for the device to learn of a NaN.
+            self.optimizer.grad_scale = shrink  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            torch._foreach_div_(gradients, shrink)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self.model(batch.ids, batch.targets)
+        return loss
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield f"model.{name}", parameter.detach()
+        step = torch.zeros(())
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._state(parameter).items():
+                if key == "step":
+                    step = value
+                else:
+                    yield f"optimizer.{key}.{name}", value
+        yield "optimizer.step", step
+
+    @torch.no_grad()
+    def load_full_state(self, reader: Reader) -> None:
+        step = reader("optimizer.step")
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(reader(f"model.{name}"))
+            for key, value in self._state(parameter).items():
+                value.copy_(step if key == "step" else reader(f"optimizer.{key}.{name}"))
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The optimizer's state of one parameter; made here where no update has made it yet."""
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device if self.fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Arithmetic for ``train.precision`` on a device; ``auto`` is bf16 where hardware has it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
+    """The engine that ``parallel.strategy`` names."""
+    return DDPEngine(model, world, config, dtype)

@@ -1,0 +1,51 @@
+"""Parameter groups, optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from gpt_dist.config import OptimConfig
+
+WSD_DECAY = 0.2
+"""Share of the steps in which ``wsd`` decays (MiniCPM, arXiv:2404.06395, uses 0.1 to 0.2)."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices and embeddings decay; biases and layer norms do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_adamw(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over the model's two groups."""
+    groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
+    )
+
+
+def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
+    """Learning rate of update ``step`` (0-based) in a run of ``steps`` updates."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    span = steps - config.warmup_steps
+    if config.schedule == "wsd":
+        decay = max(1, round(steps * WSD_DECAY))
+        left = min(1.0, (steps - step) / decay)
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / max(1, span))))
+    return config.min_lr + left * (config.lr - config.min_lr)
+
+
+@torch.no_grad()
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Euclidean norm over all tensors together, a scalar on their device."""
+    return torch.nn.utils.get_total_norm(tensors, foreach=True)

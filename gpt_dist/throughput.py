@@ -1,0 +1,60 @@
+"""Model FLOPs utilisation: what share of the device's peak the training arithmetic reaches."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "MI300X": 1307.0,
+    "MI250X": 191.5,
+}
+"""Dense bf16 (fp16 where there is no bf16) peak of one device, from the vendors' datasheets."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that one device can reach, or None where it is not known.
+
+    On a CPU it is measured: there a datasheet says little about the cores at hand.
+    """
+    if device.type == "cpu":
+        return measured_matmul_flops(dtype)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for model, tflops in PEAK_TFLOPS.items():
+            if model in name:
+                return tflops * 1e12
+    return None
+
+
+def measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """Best FLOP/s of a square matrix product on this process's threads."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    torch.mm(a, b)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

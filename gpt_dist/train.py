@@ -1,0 +1,24 @@
+"""Train GPT-2: ``torchrun --nproc_per_node=8 -m gpt_dist.train [--section.key value ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+from gpt_dist.config import load
+from gpt_dist.errors import run_main
+
+
+def main() -> None:
+    config, dry_run = load(sys.argv[1:])
+    if dry_run:
+        from gpt_dist.dry_run import report
+
+        print(report(config))
+        return
+    from gpt_dist.trainer import train  # torch takes a second to import: --help does without
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

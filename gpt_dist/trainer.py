@@ -1,0 +1,384 @@
+"""The training loop.
+
+At the top of each turn the run stands after ``step`` updates. What is due there (validation,
+sample, checkpoint) follows from the step and from what has been done at it already, so that a run
+that was stopped anywhere continues with exactly what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt_dist import distributed, run_directory
+from gpt_dist.checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    Progress,
+    empty_model,
+    load_model,
+    load_weights,
+    read_state,
+)
+from gpt_dist.config import Config
+from gpt_dist.data import Loader, TrainingData, key_of, open_datasets, to_batch
+from gpt_dist.decoding import generate
+from gpt_dist.distributed import World
+from gpt_dist.engines import Engine, make_engine, pick_dtype
+from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.evaluation import validate
+from gpt_dist.model import GPT, VOCAB_PARAMETERS
+from gpt_dist.monitor import Monitor, human, profiler
+from gpt_dist.optim import learning_rate
+from gpt_dist.sampling import SamplingParams
+from gpt_dist.signals import StopSignal
+from gpt_dist.throughput import peak_flops
+from gpt_dist.tokenizers import Tokenizer
+
+MAX_SKIPPED = 10
+"""Updates in a row that may be skipped for a non-finite gradient norm."""
+
+SAMPLE_TOKENS = 128
+"""Length of the samples that are written during training."""
+
+SETTLED_STEPS = 3
+"""Steps after which a collective must answer within ``parallel.timeout``."""
+
+
+def train(config: Config) -> None:
+    """Train, or continue, the run that a configuration describes.
+
+    Raises:
+        UsageError: the configuration cannot be run here.
+        GptDistError: the run failed; what it wrote is whole.
+    """
+    with StopSignal() as stop, distributed.start(config.device) as world:
+        Trainer(config, world, stop).run()
+
+
+class Trainer:
+    """One rank's part in a run. Making one touches nothing on disk but the directory's lock."""
+
+    def __init__(self, config: Config, world: World, stop: StopSignal) -> None:
+        self.world, self.stop = world, stop
+        self.progress, self.saved = Progress(), 0
+        self.stopping, self.skipped = False, 0
+        self.pending: PendingStep | None = None
+        self.datasets = world.together(lambda: open_datasets(config))
+        self.tokenizer = self.datasets[0].tokenizer
+        self.config = config = world.together(lambda: with_vocabulary(config, self.tokenizer))
+        self.data = world.together(lambda: TrainingData(config, self.datasets))
+        self.total_steps = count_steps(config, self.data.windows)
+        self.out_dir = Path(config.out_dir)
+        self.start = world.together(lambda: run_directory.find_start(config, world))
+        self.engine = world.together(self._make_engine)
+        self.first_step = self.saved = self.progress.step
+        self.directory = world.decide(lambda: run_directory.RunDirectory(self.out_dir))
+        token = world.broadcast(self.directory.token if self.directory else None)
+        world.together(lambda: run_directory.check_shared(self.out_dir, token))
+
+    def run(self) -> None:
+        """Train until the last step, or until asked to stop."""
+        config, world = self.config, self.world
+        if self.progress.step >= self.total_steps:
+            self._say(f"{self.out_dir}: complete, all {self.progress.step} steps are done")
+            return
+        self.peak = peak_flops(world.device, self.dtype)
+        micro_batch, self.accumulation = config.micro_batch(world.size)
+        self._say(self._headline(micro_batch))
+        self.engine.warm_up(to_batch(self.data.sequences(np.arange(micro_batch)), world.device))
+        world.decide(lambda: run_directory.write_config(config))
+        self.monitor = world.decide(lambda: Monitor(config, self.progress, self.total_steps))
+        self.writer = CheckpointWriter(self.out_dir / "checkpoints", config.train.keep_checkpoints)
+        self.loader = Loader(
+            self.data,
+            batch_sequences=config.batch_sequences,
+            micro_batch=micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+            consumed=self.progress.sequences,
+        )
+        try:
+            with profiler(
+                self.out_dir, enabled=config.train.profile and world.is_main
+            ) as self.trace:
+                self._loop()
+            world.decide(self.writer.wait)
+        finally:
+            self.loader.close()
+            if self.monitor:
+                self.monitor.close()
+        if self.stopping and self.progress.step < self.total_steps:
+            self._say(f"stopped after step {self.progress.step}; the same command continues")
+        else:
+            self._say(f"done: {self.out_dir}, {self.total_steps} steps")
+
+    def _loop(self) -> None:
+        train, progress = self.config.train, self.progress
+        self.lap = time.perf_counter()
+        while True:
+            step, last = progress.step, progress.step == self.total_steps
+            evaluate = due(train.eval_every, step, last) and progress.evaluated != step
+            sample = due(train.sample_every, step, last) and progress.sampled != step
+            save = step != self.saved and (last or due(train.checkpoint_every, step, last))
+            if evaluate or sample or save:
+                self._settle()
+            improved = evaluate and not self.stopping and self._evaluate()
+            if sample and not self.stopping:
+                self._sample()
+            if save or (improved and step) or (self.stopping and step != self.saved):
+                self._settle()
+                self._save(best=improved)
+            if last or self.stopping:
+                return
+            if evaluate or sample or save:
+                self.lap = time.perf_counter()
+            launched = self._launch_step()
+            self._settle()
+            self.pending = launched
+            if self.world.device.type != "cuda":
+                self._settle()
+
+    def _launch_step(self) -> PendingStep:
+        """One optimizer step; on a GPU it is only queued, and read while the next one runs."""
+        config, progress, world = self.config, self.progress, self.world
+        lr = learning_rate(progress.step, config.optim, self.total_steps)
+        exact = torch.float32 if world.device.type == "mps" else torch.float64
+        numbers = torch.zeros(3, dtype=exact, device=world.device)
+        for micro, batch in enumerate(self.loader.step()):
+            if config.model.dropout:
+                torch.manual_seed(key_of(config.seed, progress.step, micro, world.rank) >> 1)
+            numbers[0] += self.engine.micro_step(batch, last=micro == self.accumulation - 1)
+        if self.stop():
+            numbers[1] = 1
+        world.all_reduce(numbers)
+        numbers[2] = self.engine.step(lr)
+        progress.step += 1
+        progress.sequences = self.loader.consumed
+        self.trace.step()
+        if progress.step == self.first_step + SETTLED_STEPS:
+            world.set_timeout(config.parallel.timeout)
+        return PendingStep(progress.step, progress.sequences, lr, numbers)
+
+    def _settle(self) -> None:
+        """Read and log the step that was launched last, and whether any rank was asked to stop."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        loss, stop, norm = pending.read()
+        now = time.perf_counter()
+        seconds, self.lap = now - self.lap, now
+        self.stopping = self.stopping or stop > 0
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.monitor:
+            self.writer.check()
+            context, tokens = self.config.model.context_length, self.config.train.batch_tokens
+            speed = tokens / seconds
+            flops = speed * self.engine.model.flops_per_token() / self.world.size
+            self.monitor.train(
+                {
+                    "step": pending.step,
+                    "train_loss": loss / tokens,
+                    "lr": pending.lr,
+                    "grad_norm": norm,
+                    "tokens": pending.sequences * context,
+                    "tokens_per_second": speed,
+                    "mfu": flops / self.peak if self.peak else None,
+                    "step_ms": seconds * 1e3,
+                }
+            )
+        if self.skipped >= MAX_SKIPPED:
+            raise GptDistError(
+                f"step {pending.step}: the gradient norm was not finite {MAX_SKIPPED} times in a "
+                "row, so nothing is learned any more; lower optim.lr, lengthen optim.warmup_steps "
+                f"or look at the data, and start again (checkpoints: {self.out_dir}/checkpoints)"
+            )
+
+    def _evaluate(self) -> bool:
+        """Validate; returns whether this is the best so far. Sets ``stopping`` if interrupted."""
+        splits = [
+            (d.split("val"), w)
+            for d, w in zip(self.datasets, self.config.data.path.values(), strict=True)
+        ]
+        present = [(s, w) for s, w in splits if s is not None and len(s) > 1]
+        progress = self.progress
+        if not present:
+            progress.evaluated = progress.step
+            return False
+        result = validate(
+            self.engine,
+            [s for s, _ in present],
+            [w for _, w in present],
+            self.tokenizer.byte_lengths,
+            self.config,
+            self.world,
+            self.stop,
+        )
+        if result is None:
+            self.stopping = True
+            return False
+        progress.evaluated = progress.step
+        if self.monitor:
+            self.monitor.validation(
+                {"step": progress.step, "val_loss": result.loss, "val_bpb": result.bits_per_byte}
+            )
+        improved = progress.best_loss is None or result.loss < progress.best_loss
+        if improved and progress.step:
+            progress.best_loss = result.loss
+        return improved
+
+    def _sample(self) -> None:
+        """Let rank 0 write some text, the same whatever the number of ranks."""
+        step = self.progress.sampled = self.progress.step
+        if self.monitor:
+            self.engine.model.eval()
+            sampling = SamplingParams(top_k=50, seed=key_of(self.config.seed, "sample", step) >> 1)
+            eot = self.tokenizer.eot_id
+            prompt = [self.data.first_token() if eot is None else eot]
+            room = self.config.model.context_length - len(prompt)
+            ids = generate(self.engine.model, prompt, sampling, min(SAMPLE_TOKENS, room))
+            self.monitor.sample(step, self.tokenizer.decode(ids))
+            self.engine.model.train()
+
+    def _save(self, *, best: bool) -> None:
+        """Take a checkpoint; it is written while training goes on."""
+        state = {
+            **asdict(self.progress),
+            "config": self.config.model_dump(),
+            "fingerprint": self.data.fingerprint,
+            "optimizer": self.config.optim.name,
+            "versions": {"torch": torch.__version__, "gpt_dist": version("gpt_dist")},
+        }
+        if self.monitor:
+            self.monitor.flush()
+        self.writer.save(
+            self.engine.full_state(),
+            state,
+            self.tokenizer,
+            vocab_size=self.engine.model.vocab_size,
+            best=best,
+            write=self.world.is_main,
+        )
+        self.saved = self.progress.step
+
+    def _make_engine(self) -> Engine:
+        """Model and optimizer, with the state to start from."""
+        config, start, world = self.config, self.start, self.world
+        self.dtype = pick_dtype(config.train.precision, world.device)
+        if start is None and config.train.init_from:
+            model = pretrained(config, self.tokenizer)
+        else:
+            torch.manual_seed(config.seed)
+            model = GPT(config.model)
+        state = None
+        if start is not None:
+            state = read_state(start)
+            run_directory.check_same_run(config, state, self.data.fingerprint, start)
+        engine = make_engine(model.to(world.device).train(), world, config, self.dtype)
+        if start is not None and state is not None:
+            engine.load_full_state(CheckpointReader(start, model))
+            self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        return engine
+
+    def _headline(self, micro_batch: int) -> str:
+        config, world = self.config, self.world
+        model = self.engine.model
+        begin = f"continuing {self.start}" if self.start else "starting"
+        return (
+            f"{begin}: {human(model.num_parameters())} parameters, {self.total_steps} steps of "
+            f"{human(config.train.batch_tokens)} tokens "
+            f"({world.size} ranks x {self.accumulation} x {micro_batch} sequences of "
+            f"{config.model.context_length}), {str(self.dtype).removeprefix('torch.')} on "
+            f"{world.device.type}\n"
+            f"data: {', '.join(config.data.path)} ({human(self.data.windows)} windows)   "
+            f"run: {self.out_dir}"
+        )
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+@dataclass
+class PendingStep:
+    """A step that was launched; its numbers may still be on their way from the device."""
+
+    step: int
+    sequences: int
+    lr: float
+    numbers: Tensor
+    """Summed loss over all ranks, ranks that were asked to stop, gradient norm."""
+
+    def __post_init__(self) -> None:
+        if self.numbers.device.type == "cuda":
+            host = torch.empty(3, dtype=self.numbers.dtype, pin_memory=True)
+            host.copy_(self.numbers, non_blocking=True)
+            self.numbers, self._arrived = host, torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> tuple[float, float, float]:
+        """Wait for the numbers."""
+        if hasattr(self, "_arrived"):
+            self._arrived.synchronize()
+        loss, stop, norm = self.numbers.tolist()
+        return loss, stop, norm
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens at ``step``."""
+    return every > 0 and (last or step % every == 0)
+
+
+def count_steps(config: Config, windows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.epochs is None:
+        return config.train.steps or 0
+    return max(1, int(config.train.epochs * windows) // config.batch_sequences)
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The configuration with ``model.vocab_size`` filled in.
+
+    Raises:
+        UsageError: it is set, and smaller than the tokenizer's.
+    """
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UsageError(
+            f"model.vocab_size = {size}: the data's tokenizer ({tokenizer.name}) has "
+            f"{tokenizer.vocab_size} tokens; leave it null"
+        )
+    model = config.model.model_copy(update={"vocab_size": size})
+    return config.model_copy(update={"model": model})
+
+
+def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
+    """A model of the configured shape with the weights of ``train.init_from``.
+
+    Raises:
+        UsageError: the checkpoint has another tokenizer.
+        GptDistError: it has another shape, or is damaged.
+    """
+    source, other, _ = load_model(config.train.init_from or "")
+    if other.to_dict() != tokenizer.to_dict():
+        raise UsageError(
+            f"train.init_from = {config.train.init_from}: its tokenizer ({other.name}, "
+            f"{other.vocab_size} tokens) is not the data's ({tokenizer.name}, "
+            f"{tokenizer.vocab_size}); prepare the data with "
+            f"--tokenizer {config.train.init_from}"
+        )
+    model = empty_model(config.model)
+    weights = (
+        (name, parameter[: source.vocab_size] if name in VOCAB_PARAMETERS else parameter)
+        for name, parameter in source.named_parameters()
+    )
+    load_weights(model, weights, config.train.init_from)
+    return model
