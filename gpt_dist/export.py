@@ -1,0 +1,177 @@
+"""Write a trained model for other tools: a Hugging Face directory, or llm.c's weight file.
+
+python -m gpt_dist.export --checkpoint runs/mine --out my-gpt2
+python -m gpt_dist.export --checkpoint runs/mine --out gpt2_mine.bin --format llmc --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt_dist.errors import UsageError, run_main
+
+if TYPE_CHECKING:
+    from gpt_dist.model import GPT
+    from gpt_dist.tokenizers import Tokenizer
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpt_dist.export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write a trained model for other tools: transformers (and whatever loads its\n"
+        "directories), or llm.c.",
+        epilog="examples:\n"
+        "  python -m gpt_dist.export --checkpoint runs/mine --out my-gpt2\n"
+        "  python -m gpt_dist.export --checkpoint runs/mine/checkpoints/best --out best "
+        "--dtype bf16\n"
+        "  python -m gpt_dist.export --checkpoint runs/mine --out mine.bin --format llmc",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="run directory (its newest checkpoint), checkpoint or exported directory",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="new directory (hf) or file (llmc)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("hf", "llmc"),
+        default="hf",
+        help="hf: directory for transformers; llmc: llm.c's .bin (default: hf)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export as the command line says.
+
+    Raises:
+        UsageError: nothing to load, an ``--out`` that exists, a model that the format has not.
+        GptDistError: a damaged checkpoint.
+    """
+    args = make_parser().parse_args(argv)
+    out = Path(args.out)
+    if args.format == "llmc" and out.exists():
+        raise UsageError(f"--out {out}: exists already; choose a new file")
+
+    import torch
+
+    from gpt_dist.checkpoint import load_model, resolve
+
+    directory = resolve(args.checkpoint)
+    model, tokenizer, state = load_model(directory)
+    dtype = getattr(torch, DTYPES[args.dtype])
+    if args.format == "llmc":
+        export_llmc(model, out, dtype)
+        print(f"wrote {out}: {model.num_parameters():,} parameters, {args.dtype}, for llm.c")
+        return
+    figures = run_figures(directory, state)
+    export_hf(model, tokenizer, out, dtype, figures)
+    print(
+        f"wrote {out}: {model.num_parameters():,} parameters, {args.dtype}\n"
+        f'  AutoModelForCausalLM.from_pretrained("{out}")'
+    )
+
+
+def export_llmc(model: GPT, out: Path, dtype: Any) -> None:
+    """Write llm.c's weight file; it appears whole or not at all.
+
+    Raises:
+        UsageError: llm.c has no such model.
+    """
+    from gpt_dist.checkpoint import write_file
+    from gpt_dist.llmc import to_llmc
+
+    chunks = to_llmc(model, dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        write_file(temporary, chunks)
+        temporary.rename(out)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def export_hf(
+    model: GPT, tokenizer: Tokenizer, out: Path, dtype: Any, figures: dict[str, Any] | None = None
+) -> None:
+    """Write a directory that transformers loads without options; it appears whole or not at all.
+
+    Args:
+        model: any but the bigram baseline.
+        out: a new or empty directory.
+        dtype: of the weights (torch.float32, bfloat16 or float16).
+        figures: of ``run_figures``, for the model card.
+
+    Raises:
+        UsageError: ``out`` is taken, or transformers has no such architecture.
+    """
+    from gpt_dist.checkpoint import safetensors_chunks, write_file
+    from gpt_dist.files import new_directory
+    from gpt_dist.hf import to_hf_config, to_hf_weights
+    from gpt_dist.hf_tokenizers import tokenizer_files
+    from gpt_dist.model_card import model_card
+
+    config = model.config
+    data = to_hf_config(config, tokenizer.eot_id, dtype)
+    texts = tokenizer_files(tokenizer, config.context_length)
+    pad_token = json.loads(texts["tokenizer_config.json"])["pad_token"]
+    data["pad_token_id"] = tokenizer.pad_id if pad_token else None  # type: ignore[attr-defined]
+    generation = {
+        "bos_token_id": tokenizer.eot_id,
+        "eos_token_id": tokenizer.eot_id,
+        "pad_token_id": data["pad_token_id"] if pad_token else tokenizer.eot_id,
+        # Without it pipelines ask for 256 new tokens, whatever the context.
+        "max_length": config.context_length,
+    }
+    texts["config.json"] = json.dumps(data, indent=2) + "\n"
+    texts["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
+    texts["README.md"] = model_card(model, tokenizer, out.name, data, figures or {})
+    weights = ((name, p.detach().cpu()) for name, p in model.named_parameters())
+    with new_directory(out) as directory:
+        tensors = dict(to_hf_weights(config, weights, dtype))
+        write_file(directory / "model.safetensors", safetensors_chunks(tensors))
+        for name, text in texts.items():
+            write_file(directory / name, [text.encode()])
+
+
+def run_figures(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What the model card tells of the run: its settings, and its last figures up to this step.
+
+    Args:
+        checkpoint: a checkpoint's directory; the run is found two levels above.
+        state: the ``state.json`` of it.
+
+    Returns:
+        ``step``, ``config`` and the latest of each figure of ``metrics.jsonl``, as far as known.
+    """
+    figures: dict[str, Any] = {"config": state.get("config", {})}
+    if "step" not in state:
+        return figures
+    metrics = checkpoint.parent.parent / "metrics.jsonl"
+    if checkpoint.parent.name == "checkpoints" and metrics.is_file():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # a torn last line of a run that is still writing
+                continue
+            if row.get("step", 0) <= state["step"]:
+                figures |= row
+    return figures | {"step": state["step"]}
+
+
+if __name__ == "__main__":
+    run_main(main)
