@@ -65,9 +65,20 @@ class Tokenizer(ABC):
         """Token ids of each text, tokenised on up to ``threads`` threads."""
         return [self.encode(text) for text in texts]
 
-    def encode_array(self, text: str) -> NDArray[np.uint16]:
-        """Token ids of a text, as token shards hold them."""
-        return np.array(self.encode(text), dtype=np.uint16)
+    def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
+        """Token ids of texts one after the other, as token shards hold them.
+
+        Args:
+            texts: documents, or pieces of documents cut where ids do not depend on it.
+            starts: whether each text begins a document: the end-of-text token stands before it.
+                The others continue the text before them.
+        """
+        pieces: list[NDArray[np.uint16]] = []
+        for ids, start in zip(self.encode_batch(texts), starts, strict=True):
+            if start and self.eot_id is not None:
+                pieces.append(np.array([self.eot_id], dtype=np.uint16))
+            pieces.append(np.asarray(ids, dtype=np.uint16))
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD.
@@ -131,9 +142,17 @@ class Gpt2Tokenizer(Tokenizer):
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         return _gpt2_encoding().encode_ordinary_batch(texts, num_threads=threads)
 
-    def encode_array(self, text: str) -> NDArray[np.uint16]:
-        # Half the time of a Python list; with nothing disallowed it is encode_ordinary.
-        ids = _gpt2_encoding().encode_to_numpy(text, disallowed_special=())
+    def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
+        if any(END_OF_TEXT in text for text in texts):
+            return super().encode_documents(texts, starts)
+        # One call for all documents, straight into an array: twice as fast for short documents.
+        joined = "".join(
+            END_OF_TEXT + text if start else text for text, start in zip(texts, starts, strict=True)
+        )
+        try:
+            ids = _gpt2_encoding().encode_to_numpy(joined, allowed_special={END_OF_TEXT})
+        except UnicodeEncodeError:  # a lone surrogate; tiktoken's other functions replace it
+            return super().encode_documents(texts, starts)
         return ids.astype(np.uint16)
 
     @cached_property
@@ -199,16 +218,14 @@ class CharTokenizer(Tokenizer):
         if not self.characters:
             raise UsageError("char tokenizer: the text is empty")
         check_vocab_size(self.vocab_size, "char tokenizer")
+        if any("\ud800" <= character <= "\udfff" for character in self.characters):
+            raise UsageError("char tokenizer: half of a surrogate pair is no character")
         # Code points → ids, as an array: encoding is then one indexing operation.
         points = _code_points(self.characters)
         self._ids = np.full(int(points[-1]) + 2, MAX_VOCAB_SIZE, dtype=np.int32)
         self._ids[points] = np.arange(len(points))
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
-
-    def encode_array(self, text: str) -> NDArray[np.uint16]:
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
         if len(ids) and ids.max() == MAX_VOCAB_SIZE:
             where = int(ids.argmax())
@@ -216,7 +233,8 @@ class CharTokenizer(Tokenizer):
                 f"character {text[where]!r} (position {where}) is not among the "
                 f"{len(self.characters)} characters of this char tokenizer"
             )
-        return ids.astype(np.uint16)
+        found: list[int] = ids.tolist()
+        return found
 
     @cached_property
     def _table(self) -> Sequence[bytes]:
@@ -300,8 +318,7 @@ class BpeTokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        if threads == 1:
-            return [self.encode(text) for text in texts]
+        # Its threads are the library's own (RAYON_NUM_THREADS).
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
