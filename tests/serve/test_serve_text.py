@@ -1,0 +1,97 @@
+"""Text of token streams: whole characters, exact stops, no early leak, pieces == whole."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_dist.tokenizers import load_tokenizer
+from serve.text import TextAssembler
+
+GPT2 = load_tokenizer("gpt2")
+EMOJI = GPT2.encode("héllo 👩‍🚀 wörld ")  # tokens of half characters
+tokens = st.lists(st.one_of(st.integers(0, 50256), st.sampled_from(EMOJI)), max_size=30)
+
+
+def run(ids: list[int], **options: object) -> tuple[list[str], str | None]:
+    """Pieces of text as a stream gives them, and the match."""
+    assembler = TextAssembler(GPT2, **options)  # type: ignore[arg-type]
+    pieces = []
+    for token in ids:
+        pieces.append(assembler.push(token))
+        if assembler.matched:
+            return pieces, assembler.matched
+    pieces.append(assembler.flush())
+    return pieces, assembler.matched
+
+
+def cut(text: str, stops: list[str], ignored: int = 0) -> tuple[str, str | None]:
+    """The rule, naively: the first match to be complete ends the text, the longest of several."""
+    for end in range(ignored + 1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(tokens)
+@settings(max_examples=300)
+def test_pieces_are_whole_characters_and_sum_to_the_text(ids: list[int]) -> None:
+    pieces, _ = run(ids)
+    assert "".join(pieces) == GPT2.decode(ids)
+    for piece in pieces:
+        piece.encode()  # no lone surrogates
+
+
+@st.composite
+def streams_with_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
+    """Streams, with stops that mostly occur in them, often across token boundaries."""
+    ids = draw(tokens.filter(lambda ids: len(GPT2.decode(ids)) > 0))
+    text = GPT2.decode(ids)
+    start = st.integers(0, len(text) - 1)
+    inside = st.tuples(start, st.integers(1, 8)).map(lambda at: text[at[0] : at[0] + at[1]])
+    near = inside.map(lambda stop: stop + "~")  # almost matches, to be held back and released
+    return ids, draw(st.lists(st.one_of(inside, near, st.text(min_size=1)), min_size=1, max_size=5))
+
+
+@given(streams_with_stops(), st.booleans())
+@settings(max_examples=500)
+def test_stops_are_cut_exactly_and_never_leak(
+    case: tuple[list[int], list[str]], include: bool
+) -> None:
+    ids, stops = case
+    text, stop = cut(GPT2.decode(ids), stops)
+    pieces, matched = run(ids, stops=stops, include_stop=include)
+    assert matched == stop
+    assert "".join(pieces) == (text + stop if include and stop else text)
+
+
+def test_repeating_stops() -> None:
+    """Where a failed match overlaps the real one."""
+    for text, stop in (("aaab", "aab"), ("ababac", "abac"), ("xaabaab!", "aabaab"), ("aaaa", "aa")):
+        ids = [token for character in text for token in GPT2.encode(character)]
+        assert run(ids, stops=[stop])[1] == stop
+        assert "".join(run(ids, stops=[stop])[0]) == cut(text, [stop])[0]
+
+
+@given(st.text(alphabet="ab", max_size=12), st.integers(0, 12))
+def test_stops_before_min_tokens_do_not_count(text: str, min_tokens: int) -> None:
+    ids = [token for character in text for token in GPT2.encode(character)]
+    pieces, matched = run(ids, stops=["aa", "ba"], min_tokens=min_tokens)
+    expected, stop = cut(text, ["aa", "ba"], ignored=max(min_tokens - 1, 0))
+    assert (matched, "".join(pieces)) == (stop, expected)
+
+
+def test_held_text_is_as_short_as_it_can_be() -> None:
+    assembler = TextAssembler(GPT2, ["###"])
+    assert [assembler.push(GPT2.encode(c)[0]) for c in "a#b##c#"] == [
+        "a",
+        "",
+        "#b",
+        "",
+        "",
+        "##c",
+        "",
+    ]
+    assert assembler.flush() == "#"
