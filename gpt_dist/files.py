@@ -19,22 +19,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        name_file(error, path)
         raise
     sync_directory(path.parent)
 
 
-def name_file(error: BaseException, path: Path) -> None:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
     """Let an error say which file it is about; a failed write to a full disk does not by itself."""
-    if isinstance(error, OSError) and not error.filename:
-        error.filename = str(path)
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_directory(directory: Path) -> None:

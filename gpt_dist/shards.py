@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.files import name_file
+from gpt_dist.files import naming, sync_directory
 from gpt_dist.tokenizers import FILE_NAME, MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -46,62 +47,83 @@ class ShardWriter:
     """Write one shard; it appears under its name only when it is complete and on the disk.
 
     Use as a context manager: leaving it normally finishes the shard, leaving it by an exception
-    removes what was written.
+    removes what was written. Or keep an unfinished one (``sync``, ``close``) and go on with it
+    later: ``ShardWriter(path, resume=count)``.
+
+    Args:
+        path: the shard's final name.
+        resume: go on after this many tokens of an unfinished (or finished) shard.
+
+    Raises:
+        GptDistError: the shard to go on with is missing or shorter than that.
+        OSError: naming the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], resume: int = 0) -> None:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.part")
-        self.count = 0
+        self.count = resume
         self.sha256 = ""
         """Of the finished file."""
-        self._file = self._temporary.open("w+b")
-        self._file.write(_header(0))
+        if resume:
+            if self.path.exists():
+                self.path.replace(self._temporary)
+            size = HEADER_BYTES + TOKEN.itemsize * resume
+            if not self._temporary.exists() or self._temporary.stat().st_size < size:
+                raise GptDistError(f"{self._temporary}: missing or shorter than {size:,} bytes")
+            self._file = self._temporary.open("r+b")
+            self._file.truncate(size)
+            self._file.seek(size)
+        else:
+            self._file = self._temporary.open("w+b")
+            self._file.write(_header(0))
 
     def write(self, tokens: NDArray[np.uint16]) -> None:
         """Append tokens, shape (n,)."""
-        try:
+        with naming(self.path):
             self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN).data)
-        except OSError as error:
-            name_file(error, self.path)
-            raise
         self.count += len(tokens)
+
+    def sync(self) -> None:
+        """Flush what is written so far to the disk."""
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Complete the header, flush to the disk, and rename into place."""
-        try:
+        with naming(self.path):
             self._file.seek(0)
             self._file.write(_header(self.count))
             self._file.seek(0)
             self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:
-            name_file(error, self.path)
-            raise
-        self._temporary.replace(self.path)
+            self._temporary.replace(self.path)
+            sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Leave the shard unfinished, for ``resume``."""
+        with suppress(OSError):  # a full disk refuses the last buffered bytes
+            self._file.close()
 
     def discard(self) -> None:
         """Remove what was written."""
-        try:
-            self._file.close()
-        except OSError:  # a full disk refuses the last buffered bytes: they are unwanted
-            pass
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self.close()
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            try:
-                self.finish()
-            except BaseException:
-                self.discard()
-                raise
-        else:
+        if kind is not None:
             self.discard()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.discard()
+            raise
 
 
 def write_shard(path: str | os.PathLike[str], tokens: NDArray[np.uint16]) -> str:

@@ -1,0 +1,243 @@
+"""Documents out of files, as a stream of pieces of bounded size.
+
+A document of any length is cut into pieces at places where the token ids do not depend on the
+cut, so that memory stays bounded and the ids are those of the whole document.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from gpt_dist.errors import GptDistError
+
+PIECE_BYTES = 1 << 18
+"""Longest piece, about, where the text allows a cut; also how much is read at a time."""
+MAX_RUN = 1 << 24
+"""Longest stretch of text without a place to cut that is still accepted."""
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: a byte or row of a file, perhaps in the middle of a document."""
+
+    offset: int = 0
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of one."""
+
+    text: str
+    starts: bool
+    """Begins a document."""
+    next: Position | None
+    """Where reading goes on after this piece; None where that cannot be said."""
+    done: float
+    """Share of the file that has been read, 0 to 1."""
+
+
+# --- where a text may be cut ---------------------------------------------------------------------
+
+# GPT-2's pre-tokenizer never joins a character that is not white space with white space after it,
+# and looks back over no boundary: before such white space a cut changes no id. (Python's \s holds
+# all that the tokenizers' \s holds.)
+_BEFORE_SPACE = re.compile(r"(?<=\S)[ \t\n\r]")
+
+
+def safe_cut(text: str, limit: int) -> int:
+    """The last place in a text, at most ``limit``, where cutting it changes no token id.
+
+    Holds for the gpt2 and bpe tokenizers (both use GPT-2's pre-tokenizer) and trivially for char.
+
+    Returns:
+        The length of the first part; 0 where there is no such place.
+    """
+    for low in (max(0, limit - 4096), 0):
+        cuts = [match.start() for match in _BEFORE_SPACE.finditer(text, low, limit + 1)]
+        if cuts and cuts[-1] <= limit:
+            return cuts[-1]
+    # No white space, as in base64 or Chinese: letters, digits and signs make separate tokens too,
+    # except that a sign joins a space before it and an apostrophe some letters after it.
+    for cut in range(min(limit, len(text) - 1), 0, -1):
+        kinds = _kind(text[cut - 1]), _kind(text[cut])
+        if None not in kinds and kinds[0] != kinds[1] and text[cut - 1] != "'":
+            return cut
+    return 0
+
+
+def _kind(character: str) -> str | None:
+    """Letter, number or sign, as the pre-tokenizer tells them apart; None where unsure."""
+    category = unicodedata.category(character)
+    if character.isspace() or category in ("Cn", "Cs", "Co"):
+        return None
+    return category[0] if category[0] in "LN" else "sign"
+
+
+def cut_text(text: str, name: str) -> Iterator[str]:
+    """A document in pieces; joined they are the document.
+
+    Raises:
+        GptDistError: a stretch of text that is too long and has no place to cut.
+    """
+    start, size = 0, PIECE_BYTES
+    while len(text) - start > size:
+        cut = safe_cut(text[start : start + size + 1], size)
+        if cut:
+            yield text[start : start + cut]
+            start, size = start + cut, PIECE_BYTES
+        else:
+            size = longer(size, name)
+    yield text[start:]
+
+
+def longer(size: int, name: str) -> int:
+    """A larger size to look for a place to cut in.
+
+    Raises:
+        GptDistError: it is large enough.
+    """
+    if size >= MAX_RUN:
+        raise GptDistError(
+            f"{name}: more than {MAX_RUN:,} characters without a space, line end or other place "
+            "where a text can be cut; is this text?"
+        )
+    return 2 * size
+
+
+def clean(text: str) -> str:
+    """The text with lone surrogates (which JSON can hold) replaced, as tiktoken does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def whole_document(text: str, name: str, following: int, done: float) -> Iterator[Piece]:
+    """A document that is in memory, in pieces; reading goes on only after the last one.
+
+    Args:
+        following: place of the next document.
+        done: share of the file before it.
+    """
+    if not text or text.isspace():
+        return
+    starts, previous = True, None
+    for piece in cut_text(clean(text), name):
+        if previous is not None:
+            yield Piece(previous, starts, None, done)
+            starts = False
+        previous = piece
+    if previous is not None:
+        yield Piece(previous, starts, Position(following), done)
+
+
+# --- files of bytes ------------------------------------------------------------------------------
+
+
+class ByteWindow:
+    """The part of a file that is in memory: read on demand at its end, taken at its front.
+
+    Files whose names end in .gz, .bz2, .zst or .lz4 are unpacked on the way.
+
+    Args:
+        start, end: the part of the (unpacked) file to read, in bytes; end None = all.
+
+    Raises:
+        GptDistError: the file cannot be read or unpacked.
+    """
+
+    def __init__(self, path: Path, start: int = 0, end: int | None = None) -> None:
+        self.path = path
+        self.position = start
+        """Of the first byte of the window in the (unpacked) file."""
+        self._data, self._begin, self._scanned = b"", 0, 0
+        self._end = end
+        self._packing = COMPRESSED.get(path.suffix.lower())
+        try:
+            self._size = path.stat().st_size
+            self._raw: IO[bytes] = path.open("rb")
+            self._file: IO[bytes] = self._raw
+            if self._packing:
+                import pyarrow as pa
+
+                self._file = pa.input_stream(self._raw, compression=self._packing)
+                while start and (block := self._file.read(min(start, 1 << 22))):
+                    start -= len(block)
+            else:
+                self._file.seek(start)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def __len__(self) -> int:
+        return len(self._data) - self._begin
+
+    def grow(self) -> bool:
+        """Read some more; False at the end."""
+        count = max(PIECE_BYTES, len(self))
+        if self._end is not None:
+            count = min(count, self._end - self.position - len(self))
+        try:
+            block = self._file.read(count)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self._data = self._data[self._begin :] + block
+        self._scanned -= self._begin
+        self._begin = 0
+        return bool(block)
+
+    def find(self, separator: bytes | None) -> int:
+        """Bytes before the next separator; -1 where the window has none."""
+        if separator is None:
+            return -1
+        found = self._data.find(separator, max(self._begin, self._scanned))
+        self._scanned = len(self._data) - len(separator) + 1  # it may have begun there
+        return found - self._begin if found >= 0 else -1
+
+    def take(self, count: int) -> None:
+        """The first ``count`` bytes are done with."""
+        self._begin += count
+        self._scanned = self._begin
+        self.position += count
+
+    def bytes(self, count: int) -> bytes:
+        """The first ``count`` bytes."""
+        return self._data[self._begin : self._begin + count]
+
+    def text(self, count: int, partial: bool = False) -> str:
+        """The first ``count`` bytes as text; ``partial``: leave out a last, unfinished character.
+
+        Raises:
+            GptDistError: not UTF-8; names the byte's position in the file.
+        """
+        data = self.bytes(count)
+        try:
+            decode = codecs.getincrementaldecoder("utf-8")().decode
+            return decode(data) if partial else data.decode()
+        except UnicodeDecodeError as error:
+            unpacked = " of the unpacked file" if self._packing else ""
+            raise GptDistError(
+                f"{self.path}: not UTF-8: byte {self.position + error.start:,}{unpacked} is "
+                f"0x{data[error.start]:02x} ({error.reason})"
+            ) from None
+
+    @property
+    def done(self) -> float:
+        """Share of the file that has been read, 0 to 1."""
+        place = self._raw.tell() if self._packing else self.position
+        return min(1.0, place / self._size) if self._size else 1.0
+
+    def _unreadable(self, error: OSError) -> GptDistError:
+        return GptDistError(f"{self.path}: cannot be read: {error.strerror or error}")
+
+    def close(self) -> None:
+        self._file.close()
+        self._raw.close()
