@@ -18,32 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from gpt_dist.backends import DType, Ids, make_backend, resolve_dtype
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model import GPT
 from gpt_dist.sampling import SamplingParams, log_probabilities
-
-DType = Literal["auto", "fp32", "bf16", "int8"]
-Ids = Sequence[int] | np.ndarray
-
-
-class Backend(Protocol):
-    """The arithmetic: what `gpt_dist.decoding_torch.TorchBackend` documents."""
-
-    def load(self, model: GPT) -> Any: ...
-    def set(self, slot: int, params: SamplingParams, ids: Ids) -> None: ...
-    def copy(self, source: int, target: int, length: int) -> None: ...
-    def prefill(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> None: ...
-    def logits(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> Tensor: ...
-    def step(
-        self, weights: Any, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
-        generated: np.ndarray,
-    ) -> list[np.ndarray]: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,11 +99,11 @@ class Decoder:
         self.max_slots, self.max_context = max_slots, max_context or limit
         self.vocab_size = model.vocab_size
         self.device = torch.device(device) if device is not None else model.wte.weight.device
-        self.dtype = _resolve(dtype, self.device)
+        self.dtype = resolve_dtype(dtype, self.device)
         self.deterministic = deterministic
         self._config = model.config
         # The last slot is for `score`.
-        self._backend = _backend(
+        self._backend = make_backend(
             model, max_slots + 1, self.max_context, self.device, self.dtype, deterministic
         )
         self._lengths = np.zeros(max_slots + 1, np.int64)
@@ -282,7 +265,7 @@ class Decoder:
                     chosen[slot] = int(tokens[row]), None, []
                     continue
                 logprobs, ids = details[0][row].tolist(), details[1][row].tolist()
-                top = list(zip(ids[:asked], logprobs[1:], strict=False))
+                top = list(zip(ids[: min(asked, self.vocab_size)], logprobs[1:], strict=False))
                 chosen[slot] = int(tokens[row]), logprobs[0], top
         return StepResult(
             slots,
@@ -350,23 +333,6 @@ class Decoder:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
             raise UsageError(f"token {wrong} is not in the vocabulary of {self.vocab_size}")
         return tokens
-
-
-def _resolve(dtype: DType, device: torch.device) -> str:
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "fp32"
-
-
-def _backend(
-    model: GPT, slots: int, context: int, device: torch.device, dtype: str, deterministic: bool
-) -> Backend:
-    from gpt_dist.decoding_torch import TorchBackend
-
-    return TorchBackend(model, slots, context, device, dtype, deterministic)
 
 
 def generate(

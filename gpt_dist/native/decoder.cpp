@@ -1,0 +1,209 @@
+// A GPT-2 forward pass over rows of (token, slot, position), and sampling, for CPUs with AVX-512
+// BF16 and VNNI: every thread walks through all layers and meets the others between phases, so
+// that a step with a single row runs at the speed of reading the weights. kernels.py builds and
+// binds this.
+//
+// Every output is computed by one thread in one fixed order that depends neither on the number of
+// rows nor of threads: a row's result is bitwise the same alone and among others, and a prompt's
+// cache the same however it is cut into chunks.
+
+#include <omp.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "sampling.h"
+
+namespace {
+
+struct Norm {
+    const float *weight, *bias;  // bias may be null
+    float eps;
+};
+
+struct Layer {
+    Norm ln_1, ln_2;
+    Linear qkv, mix, up, down;
+};
+
+struct Model {
+    int32_t dtype, pre_norm, n_layer, n_head, head_size, width, hidden;
+    const float *wte, *wpe;  // wpe is null in the bigram model
+    const Layer* layers;
+    Norm final_norm;  // weight may be null
+    Linear head;
+};
+
+void layer_norm(const float* x, const Norm& norm, int width, float* out) {
+    Vec sum = Vec{}, squares = Vec{};
+    for (int i = 0; i < width; i += LANES)
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail(width - i), x + i));
+    Vec mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (int i = 0; i < width; i += LANES) {
+        __mmask16 mask = tail(width - i);
+        Vec off = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), mean);
+        squares = _mm512_fmadd_ps(off, off, squares);
+    }
+    Vec scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
+    for (int i = 0; i < width; i += LANES) {
+        __mmask16 mask = tail(width - i);
+        Vec y = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean), scale);
+        y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, norm.weight + i));
+        if (norm.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, norm.bias + i));
+        _mm512_mask_storeu_ps(out + i, mask, y);
+    }
+}
+
+struct Scratch {  // (rows, padded width) each, carved from one buffer
+    float *x, *normed, *qkv, *mixed, *hidden, *weights;
+    Operand narrow, wide;
+    int c, h, c3;  // row strides
+
+    Scratch(const Model& model, int rows, int context, int threads, uint8_t* buffer) {
+        c = padded(model.width, GROUP), h = padded(model.hidden, GROUP);
+        c3 = padded(3 * model.width, BLOCK);
+        size_t used = 0;
+        auto take = [&](size_t bytes) {
+            uint8_t* start = buffer ? buffer + used : nullptr;
+            used += (bytes + 63) / 64 * 64;
+            return start;
+        };
+        auto floats = [&](size_t count) { return (float*)take(count * 4); };
+        x = floats((size_t)rows * c), normed = floats((size_t)rows * c);
+        qkv = floats((size_t)rows * c3), mixed = floats((size_t)rows * c);
+        hidden = floats((size_t)rows * h);
+        weights = floats((size_t)threads * context);
+        for (Operand* operand : {&narrow, &wide}) {
+            operand->inputs = operand == &narrow ? c : h;
+            size_t size = (size_t)rows * operand->inputs;
+            operand->data = take(size * 4);
+            operand->scale = floats(size / GROUP);
+            operand->sum = (int32_t*)floats(size / GROUP);
+        }
+        bytes = used;
+    }
+    size_t bytes;
+};
+
+struct Rows {  // what one call computes
+    int32_t count;
+    const int32_t *ids, *slots, *positions;
+    float* logits;  // (count, stride), or null
+    int64_t stride;
+};
+
+constexpr int PHASES_A_LAYER = 10, OTHER_PHASES = 4;
+
+template <DType D> void forward(Team& team, const Model& model, const Cache& cache,
+                                const Rows& rows, const Scratch& s) {
+    using Stored = std::conditional_t<D == FP32, float, uint16_t>;
+    const int width = model.width, size = model.head_size, count = rows.count;
+    auto x = [&](int row) { return s.x + (size_t)row * s.c; };
+    auto mixed = [&](int row) { return s.mixed + (size_t)row * s.c; };
+    auto qkv = [&](int row) { return s.qkv + (size_t)row * s.c3; };
+    auto normed = [&](int row, const Norm& norm) {
+        float* out = s.normed + (size_t)row * s.c;
+        layer_norm(x(row), norm, width, out);
+        return out;
+    };
+    auto head = [&](int layer, int row, int head) {
+        size_t slot = (size_t)layer * cache.slots + rows.slots[row];
+        return Head<Stored>(cache, size, slot * model.n_head + head);
+    };
+
+    team.each(count, [&](int row) {
+        std::memcpy(x(row), model.wte + (size_t)rows.ids[row] * width, width * sizeof(float));
+        if (!model.wpe) return;
+        const float* place = model.wpe + (size_t)rows.positions[row] * width;
+        for (int i = 0; i < width; i++) x(row)[i] += place[i];
+    });
+    for (int index = 0; index < model.n_layer; index++) {
+        const Layer& layer = model.layers[index];
+        team.each(count, [&](int row) {
+            s.narrow.set<D>(row, model.pre_norm ? normed(row, layer.ln_1) : x(row), width);
+        });
+        linear<D>(team, s.narrow, layer.qkv, count, s.qkv, s.c3, STORE);
+        team.each(count, [&](int row) {
+            for (int h = 0; h < model.n_head; h++)
+                head(index, row, h)
+                    .put(rows.positions[row], qkv(row) + width + h * size,
+                         qkv(row) + 2 * width + h * size);
+        });
+        constexpr int TOGETHER = 4;  // rows an item, so that handing out items costs little
+        const int items = (count + TOGETHER - 1) / TOGETHER;
+        team.each(items * model.n_head, [&](int item) {
+            const int h = item / items, first = item % items * TOGETHER;
+            for (int row = first; row < std::min(count, first + TOGETHER); row++)
+                head(index, row, h)
+                    .attend(qkv(row) + h * size, rows.positions[row] + 1,
+                            s.weights + (size_t)team.rank * cache.context, mixed(row) + h * size);
+        });
+        team.each(count, [&](int row) { s.narrow.set<D>(row, mixed(row), width); });
+        linear<D>(team, s.narrow, layer.mix, count, s.x, s.c, ADD);
+        team.each(count, [&](int row) {
+            if (!model.pre_norm) layer_norm(x(row), layer.ln_1, width, x(row));
+            s.narrow.set<D>(row, model.pre_norm ? normed(row, layer.ln_2) : x(row), width);
+        });
+        linear<D>(team, s.narrow, layer.up, count, s.hidden, s.h, GELU);
+        team.each(count, [&](int row) {
+            s.wide.set<D>(row, s.hidden + (size_t)row * s.h, model.hidden);
+        });
+        linear<D>(team, s.wide, layer.down, count, s.x, s.c, ADD);
+        if (!model.pre_norm)
+            team.each(count, [&](int row) { layer_norm(x(row), layer.ln_2, width, x(row)); });
+    }
+    if (!rows.logits) return;
+    team.each(count, [&](int row) {
+        s.narrow.set<D>(row, model.final_norm.weight ? normed(row, model.final_norm) : x(row), width);
+    });
+    linear<D>(team, s.narrow, model.head, count, rows.logits, rows.stride, STORE);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t packed_bytes(int32_t dtype, int32_t outputs, int32_t inputs) {
+    return (int64_t)padded(outputs, BLOCK) / BLOCK * padded(inputs, GROUP) *
+           block_bytes((DType)dtype);
+}
+
+// weight (outputs, inputs) in fp32 to the tiles' layout; scale (outputs) is written for int8.
+void pack(int32_t dtype, const float* weight, int32_t outputs, int32_t inputs, uint8_t* packed,
+          float* scale, int32_t threads) {
+    const auto kernel =
+        dtype == FP32 ? pack_block<FP32> : dtype == BF16 ? pack_block<BF16> : pack_block<INT8>;
+#pragma omp parallel for num_threads(threads)
+    for (int block = 0; block < padded(outputs, BLOCK) / BLOCK; block++)
+        kernel(weight, outputs, inputs, block, packed, scale);
+}
+
+int64_t scratch_bytes(const Model* model, int32_t rows, int32_t context, int32_t threads) {
+    return Scratch(*model, rows, context, threads, nullptr).bytes;
+}
+
+// Runs tokens; each is cached at its position of its slot and sees what is cached there before it,
+// also by other rows of this call. With `draws` (by slot) a token is chosen for each row: `tokens`
+// (rows), `logprobs` (rows, 1 + reported) and `top_ids` (rows, reported).
+void forward(const Model* model, const Cache* cache, const Rows* rows, uint8_t* scratch,
+             int32_t threads, Draw* draws, int32_t* tokens, float* logprobs, int32_t* top_ids,
+             int32_t reported) {
+    const Scratch buffers(*model, rows->count, cache->context, threads, scratch);
+    std::vector<Phase> phases(OTHER_PHASES + PHASES_A_LAYER * model->n_layer);
+    const auto kernel = model->dtype == FP32   ? forward<FP32>
+                        : model->dtype == BF16 ? forward<BF16>
+                                               : forward<INT8>;
+#pragma omp parallel num_threads(threads)
+    {
+        Team team(omp_get_thread_num(), phases.data());
+        kernel(team, *model, *cache, *rows, buffers);
+        if (draws)
+            team.each(rows->count, [&](int row) {
+                static thread_local Sampler sampler(0);
+                const int vocab = model->head.outputs;
+                if (sampler.vocab != vocab) sampler = Sampler(vocab);
+                tokens[row] = sampler.run(draws[rows->slots[row]], rows->logits + row * rows->stride,
+                                          logprobs + row * (reported + 1), top_ids + row * reported);
+            });
+    }
+}
+}
