@@ -31,6 +31,9 @@ class Position:
     inside: bool = False
 
 
+START = Position()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A document, or a part of one."""
