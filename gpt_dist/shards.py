@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -199,6 +200,7 @@ class TokenStream:
     ) -> None:
         self.paths = [Path(path) for path in paths]
         self.vocab_size = vocab_size
+        _allow_open_files(len(self.paths))
         self._shards = [read_shard(path) for path in self.paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
 
@@ -262,6 +264,16 @@ class TokenStream:
             bad = int(np.flatnonzero((windows >= self.vocab_size).any(axis=1))[0])
             self.read(int(starts[bad]), length)  # raises, naming shard and position
         return windows
+
+
+def _allow_open_files(count: int) -> None:
+    """Each mapped file keeps a file descriptor open; the usual soft limit is 1024 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if count > soft // 2 and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True)
