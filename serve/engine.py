@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 
 from gpt_dist.decoding import Weights
-from serve.scheduler import Event, Job, Lost, Scheduler, Scoring, Sequence
+from serve.jobs import Event, Job, Lost, Scoring, Sequence
+from serve.scheduler import Scheduler
 
 log = logging.getLogger("serve")
 

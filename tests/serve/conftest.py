@@ -1,8 +1,13 @@
-"""Tiny models and their decoders."""
+"""Tiny models, their decoders, and servers in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +15,16 @@ import torch
 from gpt_dist.config import ModelConfig
 from gpt_dist.decoding import Decoder
 from gpt_dist.model import GPT
+from gpt_dist.tokenizers import BpeTokenizer, Tokenizer
+from serve.loading import Loaded
+from serve.options import Options
+from serve.scheduler import Scheduler
+from serve.server import Server
 
 CONTEXT = 160
-VOCABULARY = 300
+TOKENIZER = BpeTokenizer.train(["Ünïcödé 👩‍🚀 text, to be, or not to be. " * 20], 300)
+"""Most of its tokens are single bytes, and so random streams are full of half characters."""
+VOCABULARY = TOKENIZER.vocab_size
 
 
 def tiny_model(seed: int = 0, vocab_size: int = VOCABULARY, context: int = CONTEXT) -> GPT:
@@ -40,3 +52,107 @@ def make_decoder(model: GPT) -> Callable[..., Decoder]:
         return Decoder(model, max_slots=slots, dtype="fp32", **options)  # type: ignore[arg-type]
 
     return make
+
+
+class LiveServer:
+    """A server in a thread with an event loop of its own."""
+
+    def __init__(self, options: Options, loaded: Loaded | None) -> None:
+        self.server: Server
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.call(self._start(options, loaded))
+
+    async def _start(self, options: Options, loaded: Loaded | None) -> None:
+        self.server = Server(options)
+        await self.server.start()
+        if loaded is not None:
+            self.server.use(loaded)
+
+    def call(self, work: Coroutine[Any, Any, Any], timeout: float = 60) -> Any:
+        """Run a coroutine in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def scheduler(self) -> Scheduler:
+        assert self.server.engine is not None
+        return self.server.engine.scheduler
+
+    def at_rest(self, seconds: float = 5) -> bool:
+        """Whether nothing is left in the engine and no call is open, soon."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            decoder = self.scheduler.decoder
+            if (
+                self.scheduler.load == 0
+                and not self.server.service.open_calls
+                and len(decoder.free_slots) == decoder.max_slots
+                and not decoder.active_slots
+            ):
+                return True
+            time.sleep(0.005)
+        return False
+
+    def close(self) -> None:
+        self.call(self.server.drain())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+def loaded(decoder: Decoder, tokenizer: Tokenizer = TOKENIZER, version: str = "v1") -> Loaded:
+    """A decoder, as if it came from a checkpoint."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+    return Loaded(decoder, tokenizer, 1234, shape, Path("nowhere"), version, [])
+
+
+StartServer = Callable[..., LiveServer]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[StartServer]:
+    """Start servers: ``start(decoder, option=value, ...)``; they are closed at the end."""
+    servers = []
+
+    def starter(decoder: Decoder | None = None, **values: Any) -> LiveServer:
+        options = Options(**{"checkpoint": Path("nowhere"), "port": 0, "grace": 5, **values})
+        servers.append(LiveServer(options, None if decoder is None else loaded(decoder)))
+        return servers[-1]
+
+    yield starter
+    for server in servers:
+        if server._thread.is_alive():
+            server.close()
+
+
+class SlowDecoder:
+    """A decoder whose steps and chunks take a while, and that can be held up."""
+
+    def __init__(self, decoder: Decoder, seconds: float = 0.0) -> None:
+        self.decoder, self.seconds = decoder, seconds
+        self.go = threading.Event()
+        self.go.set()
+        self.steps = 0
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+    def _wait(self) -> None:
+        self.go.wait()
+        time.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+
+    def prefill(self, *arguments: Any) -> None:
+        self._wait()
+        self.decoder.prefill(*arguments)
+
+    def step(self) -> Any:
+        self._wait()
+        self.steps += 1
+        return self.decoder.step()

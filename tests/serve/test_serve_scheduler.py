@@ -14,19 +14,19 @@ from conftest import CONTEXT, VOCABULARY, tiny_model  # type: ignore[import-not-
 from gpt_dist.decoding import Decoder, generate
 from gpt_dist.model import GPT
 from gpt_dist.sampling import SamplingParams
-from serve.scheduler import (
+from serve.jobs import (
     Ended,
     Event,
     Expired,
     Finish,
     QueueFull,
-    Scheduler,
     Scored,
     Scoring,
     Sequence,
     Started,
     Token,
 )
+from serve.scheduler import Scheduler
 
 GREEDY = SamplingParams(temperature=0)
 MakeDecoder = Callable[..., Decoder]

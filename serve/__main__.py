@@ -1,0 +1,53 @@
+"""``python -m serve``: start the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from gpt_dist.errors import run_main
+from serve.options import Options, parse
+
+log = logging.getLogger("serve")
+
+
+async def serve(options: Options) -> int:
+    """Serve until told to stop; returns the exit status."""
+    from serve.server import Server
+
+    server = Server(options)
+    server.handle_signals()
+    await server.start()
+    log.info("listening on %s:%d; loading %s", options.host, server.port, options.checkpoint)
+    loading = asyncio.create_task(server.load())
+    stopping = asyncio.create_task(server.wait())
+    try:
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            for line in server.report:
+                print(line)
+            metrics = "" if server.metrics_port is None else f", metrics on {server.metrics_port}"
+            security = "TLS" if options.tls_cert else "no TLS"
+            print(f"ready: {options.host}:{server.port} ({security}{metrics})", flush=True)
+            await stopping
+    finally:
+        stopping.cancel()
+        await server.drain()
+    if not loading.done():  # the thread that loads cannot be interrupted
+        os._exit(0)
+    return 0
+
+
+def main() -> int:
+    """Parse, set up the log, serve."""
+    options = parse()
+    from serve.logs import set_up
+
+    set_up(options.log_format, options.log_level)
+    return asyncio.run(serve(options))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,170 @@
+"""Flags of ``python -m serve``, each also an environment variable."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt_dist.errors import UsageError
+
+PREFIX = "GPT_DIST_SERVE_"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a server; see ``--help``."""
+
+    checkpoint: Path
+    model_name: str = "gpt2"
+    host: str = "127.0.0.1"
+    port: int = 50051
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    max_slots: int | None = None
+    max_queue: int = 256
+    max_context: int | None = None
+    prefill_chunk: int | None = None
+    deterministic: bool = False
+    watch: bool = False
+    watch_interval: float = 5.0
+    grace: float = 30.0
+    stall_seconds: float = 30.0
+    stream_interval: float = 0.0
+    max_message_bytes: int = 4 << 20
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+    auth_token_file: Path | None = None
+    allow_insecure: bool = False
+    kserve: bool = False
+    log_format: str = "plain"
+    log_level: str = "info"
+
+
+def _at_least(least: float, kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be {least:g} or more")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+_PORT = _at_least(0, int)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m serve",
+        description="Serve a model over gRPC (gpt_dist.v1.GenerationService).",
+        epilog="""examples:
+  python -m serve --checkpoint runs/mine
+  python -m serve --checkpoint runs/mine --watch --metrics-port 9090
+  python -m serve --checkpoint exported/ --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem \\
+      --auth-token-file tokens.txt
+
+Then: python -m serve.client generate "Once upon a time" --stream""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(group: Any, name: str, text: str, **options: Any) -> None:
+        variable = PREFIX + name.upper().replace("-", "_")
+        default = getattr(Options, name.replace("-", "_"), None)
+        shown = "" if default in (None, False) else f", default {default}"
+        group.add_argument(f"--{name}", help=f"{text} ({variable}{shown})", default=None, **options)
+
+    on = {"action": argparse.BooleanOptionalAction}
+    count = {"type": _at_least(1, int), "metavar": "N"}
+    seconds = {"type": _at_least(0, float), "metavar": "SECONDS"}
+    path = {"type": Path, "metavar": "FILE"}
+
+    model = made.add_argument_group("model")
+    add(model, "checkpoint", "run, checkpoint or exported model directory; required",
+        type=Path, metavar="PATH")  # fmt: skip
+    add(model, "model-name", "name that clients see", metavar="NAME")
+    add(model, "watch", "follow a training run: use each new checkpoint", **on)
+    add(model, "watch-interval", "how often to look for one", **seconds)
+
+    engine = made.add_argument_group("engine")
+    add(engine, "device", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
+    add(engine, "dtype", "of the weights; auto is bf16 where that is fast",
+        choices=("auto", "fp32", "bf16", "int8"))  # fmt: skip
+    add(engine, "threads", "CPU threads; default all", **count)
+    add(engine, "max-slots", "sequences at once; default 32, on CUDA 64", **count)
+    add(engine, "max-queue", "sequences that may wait", type=_at_least(0, int), metavar="N")
+    add(engine, "max-context", "tokens of prompt and text; default the model's", **count)
+    add(engine, "prefill-chunk", "most prompt tokens between two steps; default 256, on CUDA 512",
+        **count)  # fmt: skip
+    add(engine, "deterministic", "same tokens for a seed in any company (slower)", **on)
+
+    network = made.add_argument_group("network")
+    add(network, "host", "address to listen on", metavar="ADDRESS")
+    add(network, "port", "0 picks one", type=_PORT, metavar="N")
+    add(network, "allow-insecure", "listen beyond this machine without TLS", **on)
+    add(network, "tls-cert", "certificate chain, PEM", **path)
+    add(network, "tls-key", "its private key, PEM", **path)
+    add(network, "tls-ca", "demand client certificates of these authorities, PEM", **path)
+    add(network, "auth-token-file", "demand one of these bearer tokens, one a line", **path)
+    add(network, "max-message-bytes", "longest request", **count)
+    add(network, "stream-interval", "least time between two messages of a stream", **seconds)
+    add(network, "kserve", "offer the Open Inference Protocol as well", **on)
+
+    running = made.add_argument_group("operation")
+    add(running, "grace", "on SIGTERM, time for accepted requests to finish", **seconds)
+    add(running, "stall-seconds", "NOT_SERVING after so long without progress", **seconds)
+    add(running, "metrics-port", "Prometheus metrics; 0 picks one; default off",
+        type=_PORT, metavar="N")  # fmt: skip
+    add(running, "metrics-host", "address of the metrics", metavar="ADDRESS")
+    add(running, "log-format", "of the log on stderr", choices=("plain", "json"))
+    add(running, "log-level", "least severity", choices=("debug", "info", "warning", "error"))
+    return made
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Command line over environment over defaults.
+
+    Raises:
+        UsageError: something required is missing, or two settings contradict each other.
+        SystemExit: of argparse, for all else.
+    """
+    made = parser()
+    given = vars(made.parse_args(arguments))
+    for action in made._actions:
+        text = os.environ.get(PREFIX + action.dest.upper())
+        if action.dest in given and given[action.dest] is None and text is not None:
+            given[action.dest] = _from_environment(action, text)
+    values = {name: value for name, value in given.items() if value is not None}
+    if "checkpoint" not in values:
+        raise UsageError("--checkpoint is required: a run, checkpoint or exported model directory")
+    options = Options(**values)
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if options.tls_ca is not None and options.tls_cert is None:
+        raise UsageError("--tls-ca needs --tls-cert and --tls-key")
+    return options
+
+
+def _from_environment(action: argparse.Action, text: str) -> Any:
+    name = PREFIX + action.dest.upper()
+    if isinstance(action, argparse.BooleanOptionalAction):
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in words:
+            raise UsageError(f"{name}={text}: must be 1 or 0")
+        return words[text.lower()]
+    try:
+        value = action.type(text) if callable(action.type) else text
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{name}={text}: {error}") from None
+    if action.choices and value not in action.choices:
+        raise UsageError(f"{name}={text}: must be one of {', '.join(action.choices)}")
+    return value

@@ -1,0 +1,181 @@
+"""Who may connect: TLS, mutual TLS, bearer tokens, and no open port by accident."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from gpt_dist.errors import GptDistError, UsageError, describe
+from serve.status import DETAILS, StatusError
+
+log = logging.getLogger("serve")
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+"""No token needed: probes have none, and learn nothing but the state."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(host: str, tls: bool, allow_insecure: bool) -> None:
+    """Refuse to listen in the clear where others can connect.
+
+    Raises:
+        UsageError: neither TLS nor the explicit permission is given.
+    """
+    if not (tls or allow_insecure or is_loopback(host)):
+        raise UsageError(
+            f"--host {host} listens beyond this machine: give --tls-cert and --tls-key, "
+            "or --allow-insecure where the network is trusted"
+        )
+
+
+class Certificates:
+    """Server certificate, key and the authority of client certificates, followed as they change.
+
+    Args:
+        cert: PEM chain of the server.
+        key: its PEM private key.
+        ca: PEM of the authorities that client certificates must be from; None asks for none.
+
+    Raises:
+        GptDistError: a file cannot be read, or certificate and key do not belong together.
+    """
+
+    def __init__(self, cert: Path, key: Path, ca: Path | None = None) -> None:
+        self.paths = [path for path in (key, cert, ca) if path is not None]
+        self.ca = ca
+        self._check()
+        self._stamp = self._stamps()
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        return [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat() for path in self.paths)]
+
+    def _check(self) -> None:
+        key, cert = self.paths[:2]
+        try:
+            for path in self.paths:
+                path.read_bytes()
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, key)
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            names = ", ".join(map(str, self.paths))
+            raise GptDistError(f"TLS files {names}: {error.reason or error}") from None
+        except OSError as error:
+            raise GptDistError(f"TLS file: {describe(error)}") from None
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        key, cert, *ca = (path.read_bytes() for path in self.paths)
+        return grpc.ssl_server_certificate_configuration([(key, cert)], ca[0] if ca else None)
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called by grpc before each handshake."""
+        try:
+            stamp = self._stamps()
+            if stamp == self._stamp:
+                return None
+            self._check()
+            self._stamp = stamp
+            log.info("TLS files changed: using the new ones")
+            return self._configuration()
+        except (GptDistError, OSError) as error:  # half written, perhaps
+            log.warning("keeping the old TLS files: %s", describe(error))
+            return None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For ``add_secure_port``."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            self._renewed,  # type: ignore[arg-type]  # None is no change
+            require_client_authentication=self.ca is not None,
+        )
+
+
+class TokenFile:
+    """Bearer tokens, one a line (blank lines and lines with ``#`` are skipped), re-read on change.
+
+    Raises:
+        GptDistError: the file cannot be read or has no token.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int, int] | None = None
+        self._tokens: list[bytes] = []
+        try:
+            self._read()
+        except OSError as error:
+            raise GptDistError(f"--auth-token-file: {describe(error)}") from None
+        if not self._tokens:
+            raise GptDistError(f"--auth-token-file {path}: has no token")
+
+    def _read(self) -> None:
+        stat = self.path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if stamp != self._stamp:
+            lines = (line.strip() for line in self.path.read_bytes().splitlines())
+            self._tokens = [line for line in lines if line and not line.startswith(b"#")]
+            self._stamp = stamp
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether an ``authorization`` header has one of the tokens."""
+        try:
+            self._read()
+        except OSError as error:
+            log.warning("keeping the old tokens: %s", describe(error))
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        given = token.strip().encode()
+        # All are compared, each in constant time, so that the time taken says nothing.
+        return sum(hmac.compare_digest(given, known) for known in self._tokens) > 0
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg]
+    """Lets calls pass that bring a token."""
+
+    def __init__(self, tokens: TokenFile, refused: Callable[[], None]) -> None:
+        self.tokens, self.refused = tokens, refused
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        metadata = dict(handler_call_details.invocation_metadata)
+        authorization = metadata.get("authorization", "")
+        if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
+            return handler
+        if isinstance(authorization, str) and self.tokens.accepts(authorization):
+            return handler
+        self.refused()
+        kind = (
+            ("stream" if handler.request_streaming else "unary")
+            + "_"
+            + ("stream" if handler.response_streaming else "unary")
+        )
+        return getattr(grpc, f"{kind}_rpc_method_handler")(_deny)
+
+
+async def _deny(request: Any, context: Any) -> None:
+    error = StatusError(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "send a valid token as metadata `authorization: Bearer TOKEN`",
+        "UNAUTHENTICATED",
+    )
+    await context.abort(error.code, error.message, ((DETAILS, error.details()),))

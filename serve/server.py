@@ -1,0 +1,275 @@
+"""The server's life: bind, load, serve, follow a training run, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from gpt_dist.checkpoint import resolve
+from gpt_dist.errors import GptDistError, describe
+from gpt_dist.v1 import generation_service_pb2 as api
+from serve.engine import Engine
+from serve.health import Health
+from serve.inference import grpc_service_pb2 as kserve_pb
+from serve.kserve import InferenceService
+from serve.loading import Loaded, load, load_next
+from serve.metrics import Metrics
+from serve.options import Options
+from serve.rpc import generic_handler
+from serve.scheduler import Scheduler
+from serve.security import Certificates, TokenFile, TokenInterceptor, check_exposure
+from serve.service import GenerationService, describe_model
+
+log = logging.getLogger("serve")
+
+MONITOR_SECONDS = 0.25
+KEEPALIVE = [
+    # Find out about clients that vanished without a word, and free their slots.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients may ping every few seconds; the default would disconnect them for it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+class Server:
+    """One gRPC server and its model.
+
+        server = Server(options)
+        await server.start()       # listening; UNAVAILABLE
+        await server.load()        # SERVING
+        await server.wait()        # until stop() or a failure
+        await server.drain()
+
+    Args:
+        options: settings.
+
+    Raises:
+        UsageError: it would listen to strangers in the clear.
+        GptDistError: TLS files or tokens are unusable.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
+        self.metrics = Metrics()
+        self.service = GenerationService(self.metrics, options.stream_interval)
+        self.port = 0
+        self.metrics_port: int | None = None
+        self.engine: Engine | None = None
+        self.failure: BaseException | None = None
+        self._loaded: Loaded | None = None
+        self._stop = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._close_metrics: Callable[[], None] = lambda: None
+        services = [api.DESCRIPTOR.services_by_name["GenerationService"]]
+        implementations: list[object] = [self.service]
+        if options.kserve:
+            services.append(kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"])
+            implementations.append(InferenceService(self.service))
+        self.health = Health([service.full_name for service in services])
+        services.append(health_pb2.DESCRIPTOR.services_by_name["Health"])
+        implementations.append(self.health)
+        interceptors = []
+        if options.auth_token_file is not None:
+            rejections = self.metrics.rejections.labels("unauthenticated")
+            tokens = TokenFile(options.auth_token_file)
+            interceptors.append(TokenInterceptor(tokens, rejections.inc))
+        self._grpc = grpc.aio.server(
+            interceptors=interceptors,
+            options=[
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.so_reuseport", 0),  # a second server on this port is an error
+                *KEEPALIVE,
+            ],
+        )
+        for service, implementation in zip(services, implementations, strict=True):
+            handler = generic_handler(service, implementation, self.metrics)
+            self._grpc.add_generic_rpc_handlers((handler,))
+        names = [service.full_name for service in services]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._grpc)
+
+    async def start(self) -> None:
+        """Listen; calls are answered with UNAVAILABLE, and health with NOT_SERVING, until `load`.
+
+        Raises:
+            GptDistError: an address cannot be had.
+        """
+        options = self.options
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"{host}:{options.port}"
+        try:
+            if options.tls_cert is not None and options.tls_key is not None:
+                files = Certificates(options.tls_cert, options.tls_key, options.tls_ca)
+                self.port = self._grpc.add_secure_port(address, files.credentials())
+            else:
+                self.port = self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            raise GptDistError(
+                f"cannot listen on {address}: the port is taken, or the address is not this "
+                "machine's; choose another --port, or 0 for any"
+            ) from None
+        if options.metrics_port is not None:
+            self._serve_metrics(options.metrics_host, options.metrics_port)
+        await self._grpc.start()
+
+    def _serve_metrics(self, host: str, port: int) -> None:
+        try:
+            server, thread = self.metrics.serve(host, port)
+        except OSError as error:
+            reason = error.strerror or error
+            raise GptDistError(f"cannot serve metrics on {host}:{port}: {reason}") from None
+        self.metrics_port = server.server_port
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._close_metrics = close
+
+    async def load(self) -> None:
+        """Load the model, and be SERVING.
+
+        Raises:
+            UsageError: there is nothing to load, or an option does not fit it.
+            GptDistError: the checkpoint is damaged.
+        """
+        loaded = await asyncio.to_thread(load, self.options)
+        self.use(loaded)
+
+    def use(self, loaded: Loaded) -> None:
+        """Serve a model."""
+        on_gpu = loaded.decoder.device.type == "cuda"
+        scheduler = Scheduler(
+            loaded.decoder,
+            max_queue=self.options.max_queue,
+            prefill_chunk=self.options.prefill_chunk or (512 if on_gpu else 256),
+            weights_version=loaded.version,
+        )
+        self._loaded = loaded
+        self.engine = Engine(scheduler, asyncio.get_running_loop(), self._failed)
+        self.metrics.watch(scheduler)
+        self.service.served = describe_model(loaded, self.engine, self.options.model_name)
+        self._tasks.append(asyncio.create_task(self._monitor()))
+        if self.options.watch:
+            self._tasks.append(asyncio.create_task(self._follow()))
+        self.health.set(True)
+
+    @property
+    def report(self) -> list[str]:
+        """What was loaded, and where, in lines for people."""
+        return self._loaded.report if self._loaded else []
+
+    def stop(self) -> None:
+        """Let `wait` return."""
+        self._stop.set()
+
+    async def wait(self) -> None:
+        """Until `stop` is called, a signal comes, or the engine fails.
+
+        Raises:
+            GptDistError: the engine failed.
+        """
+        await self._stop.wait()
+        if self.failure is not None:
+            raise GptDistError(f"the engine failed: {describe(self.failure)}")
+
+    def handle_signals(self) -> None:
+        """SIGTERM and SIGINT: `stop`; the second one cuts the draining short."""
+        loop = asyncio.get_running_loop()
+
+        def received() -> None:
+            if self._stop.is_set():
+                self.service.idle.set()
+            self.stop()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, received)
+
+    async def drain(self) -> bool:
+        """Take no new work, finish what was accepted within ``grace``, and close.
+
+        Returns:
+            Whether everything was finished.
+        """
+        self.service.draining = True
+        self.health.set(False)
+        finished = True
+        if self.service.open_calls and self.failure is None:
+            log.info("draining: %d calls are open", self.service.open_calls)
+        try:
+            if self.failure is None:
+                await asyncio.wait_for(self.service.idle.wait(), self.options.grace)
+        except TimeoutError:
+            pass
+        if self.service.open_calls:
+            log.warning("%d calls are cut off", self.service.open_calls)
+            finished = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A little grace: calls that were just refused still have to be told.
+        await self._grpc.stop(0.5)
+        if self.engine is not None:
+            await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self._close_metrics)
+        return finished
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+        self.health.set(False)
+        self.stop()
+
+    async def _monitor(self) -> None:
+        """Report NOT_SERVING while work waits and none is done."""
+        assert self.engine is not None
+        while True:
+            await asyncio.sleep(MONITOR_SECONDS)
+            stalled = self.engine.stalled(self.options.stall_seconds)
+            if stalled and self.health.serving:
+                log.error("no progress for %g s with work waiting", self.options.stall_seconds)
+            self.health.set(
+                not stalled and not self.service.draining and self.engine.failure is None
+            )
+
+    async def _follow(self) -> None:
+        """Use each new checkpoint of the run."""
+        assert self._loaded is not None
+        assert self.engine is not None
+        decoder, tokenizer = self._loaded.decoder, self._loaded.tokenizer
+        seen = _identity(self._loaded.directory)
+        while True:
+            await asyncio.sleep(self.options.watch_interval)
+            try:
+                directory = await asyncio.to_thread(resolve, self.options.checkpoint)
+                identity = _identity(directory)
+                if identity == seen:
+                    continue
+                seen = identity
+                weights, version = await asyncio.to_thread(load_next, decoder, tokenizer, directory)
+            except (GptDistError, OSError) as error:
+                # A checkpoint may be rotated away while it is read; the next one will do.
+                log.warning("keeping the old weights: %s", describe(error))
+                continue
+            self.engine.swap(weights, version)
+            log.info("now serving weights %s", version)
+
+
+def _identity(directory: Path) -> tuple[Path, Any]:
+    """Which checkpoint this is; a later one may bear the same name."""
+    path = directory / "state.json"
+    with contextlib.suppress(OSError):
+        return directory, (path if path.exists() else directory).stat().st_mtime_ns
+    return directory, None

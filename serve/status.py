@@ -1,0 +1,99 @@
+"""How a call fails: a gRPC status with google.rpc details, never UNKNOWN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "gpt_dist"
+DETAILS = "grpc-status-details-bin"
+
+
+class StatusError(Exception):
+    """Ends the call with a status.
+
+    Args:
+        code: the status code.
+        message: one sentence for people.
+        reason: UPPER_SNAKE_CASE for programs (``google.rpc.ErrorInfo``).
+        field: the request's field that is wrong (``google.rpc.BadRequest``).
+        retry_after: seconds (``google.rpc.RetryInfo``).
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        reason: str,
+        *,
+        field: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.reason = code, message, reason
+        self.field, self.retry_after = field, retry_after
+
+    @property
+    def number(self) -> int:
+        """The code as google.rpc.Code has it."""
+        number: int = self.code.value[0]
+        return number
+
+    def details(self) -> bytes:
+        """A serialised ``google.rpc.Status``, for the trailing metadata."""
+        parts: list[Any] = [error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN)]
+        if self.field:
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=self.field, description=self.message, reason=self.reason
+            )
+            parts.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after is not None:
+            delay = duration_pb2.Duration()
+            delay.FromNanoseconds(int(self.retry_after * 1e9))
+            parts.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        packed = []
+        for part in parts:
+            packed.append(any_pb2.Any())
+            packed[-1].Pack(part)
+        status = status_pb2.Status(code=self.number, message=self.message, details=packed)
+        return status.SerializeToString()
+
+
+def invalid(field: str, message: str) -> StatusError:
+    """INVALID_ARGUMENT that names the field."""
+    return StatusError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"{field}: {message}" if field else message,
+        "INVALID_FIELD" if field else "INVALID_MESSAGE",
+        field=field,
+    )
+
+
+def unavailable(message: str, reason: str, retry_after: float = 1.0) -> StatusError:
+    """UNAVAILABLE: nothing was done, so that the call is safe to repeat."""
+    return StatusError(grpc.StatusCode.UNAVAILABLE, message, reason, retry_after=retry_after)
+
+
+def overloaded(retry_after: float) -> StatusError:
+    """RESOURCE_EXHAUSTED: the queue is full."""
+    return StatusError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "the queue is full",
+        "QUEUE_FULL",
+        retry_after=retry_after,
+    )
+
+
+def expired() -> StatusError:
+    """DEADLINE_EXCEEDED, in case the server is the first to notice."""
+    return StatusError(
+        grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", "DEADLINE_EXCEEDED"
+    )
+
+
+def internal() -> StatusError:
+    """INTERNAL: a defect of the server; the log has more."""
+    return StatusError(grpc.StatusCode.INTERNAL, "internal error", "INTERNAL")
