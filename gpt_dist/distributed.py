@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt_dist.errors import GptDistError, UsageError, describe
+from gpt_dist.peers import RollCall
+from gpt_dist.rendezvous import connect, meet
 
 T = TypeVar("T")
 
@@ -135,23 +137,40 @@ def start(device_name: str) -> Iterator[World]:
     device = pick_device(device_name, local_rank)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    if device.type == "cpu":
+    # torchrun sets OMP_NUM_THREADS=1 by itself; only without it does the variable mean a wish.
+    if device.type == "cpu" and (local_size > 1 or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(max(1, available_cpus() // local_size))
     world = World(rank, size, local_rank, local_size, device)
+    roll_call = None
     if size > 1:
         check_interfaces()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = connect(host=rank == 0, timeout=STARTUP_TIMEOUT)
+        prefix = meet(store, rank, size)
         dist.init_process_group(
             backend,
+            store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=STARTUP_TIMEOUT),
             device_id=device if device.type == "cuda" else None,
         )
+        roll_call = RollCall(rank, size, prefix)
     try:
         yield world
+    except RuntimeError as error:
+        if roll_call and is_communication_error(error):
+            raise roll_call.explain(error) from error
+        raise
     finally:
         # A rank that fails must not wait for the others here: torchrun ends them.
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def is_communication_error(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL raised it (gloo's errors have no class of their own)."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def available_cpus() -> int:

@@ -12,6 +12,8 @@ class GptDistError(Exception):
     """Something went wrong while running: exit status 1."""
 
     exit_status = 1
+    local = False
+    """Whether only this rank knows, so that it prints the message itself."""
 
 
 class UsageError(GptDistError):
