@@ -50,7 +50,7 @@ class CpuBackend:
         self._keys, self._values = (
             kernels.buffer(heads * context * size * stored.itemsize)
             .view(stored)
-            .view(config.n_layer, slots, config.n_head, -1)
+            .view(config.n_layer, slots, config.n_head, context * size)
             for size in sizes
         )
         self._sizes = sizes

@@ -154,7 +154,7 @@ def buffer(size: int) -> Tensor:
     memory = mmap.mmap(-1, max(size, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, np.uint8))
+    return torch.from_numpy(np.frombuffer(memory, np.uint8))[:size]
 
 
 def pointer(tensor: Tensor | None) -> int | None:

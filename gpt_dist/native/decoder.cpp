@@ -91,7 +91,8 @@ struct Rows {  // what one call computes
     int64_t stride;
 };
 
-constexpr int PHASES_A_LAYER = 10, OTHER_PHASES = 4;
+// Calls of Team::each, at most.
+constexpr int PHASES_A_LAYER = 11, OTHER_PHASES = 4;
 
 template <DType D> void forward(Team& team, const Model& model, const Cache& cache,
                                 const Rows& rows, const Scratch& s) {

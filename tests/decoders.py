@@ -1,0 +1,46 @@
+"""What the decoder's tests share: small models of every shape, on each arithmetic there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpt_dist import kernels
+from gpt_dist.config import ModelConfig
+from gpt_dist.model import GPT, VOCAB_PARAMETERS
+
+BACKENDS = ["kernels", "torch"]
+
+SHAPES = {
+    "gpt2": {},
+    "post-norm": {"norm": "post"},
+    "bigram": {"n_layer": 0},
+    "untied": {"tie_embeddings": False},
+    "no biases": {"bias": False},
+    "no qkv bias": {"qkv_bias": False},
+    "odd sizes": {"n_embd": 42, "n_head": 3, "mlp_hidden": 50, "vocab_size": 131},
+    "wide heads": {"n_embd": 160, "n_head": 2},
+}
+
+
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let decoders made from here on run on one arithmetic."""
+    monkeypatch.setenv("GPT_DIST_KERNELS", "1" if name == "kernels" else "0")
+    kernels.library.cache_clear()
+    if name == "kernels" and kernels.library() is None:
+        pytest.skip("this machine has no AVX-512 BF16 and VNNI, or no C++ compiler")
+
+
+def small_model(seed: int = 0, **settings: object) -> GPT:
+    """A model whose every parameter matters: random, also biases and norms, and not tiny."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 96, "vocab_size": 301}
+    model = GPT(ModelConfig.model_validate({**shape, **settings})).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.15 if parameter.dim() > 1 else 0.3
+            noise = torch.randn(parameter.shape, generator=generator) * spread
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+            if name in VOCAB_PARAMETERS:
+                parameter[model.vocab_size :] = 0
+    return model.requires_grad_(False)
