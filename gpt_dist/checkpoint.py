@@ -364,7 +364,7 @@ def pad_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 class CheckpointReader:
-    """``Engine.load_full_state``'s reader over a checkpoint's files."""
+    """The tensors of a checkpoint's files, by the names of ``Engine.full_state``."""
 
     def __init__(self, directory: Path, model: GPT) -> None:
         self._files = {
@@ -376,6 +376,11 @@ class CheckpointReader:
         part, _, key = name.partition(".")
         tensor = self._files[part](key)
         return pad_rows(tensor, self._rows) if is_vocabulary(name) else tensor
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, tensor) of the whole model, without vocabulary padding."""
+        file = self._files["model"]
+        return ((name, file(name)) for name in sorted(file.names))
 
 
 def load_weights(model: GPT, tensors: Iterable[tuple[str, Tensor]], source: object) -> None:

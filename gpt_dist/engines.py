@@ -56,8 +56,12 @@ class Engine(Protocol):
         """Every tensor of model and optimizer, one whole tensor at a time."""
         ...
 
-    def load_full_state(self, reader: Reader) -> None:
-        """Set every tensor of model and optimizer."""
+    def load_optimizer(self, reader: Reader) -> None:
+        """Set every tensor of the optimizer; the model's were set before the engine was made."""
+        ...
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        """While entered, ``model`` holds whole parameters on every rank, to be read only."""
         ...
 
 
@@ -114,16 +118,11 @@ class DDPEngine:
             group["lr"] = lr
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients)
-        shrink = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(norm)
-        finite = norm.isfinite()
         if self.fused:
-            # The fused kernel divides by grad_scale and leaves everything alone on found_inf: no
-            # pass over the gradients for clipping, no wait for the device to learn of a NaN.
-            self.optimizer.grad_scale = shrink  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            guard_update(self.optimizer, norm, self.grad_clip)
             self.optimizer.step()
-        elif finite:
-            torch._foreach_div_(gradients, shrink)
+        elif norm.isfinite():
+            torch._foreach_div_(gradients, clip_divisor(norm, self.grad_clip))
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -147,12 +146,14 @@ class DDPEngine:
         yield "optimizer.step", step
 
     @torch.no_grad()
-    def load_full_state(self, reader: Reader) -> None:
+    def load_optimizer(self, reader: Reader) -> None:
         step = reader("optimizer.step")
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(reader(f"model.{name}"))
             for key, value in self._state(parameter).items():
                 value.copy_(step if key == "step" else reader(f"optimizer.{key}.{name}"))
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The optimizer's state of one parameter; made here where no update has made it yet."""
@@ -168,6 +169,23 @@ class DDPEngine:
         return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
 
 
+def clip_divisor(norm: Tensor, grad_clip: float) -> Tensor:
+    """What gradients of a global norm are divided by, so that it becomes at most ``grad_clip``."""
+    if not grad_clip:
+        return torch.ones_like(norm)
+    return ((norm + 1e-6) / grad_clip).clamp(min=1.0)
+
+
+def guard_update(optimizer: torch.optim.Optimizer, norm: Tensor, grad_clip: float) -> None:
+    """Let the next step of a fused optimizer clip, and skip itself where the norm is not finite.
+
+    The kernel divides by ``grad_scale`` and leaves all alone on ``found_inf``: clipping needs
+    no pass over the gradients, and the host need not wait to learn of a NaN.
+    """
+    optimizer.grad_scale = clip_divisor(norm, grad_clip)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Arithmetic for ``train.precision`` on a device; ``auto`` is bf16 where hardware has it."""
     if precision == "auto":
@@ -181,4 +199,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
     """The engine that ``parallel.strategy`` names."""
+    if config.parallel.strategy == "deepspeed":
+        from gpt_dist.deepspeed_engine import DeepSpeedEngine  # seconds to import
+
+        return DeepSpeedEngine(model, world, config, dtype)
     return DDPEngine(model, world, config, dtype)

@@ -238,7 +238,9 @@ class Trainer:
     def _sample(self) -> None:
         """Let rank 0 write some text, the same whatever the number of ranks."""
         step = self.progress.sampled = self.progress.step
-        if self.monitor:
+        with self.engine.whole_weights():
+            if self.monitor is None:
+                return
             self.engine.model.eval()
             sampling = SamplingParams(top_k=50, seed=key_of(self.config.seed, "sample", step) >> 1)
             eot = self.tokenizer.eot_id
@@ -273,19 +275,22 @@ class Trainer:
         """Model and optimizer, with the state to start from."""
         config, start, world = self.config, self.start, self.world
         self.dtype = pick_dtype(config.train.precision, world.device)
-        if start is None and config.train.init_from:
+        reader = None
+        if start is not None:
+            state = read_state(start)
+            run_directory.check_same_run(config, state, self.data.fingerprint, start)
+            self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+            model = empty_model(config.model)
+            reader = CheckpointReader(start, model)
+            load_weights(model, reader.weights(), start)
+        elif config.train.init_from:
             model = pretrained(config, self.tokenizer)
         else:
             torch.manual_seed(config.seed)
             model = GPT(config.model)
-        state = None
-        if start is not None:
-            state = read_state(start)
-            run_directory.check_same_run(config, state, self.data.fingerprint, start)
         engine = make_engine(model.to(world.device).train(), world, config, self.dtype)
-        if start is not None and state is not None:
-            engine.load_full_state(CheckpointReader(start, model))
-            self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        if reader:
+            engine.load_optimizer(reader)
         return engine
 
     def _headline(self, micro_batch: int) -> str:

@@ -1,0 +1,116 @@
+"""Shared by all tests: tiny data sets and real training processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from gpt_dist.shards import write_shard
+from gpt_dist.tokenizers import CharTokenizer
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+BIN = Path(sys.executable).parent
+
+Row = dict[str, Any]
+TIMING = ("tokens_per_second", "mfu", "step_ms")
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Text with some structure to learn: words of a small vocabulary in random order."""
+    vocabulary = "the cat dog sat on mat ran to tree and sun over red hill bird sang"
+    generator = random.Random(seed)
+    return " ".join(generator.choice(vocabulary.split()) for _ in range(count)) + "\n"
+
+
+def make_dataset(directory: Path, text: str, val_text: str | None = None) -> Path:
+    """A character-level data set, written with the shard format alone."""
+    directory.mkdir(parents=True)
+    tokenizer = CharTokenizer(sorted(set(text + (val_text or ""))))
+    write_shard(directory / "x_train_000000.bin", np.array(tokenizer.encode(text), np.uint16))
+    if val_text:
+        write_shard(directory / "x_val_000000.bin", np.array(tokenizer.encode(val_text), np.uint16))
+    tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 40,000 characters to train on and 5,000 to validate."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "tiny", words(10_000), words(1_300, 1))
+
+
+@pytest.fixture
+def tiny_config(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a YAML configuration of a tiny model; keyword arguments update its sections."""
+
+    def write(**sections: Any) -> Path:
+        data: dict[str, Any] = {
+            "seed": 1,
+            "device": "cpu",
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32},
+            "data": {"path": str(tiny_data), "tokenizer": str(tiny_data)},
+            "optim": {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 20},
+            "train": {
+                "steps": 20,
+                "batch_tokens": 1024,
+                "micro_batch_size": 8,
+                "precision": "fp32",
+                "compile": False,
+                "eval_every": 10,
+                "eval_tokens": 2000,
+                "checkpoint_every": 10,
+                "sample_every": 0,
+            },
+        }
+        for name, value in sections.items():
+            if isinstance(value, dict):
+                data[name] = data.get(name, {}) | value
+            else:
+                data[name] = value
+        path = tmp_path / f"config-{len(list(tmp_path.glob('config-*')))}.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+def train_command(config: Path, out: Path, *flags: str, ranks: int = 1) -> list[str]:
+    """The command line of a training run; more than one rank through torchrun."""
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return [*start, "gpt_dist.train", "--config", str(config), "--out_dir", str(out), *flags]
+
+
+def run_train(
+    config: Path, out: Path, *flags: str, ranks: int = 1, check: bool = True, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own."""
+    command = train_command(config, out, *flags, ranks=ranks)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_rows(out: Path, *, timing: bool = True) -> list[Row]:
+    """Rows of a run's metrics.jsonl; every line must be whole."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    if timing:
+        return rows
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def column(out: Path, name: str) -> list[float]:
+    """One number of every row that has it."""
+    return [row[name] for row in read_rows(out) if name in row]
