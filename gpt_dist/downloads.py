@@ -99,6 +99,7 @@ class RemoteFile:
     def _transfer(self, file: BufferedRandom, etag_file: Path, report: Report) -> None:
         """One request; asks for what is still missing."""
         import requests
+        import urllib3
 
         have = file.seek(0, os.SEEK_END)
         if self.size is not None and have >= self.size:
@@ -138,15 +139,16 @@ class RemoteFile:
                     )
                 if etag := response.headers.get("ETag"):
                     etag_file.write_text(etag)
-                for block in response.iter_content(BLOCK_BYTES):
+                # read1 gives all that came before a connection breaks; iter_content drops some.
+                while block := response.raw.read1(BLOCK_BYTES):
                     file.write(block)
                     have += len(block)
                     report(f"fetching {self.name}: {have / 1e6:,.0f} MB" + _of(total_bytes))
-                if total_bytes is not None and have < total_bytes:
-                    raise _Interrupted(f"connection lost after {have:,} of {total_bytes:,} bytes")
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise UsageError(f"{self.url}: {error}") from None
-        except requests.RequestException as error:
+        except urllib3.exceptions.ProtocolError:  # IncompleteRead and its like
+            raise _Interrupted(f"connection lost after {have:,} bytes") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise _Interrupted(_reason(error)) from None
 
 
