@@ -143,6 +143,11 @@ class Decoder:
             self.free(slot)
 
     @property
+    def cache_bytes(self) -> int:
+        """Memory that the KV cache takes, from the start."""
+        return self._backend.cache_bytes
+
+    @property
     def free_slots(self) -> list[int]:
         """Slots that hold no sequence, in ascending order. What was cached there is still valid."""
         return [slot for slot in range(self.max_slots) if slot not in self._claimed]

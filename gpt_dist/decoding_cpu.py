@@ -54,6 +54,7 @@ class CpuBackend:
             for size in sizes
         )
         self._sizes = sizes
+        self.cache_bytes = self._keys.nbytes + self._values.nbytes
         self._cache = kernels.Cache(self._keys.data_ptr(), self._values.data_ptr(), slots, context)
         self._rows = max(slots, PREFILL)
         self._inputs = np.zeros((3, self._rows), np.int32)

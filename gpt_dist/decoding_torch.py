@@ -124,6 +124,7 @@ class TorchBackend:
             dtype=torch.float32 if wide else torch.bfloat16,
             device=device,
         )
+        self.cache_bytes = self.cache.nbytes
         # Rows: token ids, positions, tokens generated, active; uploaded once a step.
         self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=device)
         self.staging = torch.zeros(4, slots, dtype=torch.int64, pin_memory=device.type == "cuda")
