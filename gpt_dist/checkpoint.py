@@ -203,6 +203,11 @@ class CheckpointWriter:
             self._thread = None
         self.check()
 
+    def close(self) -> None:
+        """Let the write that is under way finish, whatever else went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _guarded(self, *args: Any) -> None:
         try:
             self._write(*args)

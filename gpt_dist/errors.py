@@ -44,6 +44,9 @@ def run_main(main: Callable[[], int | None]) -> None:
             time.sleep(5)
     sys.stdout.flush()
     sys.stderr.flush()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A thread that waits in torch's store would abort the interpreter's orderly shutdown.
+        os._exit(status)
     sys.exit(status)
 
 

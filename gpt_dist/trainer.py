@@ -113,6 +113,7 @@ class Trainer:
                 self._loop()
             world.decide(self.writer.wait)
         finally:
+            self.writer.close()
             self.loader.close()
             if self.monitor:
                 self.monitor.close()
