@@ -1,0 +1,62 @@
+"""Real components: a Slurm cluster and two networked hosts, made when the first test asks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
+from tests.cluster.two_hosts import TwoHosts, obstacle
+from tests.conftest import BIN
+
+ROOT = Path(__file__).parents[2]
+
+
+def unavailable(reason: str) -> None:
+    """Skip, unless this is CI, where everything is installed."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{reason}; see tests/cluster/setup.sh")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    if missing := missing_programs():
+        unavailable(f"no {', '.join(missing)}")
+    # Not pytest's own directory: the paths of sockets must be short.
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
+        with SlurmCluster(Path(directory)) as cluster:
+            cluster.env["PATH"] = f"{BIN}:{cluster.env['PATH']}"
+            yield cluster
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    if reason := obstacle():
+        unavailable(reason)
+    with TwoHosts() as two:
+        yield two
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Poll until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+def last_step(out: Path) -> int:
+    """Training rows written so far."""
+    metrics = out / "metrics.jsonl"
+    return metrics.read_bytes().count(b'"train_loss"') if metrics.exists() else 0
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of running processes that contain the text."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if text in line]

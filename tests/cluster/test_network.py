@@ -1,0 +1,114 @@
+"""Two hosts with a network between them that fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from gpt_dist.checkpoint import complete_checkpoints
+from tests.cluster.conftest import last_step, processes_with, wait_until
+from tests.cluster.two_hosts import TwoHosts
+from tests.conftest import BIN, read_rows, run_train
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+Config = Callable[..., Path]
+TIMEOUT = 8
+"""``parallel.timeout``, seconds."""
+
+
+class Job:
+    """One torchrun on each host."""
+
+    def __init__(self, hosts: TwoHosts, config: Path, out: Path, **options: str) -> None:
+        self.hosts, self.config, self.out, self.options = hosts, config, out, options
+        self.agents: dict[str, Popen[bytes]] = {}
+
+    def start(self, identity: str) -> None:
+        for host, address in self.hosts.addresses.items():
+            flags = {
+                "nnodes": "2",
+                "nproc-per-node": "1",
+                "rdzv-backend": "c10d",
+                "rdzv-id": identity,
+                "rdzv-endpoint": f"{self.hosts.addresses['a']}:29400",
+                "rdzv-conf": f"is_host={str(host == 'a').lower()},last_call_timeout=2,"
+                "keep_alive_interval=1,keep_alive_max_attempt=4",
+                "local-addr": address,
+            } | {name.replace("_", "-"): value for name, value in self.options.items()}
+            command = [str(BIN / "torchrun"), *(f"--{k}={v}" for k, v in flags.items())]
+            command += ["-m", "gpt_dist.train", "--config", str(self.config)]
+            command += ["--out_dir", str(self.out), "--parallel.timeout", str(TIMEOUT)]
+            self.agents[host] = self.hosts.start(
+                host,
+                command,
+                self.out.parent / f"{host}.log",
+                cwd=self.out.parent,
+                env={"GLOO_SOCKET_IFNAME": self.hosts.interface},
+            )
+
+    def log(self, host: str) -> str:
+        return (self.out.parent / f"{host}.log").read_text(errors="replace")
+
+    def logs(self) -> str:
+        return "\n".join(f"== {host}\n{self.log(host)}" for host in self.agents)
+
+
+@pytest.fixture
+def config(tiny_config: Config) -> Path:
+    """Long enough to be hit in the middle."""
+    return tiny_config(
+        model={"dropout": 0.1}, train={"steps": 600, "checkpoint_every": 50, "eval_every": 300}
+    )
+
+
+def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
+    hosts: TwoHosts, config: Path, tmp_path: Path
+) -> None:
+    job = Job(hosts, config, tmp_path / "cut")
+    job.start("first")
+    wait_until(lambda: last_step(job.out) > 120, "step 120")
+    hosts.cut()
+    start = time.monotonic()
+    for agent in job.agents.values():
+        assert agent.wait(60) != 0
+    took = time.monotonic() - start
+    assert last_step(job.out) < 600
+    assert "lost rank 1 on host-b" in job.log("a"), job.logs()
+    assert "lost the connection to host-a" in job.log("b"), job.logs()
+    # The ranks give up after the timeout; a torchrun that is stuck is ended 15 s later.
+    assert took < TIMEOUT + 25
+    wait_until(lambda: not processes_with(str(job.out)), "no process to be left", 10)
+    hosts.restore()
+    job.start("second")
+    for agent in job.agents.values():
+        assert agent.wait(90) == 0, job.logs()
+    run_train(config, tmp_path / "quiet", ranks=2)
+    assert read_rows(job.out, timing=False) == read_rows(tmp_path / "quiet", timing=False)
+    ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (job.out, tmp_path / "quiet")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert len({(end / name).read_bytes() for end in ends}) == 1, name
+
+
+def test_one_host_goes_on_when_the_other_vanishes(
+    hosts: TwoHosts, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(train={"steps": 300, "checkpoint_every": 50, "eval_every": 150})
+    job = Job(hosts, config, tmp_path / "elastic", nnodes="1:2", max_restarts="2")
+    job.start("elastic")
+    wait_until(lambda: last_step(job.out) > 70, "step 70")
+    hosts.vanish("b")
+    assert job.agents["a"].wait(90) == 0, job.logs()
+    assert "lost rank 1 on host-b" in job.log("a"), job.logs()
+    assert "(2 ranks x" in job.log("a")
+    assert "(1 ranks x" in job.log("a").split("lost rank 1")[1], job.logs()
+    run_train(config, tmp_path / "quiet", ranks=2)
+    rows, quiet = read_rows(job.out), read_rows(tmp_path / "quiet")
+    assert [row["step"] for row in rows] == [row["step"] for row in quiet]
+    for key in ("train_loss", "val_loss"):
+        ours, theirs = ([row[key] for row in run if key in row] for run in (rows, quiet))
+        assert ours == pytest.approx(theirs, rel=1e-5)

@@ -1,0 +1,129 @@
+"""launch/slurm on a real Slurm cluster of two nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gpt_dist.checkpoint import complete_checkpoints
+from gpt_dist.shards import write_shard
+from tests.cluster.conftest import ROOT, last_step, processes_with, wait_until
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.conftest import read_rows, run_train
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+Config = Callable[..., Path]
+TRAIN = str(ROOT / "launch/slurm/train.sbatch")
+NO_GPUS = "--gres=none"
+
+
+def log_of(cwd: Path) -> str:
+    return "\n".join(log.read_text(errors="replace") for log in sorted(cwd.glob("*.log")))
+
+
+def test_time_limit_checkpoints_requeues_and_finishes(
+    slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
+) -> None:
+    """A run cut in two by its time limit equals one that was not."""
+    config = tiny_config(
+        model={"dropout": 0.1},
+        optim={"schedule": "constant"},
+        train={"steps": 1_000_000, "batch_tokens": 8192, "checkpoint_every": 0, "eval_every": 0},
+    )
+    out = tmp_path / "cut"
+    # Slurm looks at time limits every 30 s, so the signal comes half a minute after the start.
+    job = slurm.sbatch(
+        NO_GPUS, "--time=1", "--signal=B:USR1@25",
+        TRAIN, "--config", str(config), "--out_dir", str(out), cwd=tmp_path,
+    )  # fmt: skip
+    slurm.wait(job, "RUNNING", seconds=20)
+    slurm.wait(job, "PENDING", "COMPLETED", "FAILED", "TIMEOUT", seconds=90)
+    assert slurm.job(job)["JobState"] == "PENDING", log_of(tmp_path)
+    (checkpoint,) = complete_checkpoints(out / "checkpoints")
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert stopped_at == last_step(out) > 10
+    # However fast this machine is: let the second half be short.
+    settings = yaml.safe_load(config.read_text())
+    settings["train"]["steps"] = stopped_at + 20
+    config.write_text(yaml.safe_dump(settings))
+    final = slurm.wait(job, seconds=90)
+    log = log_of(tmp_path)
+    assert (final["JobState"], final["Restarts"]) == ("COMPLETED", "1"), log
+    assert "start 1: 2 nodes (node[1-2])" in log
+    assert f"continuing {checkpoint}" in log
+    assert "Traceback" not in log
+
+    quiet = slurm.sbatch(
+        NO_GPUS, TRAIN, "--config", str(config), "--out_dir", str(tmp_path / "quiet"), cwd=tmp_path
+    )
+    assert slurm.wait(quiet, seconds=120)["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert "2 nodes (node[1-2])" in log_of(tmp_path)
+    assert "(2 ranks x" in log_of(tmp_path)
+    assert read_rows(out, timing=False) == read_rows(tmp_path / "quiet", timing=False)
+
+
+def test_sigterm_during_evaluation_is_honoured_within_the_grace(
+    slurm: SlurmCluster, tiny_config: Config, tiny_data: Path, tmp_path: Path
+) -> None:
+    val_tokens = np.random.default_rng(0).integers(0, 8, 20_000_000, dtype=np.uint16)
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in tiny_data.iterdir():
+        if "_val_" not in file.name:
+            (data / file.name).symlink_to(file)
+    write_shard(data / "x_val_000000.bin", val_tokens)
+    config = tiny_config(
+        data={"path": str(data), "tokenizer": str(data)},
+        optim={"schedule": "constant", "warmup_steps": 0},
+    )
+    out = tmp_path / "run"
+    run_train(config, out, "--train.steps", "2", "--train.eval_tokens", "64")
+    job = slurm.sbatch(
+        NO_GPUS, TRAIN, "--config", str(config), "--out_dir", str(out),
+        "--train.steps", "30", "--train.eval_every", "13", "--train.eval_tokens", "null",
+        cwd=tmp_path,
+    )  # fmt: skip
+    wait_until(lambda: last_step(out) == 13, "step 13")
+    time.sleep(2)  # an evaluation of 20 million tokens is under way
+    assert last_step(out) == 13
+    start = time.monotonic()
+    slurm.cancel(job)
+    wait_until(lambda: not processes_with(str(out)), "the ranks to end", 30)
+    assert time.monotonic() - start < slurm.kill_wait, log_of(tmp_path)
+    wait_until(lambda: "stopped after step 13" in log_of(tmp_path), "the last words")
+    assert complete_checkpoints(out / "checkpoints")[-1].name == "step-00000013"
+
+
+def test_sweep_runs_every_pair_and_prepare_uses_srun(
+    slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
+) -> None:
+    config = tiny_config(train={"steps": 2, "eval_every": 0}, optim={"warmup_steps": 0})
+    sweep = slurm.sbatch(
+        NO_GPUS, "--array=0-2", str(ROOT / "launch/slurm/array-sweep.sbatch"),
+        "--config", str(config),
+        cwd=tmp_path,
+        env={"LEARNING_RATES": "1e-3 2e-3", "SEEDS": "5", "LAUNCH_DIR": str(ROOT / "launch")},
+    )  # fmt: skip
+    prepare = slurm.sbatch(
+        str(ROOT / "launch/slurm/prepare.sbatch"),
+        "shakespeare", "--tokenizer", "char", "--out", str(tmp_path / "shakespeare"),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert slurm.wait(prepare, seconds=90)["JobState"] == "COMPLETED", log_of(tmp_path)
+    assert list((tmp_path / "shakespeare").glob("*_train*.bin"))
+    wait_until(lambda: not slurm.queue(), "the sweep to end")
+    runs = {
+        path.parent.name: yaml.safe_load(path.read_text())
+        for path in (tmp_path / f"runs/sweep-{sweep}").glob("*/config.yaml")
+    }
+    assert {name: (run["optim"]["lr"], run["seed"]) for name, run in runs.items()} == {
+        "lr-1e-3-seed-5": (1e-3, 5),
+        "lr-2e-3-seed-5": (2e-3, 5),
+    }, log_of(tmp_path)
+    assert "nothing to do" in log_of(tmp_path)
