@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gpt_dist.attention import attention
 from gpt_dist.config import ModelConfig
+from gpt_dist.dropout import Dropout
 from gpt_dist.loss import linear_cross_entropy
 
 PADDING = 128
@@ -36,7 +38,7 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.c_proj = nn.Linear(width, width, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
@@ -44,9 +46,7 @@ class Attention(nn.Module):
         query, key, value = (
             part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(width, dim=2)
         )
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        mixed = attention(query, key, value, self.dropout if self.training else 0.0)
         mixed = mixed.transpose(1, 2).reshape(batch, time, width)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
@@ -59,7 +59,7 @@ class MLP(nn.Module):
         hidden = config.mlp_hidden or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))))
@@ -108,11 +108,13 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         if config.n_layer:
             self.wpe = nn.Embedding(config.context_length, config.n_embd)
-            self.drop = nn.Dropout(config.dropout)
+            self.drop = Dropout(config.dropout)
         self.ln_f: nn.Module = nn.Identity()
         if config.n_layer and config.norm == "pre":
             self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
+        # Remembered, because ZeRO-3 leaves each rank only a part of every parameter.
+        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -171,11 +173,10 @@ class GPT(nn.Module):
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters without padding; ``embeddings=False`` also without positions (for FLOPs)."""
         total = 0
-        for name, parameter in self.named_parameters():
-            rows = self.vocab_size if name in VOCAB_PARAMETERS else parameter.shape[0]
-            total += parameter.numel() // parameter.shape[0] * rows
-        if not embeddings and self.config.n_layer:
-            total -= self.wpe.weight.numel()
+        for name, shape in self.shapes.items():
+            rows = self.vocab_size if name in VOCAB_PARAMETERS else shape[0]
+            if embeddings or name != "wpe.weight":
+                total += rows * math.prod(shape[1:])
         return total
 
     def flops_per_token(self, time: int | None = None) -> float:
