@@ -122,14 +122,20 @@ class _Answer:
         always arrives in this frame and the generator is closed before it is left.
         """
         with self._frame(context) as frame:
-            answers = self.behaviour(self._request(data), context)
+            answers = None
             try:
+                answers = self.behaviour(self._request(data), context)
                 async for response in answers:
-                    await context.write(response)
+                    try:
+                        await context.write(response)
+                    except Exception as error:  # the caller has just gone: CancelledError was late
+                        log.debug("%s: cannot write: %r", self.name, error)
+                        return
             except Exception as error:
                 await frame.abort(error)
             finally:
-                await answers.aclose()
+                if answers is not None:
+                    await answers.aclose()
             frame.code = grpc.StatusCode.OK
 
     def _frame(self, context: Any) -> _Frame:
@@ -179,7 +185,12 @@ class _Frame:
             self.metrics.rejections.labels(error.reason.lower()).inc()
         self.record.notes["error"] = error.message
         trailing = ((DETAILS, error.details()), (REQUEST_ID, self.record.request_id))
-        await self.context.abort(error.code, error.message, trailing)
+        try:
+            await self.context.abort(error.code, error.message, trailing)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:  # the caller has just gone
+            raise asyncio.CancelledError from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is asyncio.CancelledError and (self.context.time_remaining() or 1) <= 0:

@@ -80,7 +80,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._waiting: deque[Sequence] = deque()
         self._texts: deque[Scoring] = deque()
-        self._load = 0
+        self._jobs: set[Job] = set()
         self._prefilling: Sequence | None = None
         self._scoring: _Scoring | None = None
         self._score_next = False
@@ -103,7 +103,7 @@ class Scheduler:
     @property
     def load(self) -> int:
         """Jobs here, waiting or not."""
-        return self._load
+        return len(self._jobs)
 
     @property
     def waiting(self) -> int:
@@ -118,7 +118,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a tick would do something."""
-        return self._load > 0 or self._pending is not None
+        return bool(self._jobs) or self._pending is not None
 
     @property
     def retry_after(self) -> float:
@@ -132,9 +132,9 @@ class Scheduler:
             QueueFull: there is no room for all of them.
         """
         with self._lock:
-            if self._load + len(jobs) > self.capacity:
+            if len(self._jobs) + len(jobs) > self.capacity:
                 raise QueueFull
-            self._load += len(jobs)
+            self._jobs.update(jobs)
             for job in jobs:
                 if isinstance(job, Sequence):
                     self._waiting.append(job)
@@ -173,15 +173,10 @@ class Scheduler:
     def abandon(self, message: str) -> list[tuple[Job, Event]]:
         """Drop everything; the decoder is not touched."""
         with self._lock:
-            jobs: list[Job] = [*self.running.values(), *self._waiting, *self._texts]
-            if self._prefilling:
-                jobs.append(self._prefilling)
-            if self._scoring:
-                jobs.append(self._scoring.job)
+            jobs, self._jobs = self._jobs, set()
             self.running, self._prefilling, self._scoring = {}, None, None
             self._waiting.clear()
             self._texts.clear()
-            self._load = 0
         return [(job, Lost(message)) for job in jobs]
 
     def _can_prefill(self) -> bool:
@@ -199,7 +194,7 @@ class Scheduler:
         self._interval += 0.1 * (min(now - self._released, 10.0) - self._interval)
         self._released = now
         with self._lock:
-            self._load -= 1
+            self._jobs.discard(job)
 
     def _end(self, job: Sequence, events: list[tuple[Job, Event]], ended: Ended) -> None:
         self._release(job)

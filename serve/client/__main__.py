@@ -1,0 +1,245 @@
+"""``python -m serve.client``: the command line client."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
+
+from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.v1 import generation_pb2 as pb
+from serve.client import Client
+from serve.client.requests import DEFAULT_TARGET, DEFAULT_TIMEOUT
+
+TYPES: dict[int, Callable[[str], Any]] = {
+    FieldDescriptor.TYPE_FLOAT: float,
+    FieldDescriptor.TYPE_UINT32: int,
+    FieldDescriptor.TYPE_UINT64: int,
+}
+HELP = {
+    "temperature": "0 is greedy; default 1",
+    "top_k": "keep the k most likely tokens",
+    "top_p": "keep the fewest tokens with this probability",
+    "min_p": "keep tokens at least this likely relative to the best",
+    "repetition_penalty": "above 1: repeat less",
+    "presence_penalty": "taken off tokens already generated",
+    "frequency_penalty": "taken off for each time a token was generated",
+    "seed": "makes the draws repeatable",
+    "n": "continuations of the prompt",
+    "max_new_tokens": "at most this many tokens; default 128",
+    "min_new_tokens": "at least this many tokens",
+    "ignore_eos": "go on past the end of text",
+    "include_stop_sequence": "keep the stop sequence",
+    "logprobs": "report log-probabilities (with --json)",
+    "top_logprobs": "and those of the N best tokens",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m serve.client",
+        description="Talk to a server that was started with `python -m serve`.",
+        epilog="""examples:
+  python -m serve.client generate "Once upon a time" --stream
+  python -m serve.client generate "Once upon a time" -n 4 --seed 1 --json
+  echo "To be, or not to be" | python -m serve.client score
+  python -m serve.client health && echo up""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    connection = shared.add_argument_group("connection")
+    connection.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
+    connection.add_argument(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS",
+        help="deadline, default %(default)g",
+    )  # fmt: skip
+    connection.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
+    connection.add_argument("--tls", action="store_true", help="encrypt")
+    for name, text in (
+        ("tls-ca", "authorities to trust, PEM"),
+        ("tls-cert", "certificate of this client, PEM"),
+        ("tls-key", "its private key, PEM"),
+    ):
+        connection.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    connection.add_argument("--request-id", help="for the server's log")
+    shared.add_argument("--json", action="store_true", help="print messages as JSON lines")
+
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[shared])
+
+    generate = command("generate", "Continue a prompt.")
+    generate.add_argument("prompt", nargs="?", help="text; default from stdin")
+    generate.add_argument("--stream", action="store_true", help="print text as it comes")
+    _parameters(generate.add_argument_group("parameters"))
+    score = command("score", "Log-probability of a text.")
+    score.add_argument("prompt", nargs="?", help="text; default from stdin")
+    score.add_argument("--top-logprobs", type=int, default=0, metavar="N")
+    score.add_argument("--prepend-end-of-text", action="store_true")
+    tokenize = command("tokenize", "Token ids of a text.")
+    tokenize.add_argument("prompt", nargs="?", help="text; default from stdin")
+    detokenize = command("detokenize", "Text of token ids.")
+    detokenize.add_argument("ids", nargs="+", type=int, metavar="ID")
+    command("info", "What is being served.")
+    command("health", "Exit status 0 if the server takes requests, else 1.")
+    return made
+
+
+def _parameters(group: Any) -> None:
+    """A flag for every field of the request's parts."""
+    for message in (pb.SamplingParams, pb.StoppingCriteria, pb.OutputOptions):
+        for field in message.DESCRIPTOR.fields:
+            flag = f"--{field.name.replace('_', '-')}"
+            names = ("-n", "--n") if field.name == "n" else (flag,)
+            if field.type == FieldDescriptor.TYPE_BOOL:
+                group.add_argument(flag, action="store_true", help=HELP[field.name])
+            elif field.name in HELP:
+                group.add_argument(
+                    *names, type=TYPES[field.type], help=HELP[field.name], metavar="X"
+                )
+    group.add_argument("--logit-bias", action="append", metavar="ID=X", help="added to a logit")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the text; repeatable")
+    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the text")
+    group.add_argument(
+        "--time-budget", type=float, metavar="SECONDS", help="then take what is there"
+    )
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {*HELP, "stop_token_ids", "time_budget"}
+    chosen = {name: getattr(arguments, name) for name in names}
+    chosen["stop_sequences"] = arguments.stop
+    if arguments.logit_bias:
+        try:
+            pairs = (item.split("=") for item in arguments.logit_bias)
+            chosen["logit_bias"] = {int(token): float(bias) for token, bias in pairs}
+        except ValueError:
+            raise UsageError("--logit-bias: write ID=X, such as 198=-5") from None
+    return {name: value for name, value in chosen.items() if value not in (None, False)}
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    if sys.stdin.isatty():
+        raise UsageError("give a prompt, or pipe one in")
+    return sys.stdin.read()
+
+
+def _print_json(message: Any) -> None:
+    # Not MessageToJson: one line each, and characters as they are.
+    content = MessageToDict(message, preserving_proto_field_name=True)
+    print(json.dumps(content, ensure_ascii=False), flush=True)
+
+
+def _generate(client: Client, arguments: argparse.Namespace) -> None:
+    prompt, chosen = _prompt(arguments), _chosen(arguments)
+    if not arguments.stream:
+        response = client.generate(prompt, **chosen)
+        if arguments.json:
+            _print_json(response)
+        else:
+            many = len(response.outputs) > 1
+            for output in response.outputs:
+                print((f"[{output.index}] " if many else "") + output.text)
+        return
+    line = None  # which output the current line belongs to
+    for piece in client.stream(prompt, **chosen):
+        if arguments.json:
+            _print_json(piece)
+        elif piece.text_delta:
+            if chosen.get("n", 1) > 1 and piece.index != line:
+                print(f"{'' if line is None else chr(10)}[{piece.index}] ", end="")
+            line = piece.index
+            print(piece.text_delta, end="", flush=True)
+    if not arguments.json:
+        print()
+
+
+def _score(client: Client, arguments: argparse.Namespace) -> None:
+    response = client.score(
+        _prompt(arguments),
+        top_logprobs=arguments.top_logprobs,
+        prepend_end_of_text=arguments.prepend_end_of_text,
+    )
+    if arguments.json:
+        _print_json(response)
+        return
+    for token in response.tokens:
+        value = f"{token.logprob:9.4f}" if token.HasField("logprob") else " " * 9
+        best = " ".join(f"{_show(other.token)}:{other.logprob:.2f}" for other in token.top)
+        print(f"{value}  {_show(token.token)}  {best}".rstrip())
+    print(f"{response.total_logprob:9.4f}  sum of {response.scored_tokens}")
+
+
+def _show(token: bytes) -> str:
+    return repr(token.decode(errors="backslashreplace"))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    client = Client(
+        arguments.target,
+        timeout=arguments.timeout,
+        token=arguments.token,
+        tls=arguments.tls,
+        tls_ca=arguments.tls_ca,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        request_id=arguments.request_id,
+    )
+    with client:
+        match arguments.command:
+            case "generate":
+                _generate(client, arguments)
+            case "score":
+                _score(client, arguments)
+            case "tokenize":
+                ids = client.tokenize(_prompt(arguments))
+                print(json.dumps(ids) if arguments.json else " ".join(map(str, ids)))
+            case "detokenize":
+                text = client.detokenize(arguments.ids)
+                print(json.dumps(text, ensure_ascii=False) if arguments.json else text)
+            case "info":
+                info = client.info()
+                if arguments.json:
+                    _print_json(info)
+                else:
+                    print(str(info).rstrip())
+            case "health":
+                serving = client.health()
+                print(json.dumps(serving) if arguments.json else
+                      "SERVING" if serving else "NOT_SERVING")  # fmt: skip
+                return 0 if serving else 1
+    return 0
+
+
+def main() -> int:
+    """Make the call; failures become one line. Ctrl-C cancels on the server as well."""
+    arguments = parser().parse_args()
+    # Started in the background, a shell may have set this to be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _run(arguments)
+    except grpc.RpcError as error:
+        wrong = error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+        kind = UsageError if wrong else GptDistError
+        hint = ""
+        if error.code() == grpc.StatusCode.UNAVAILABLE:
+            hint = f" (is a server running at {arguments.target}?)"
+        raise kind(f"{error.code().name}: {error.details()}{hint}") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+if __name__ == "__main__":
+    run_main(main)

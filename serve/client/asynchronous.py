@@ -1,0 +1,142 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from gpt_dist.v1 import generation_service_pb2 as api
+from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
+from serve.client import requests
+from serve.client.requests import DEFAULT_TARGET, DEFAULT_TIMEOUT, Prompt
+
+
+class AsyncClient:
+    """A connection, reused by all calls of one event loop. Calls raise ``grpc.RpcError``.
+
+    Args:
+        target: ``host:port``, or ``dns:///name:port`` for all addresses of a name in turn.
+        timeout: deadline of each call, in seconds; every method takes another one.
+        token: bearer token; by default the environment's GPT_DIST_TOKEN.
+        tls: encrypt, trusting the system's authorities.
+        tls_ca: trust these authorities instead (PEM); implies ``tls``.
+        tls_cert: certificate of this client (PEM), with ``tls_key``.
+        request_id: sent with every call, for the server's log.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        token: str | None = None,
+        tls: bool = False,
+        tls_ca: Path | None = None,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        self.timeout = timeout
+        self.metadata = requests.metadata(token, request_id)
+        secrets = requests.credentials(tls, tls_ca, tls_cert, tls_key)
+        options = requests.CHANNEL_OPTIONS
+        self._channel = (
+            grpc.aio.insecure_channel(target, options)
+            if secrets is None
+            else grpc.aio.secure_channel(target, secrets, options)
+        )
+        self._stub: Any = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._channel.close(None)
+
+    def _with(self, timeout: float | None) -> dict[str, Any]:
+        return {"timeout": timeout or self.timeout, "metadata": self.metadata}
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
+    ) -> api.GenerateResponse:
+        """Continue a prompt; keywords as in `build_request`."""
+        request = requests.build_request(prompt, **parameters)
+        response: api.GenerateResponse = await self._stub.Generate(request, **self._with(timeout))
+        return response
+
+    async def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
+    ) -> AsyncGenerator[api.GenerateStreamResponse, None]:
+        """Continue a prompt, piece by piece. Closing the iterator cancels on the server."""
+        request = requests.as_stream(requests.build_request(prompt, **parameters))
+        call = self._stub.GenerateStream(request, **self._with(timeout))
+        try:
+            async for piece in call:
+                yield piece
+        finally:
+            call.cancel()
+
+    async def batch(
+        self, prompts: Iterable[Prompt], *, timeout: float | None = None, **parameters: Any
+    ) -> AsyncGenerator[api.GenerateBatchResponse, None]:
+        """Continue many prompts, in the order in which they are finished."""
+        request = requests.batch(prompts, **parameters)
+        call = self._stub.GenerateBatch(request, **self._with(timeout))
+        try:
+            async for piece in call:
+                yield piece
+        finally:
+            call.cancel()
+
+    async def score(
+        self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
+    ) -> api.ScoreResponse:
+        """Log-probabilities of a text; keywords are the fields of ScoreRequest."""
+        request = requests.score_request(prompt, **parameters)
+        response: api.ScoreResponse = await self._stub.Score(request, **self._with(timeout))
+        return response
+
+    async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """Token ids of a text."""
+        response = await self._stub.Tokenize(api.TokenizeRequest(text=text), **self._with(timeout))
+        return list(response.token_ids)
+
+    async def detokenize(self, token_ids: Iterable[int], *, timeout: float | None = None) -> str:
+        """Text of token ids."""
+        request = api.DetokenizeRequest(token_ids=token_ids)
+        response = await self._stub.Detokenize(request, **self._with(timeout))
+        return str(response.text)
+
+    async def info(self, *, timeout: float | None = None) -> api.GetModelInfoResponse:
+        """What is being served."""
+        request = api.GetModelInfoRequest()
+        response: api.GetModelInfoResponse = await self._stub.GetModelInfo(
+            request, **self._with(timeout)
+        )
+        return response
+
+    async def health(self, *, timeout: float | None = None) -> bool:
+        """Whether the server takes requests; also False if it cannot be reached."""
+        request = health_pb2.HealthCheckRequest()
+        try:
+            response = await self._health.Check(request, **self._with(timeout))
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

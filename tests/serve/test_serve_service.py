@@ -1,0 +1,467 @@
+"""The API through a real channel: answers, pieces, errors and their details."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, SlowDecoder, StartServer
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from gpt_dist.decoding import Decoder
+from gpt_dist.model import GPT
+from gpt_dist.v1 import generation_pb2 as pb
+from gpt_dist.v1 import generation_service_pb2 as api
+from serve.client import AsyncClient, Client, build_request
+from serve.generation import Call
+from serve.jobs import Finish
+from serve.parsing import parse_generation
+
+DETAILS = (
+    error_details_pb2.ErrorInfo,
+    error_details_pb2.BadRequest,
+    error_details_pb2.RetryInfo,
+)
+
+
+def details(error: grpc.RpcError) -> dict[str, Any]:
+    """google.rpc details by the name of their message."""
+    status = rpc_status.from_call(error)
+    found = {}
+    for packed in status.details:
+        [message] = [kind() for kind in DETAILS if packed.Is(kind.DESCRIPTOR)]
+        packed.Unpack(message)
+        found[type(message).__name__] = message
+    return found
+
+
+@pytest.fixture(scope="module")
+def decoder(model: GPT) -> Decoder:
+    return Decoder(model, max_slots=8, dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def server(start: StartServer, decoder: Decoder) -> LiveServer:
+    return start(decoder)
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Client:
+    return Client(server.target, timeout=60)
+
+
+def joined(pieces: list[api.GenerateStreamResponse]) -> dict[int, pb.GenerationOutput]:
+    """What a stream's messages add up to."""
+    outputs: dict[int, pb.GenerationOutput] = {}
+    for piece in pieces:
+        first = piece.index not in outputs
+        output = outputs.setdefault(piece.index, pb.GenerationOutput(index=piece.index))
+        assert first == piece.HasField("started")
+        assert output.finish_reason == 0, "a piece after the last one"
+        output.text += piece.text_delta
+        output.token_ids.extend(piece.token_ids)
+        output.logprobs.extend(piece.logprobs)
+        if piece.HasField("finished"):
+            output.finish_reason = piece.finished.finish_reason
+            if stop := piece.finished.WhichOneof("stop"):
+                setattr(output, stop, getattr(piece.finished, stop))
+    return outputs
+
+
+def test_finish_reasons_are_those_of_the_api() -> None:
+    assert {f"FINISH_REASON_{reason.name}": reason.value for reason in Finish} == {
+        name: number for name, number in pb.FinishReason.items() if number
+    }
+
+
+def test_pieces_add_up_to_the_unary_answer(client: Client) -> None:
+    """For random requests side by side, many with half characters, stops and log-probabilities."""
+    draw = random.Random(0)
+
+    def check(seed: int) -> None:
+        prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 60))]
+        options: dict[str, Any] = {"seed": seed, "n": draw.randint(1, 3), "max_new_tokens": 40}
+        options["ignore_eos"] = draw.random() < 0.5
+        if draw.random() < 0.4:
+            options |= {"logprobs": True, "top_logprobs": 3}
+        if draw.random() < 0.6:
+            text = client.generate(prompt, **options).outputs[0].text
+            at = draw.randrange(max(1, len(text)))
+            options["stop_sequences"] = [text[at : at + draw.randint(1, 4)] or "x", "nowhere"]
+        whole = client.generate(prompt, **options)
+        outputs = joined(list(client.stream(prompt, **options)))
+        assert [outputs[index] for index in range(options["n"])] == list(whole.outputs)
+        for output in whole.outputs:
+            text = TOKENIZER.decode(output.token_ids)
+            if output.finish_reason == pb.FINISH_REASON_STOP_SEQUENCE:
+                stop = output.stop_sequence
+                assert text[len(output.text) :].startswith(stop)
+                assert not any(stop in output.text for stop in options["stop_sequences"])
+            else:
+                assert output.text == text
+            if options.get("logprobs"):
+                assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, range(40)))
+
+
+def test_options_reach_the_model(client: Client, model: GPT) -> None:
+    prompt = [5, 6, 7]
+    greedy = client.generate(prompt, temperature=0, max_new_tokens=8, ignore_eos=True)
+    ids = list(greedy.outputs[0].token_ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]]))[0, 2:-1]
+    assert ids == logits.argmax(1).tolist()
+    top = client.generate(
+        prompt, temperature=0, max_new_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=4
+    )
+    expected = logits.double().log_softmax(-1).topk(4)
+    for row, entry in enumerate(top.outputs[0].logprobs):
+        assert entry.token == TOKENIZER.token_bytes(entry.token_id)
+        assert [other.token_id for other in entry.top] == expected.indices[row].tolist()
+        np.testing.assert_allclose(
+            [other.logprob for other in entry.top], expected.values[row], atol=1e-4
+        )
+    biased = client.generate(prompt, logit_bias={9: 1000}, max_new_tokens=3)
+    assert list(biased.outputs[0].token_ids) == [9, 9, 9]
+    # Output i of n is what seed + i gives alone; the seed in effect can be used again.
+    many = client.generate(prompt, n=3, max_new_tokens=6)
+    for index, output in enumerate(many.outputs):
+        again = client.generate(prompt, seed=many.seed + index, max_new_tokens=6)
+        assert again.outputs[0].token_ids == output.token_ids
+    # A seed of 64 bits wraps around.
+    client.generate(prompt, seed=2**64 - 1, n=2, max_new_tokens=1)
+
+
+def test_stopping(client: Client) -> None:
+    free = client.generate([5], temperature=0, max_new_tokens=30, ignore_eos=True).outputs[0]
+    ids = list(free.token_ids)
+    stop = client.generate([5], temperature=0, ignore_eos=True, stop_token_ids=[ids[3]]).outputs[0]
+    assert stop.finish_reason == pb.FINISH_REASON_STOP_TOKEN
+    assert list(stop.token_ids) == ids[: ids.index(ids[3])]
+    assert stop.stop_token_id == ids[3]
+    full = client.generate([5] * (CONTEXT - 2), max_new_tokens=30, ignore_eos=True)
+    assert full.outputs[0].finish_reason == pb.FINISH_REASON_CONTEXT_FULL
+    assert full.usage.completion_tokens == 3
+    until = free.text[4:8]
+    kept = client.generate(
+        [5], temperature=0, ignore_eos=True, stop_sequences=[until], include_stop_sequence=True
+    ).outputs[0]
+    assert kept.text == free.text[: free.text.index(until) + len(until)]
+    # Usage counts what was returned, in every form.
+    pieces = list(client.stream([5], temperature=0, ignore_eos=True, stop_sequences=[until]))
+    assert pieces[-1].finished.usage.completion_tokens == len(kept.token_ids)
+
+
+def test_empty_text_begins_a_document(client: Client) -> None:
+    assert client.generate("", max_new_tokens=1).usage.prompt_tokens == 1
+    same = [
+        list(client.generate(prompt, temperature=0, max_new_tokens=5).outputs[0].token_ids)
+        for prompt in ("", [TOKENIZER.eot_id])
+    ]
+    assert same[0] == same[1]
+
+
+def test_a_time_budget_returns_what_there_is(start: StartServer, model: GPT) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=1, dtype="fp32"), 0.02)
+    client = Client(start(slow).target)
+    response = client.generate([1], max_new_tokens=140, time_budget=0.25, ignore_eos=True)
+    [output] = response.outputs
+    assert output.finish_reason == pb.FINISH_REASON_TIME_BUDGET
+    assert 3 < len(output.token_ids) < 13
+    assert response.timings.total.ToMilliseconds() < 500
+
+
+INVALID: list[tuple[str, dict[str, Any]]] = [
+    ("sampling.temperature", {"temperature": -0.1}),
+    ("sampling.temperature", {"temperature": float("nan")}),
+    ("sampling.top_p", {"top_p": 0}),
+    ("sampling.top_p", {"top_p": 1.1}),
+    ("sampling.min_p", {"min_p": 2}),
+    ("sampling.repetition_penalty", {"repetition_penalty": 0}),
+    ("sampling.presence_penalty", {"presence_penalty": float("inf")}),
+    ("sampling.frequency_penalty", {"frequency_penalty": -101}),
+    ("sampling.logit_bias", {"logit_bias": {VOCABULARY: 1}}),
+    ("sampling.logit_bias", {"logit_bias": {1: float("nan")}}),
+    ("sampling.logit_bias", {"logit_bias": dict.fromkeys(range(1025), 1)}),
+    ("sampling.n", {"n": 0}),
+    ("sampling.n", {"n": 65}),
+    ("stopping.max_new_tokens", {"max_new_tokens": 0}),
+    ("stopping.min_new_tokens", {"max_new_tokens": 3, "min_new_tokens": 4}),
+    ("stopping.stop_sequences[1]", {"stop_sequences": ["a", ""]}),
+    ("stopping.stop_sequences", {"stop_sequences": ["a"] * 17}),
+    ("stopping.stop_token_ids", {"stop_token_ids": [VOCABULARY]}),
+    ("stopping.time_budget", {"time_budget": -1}),
+    ("output.top_logprobs", {"top_logprobs": 3}),
+    ("output.top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+]
+
+
+@pytest.mark.parametrize(("field", "parameters"), INVALID)
+def test_what_is_wrong_is_named(client: Client, field: str, parameters: dict[str, Any]) -> None:
+    for call in (client.generate, lambda *a, **k: list(client.stream(*a, **k))):
+        with pytest.raises(grpc.RpcError) as caught:
+            call([1], **parameters)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        [violation] = details(caught.value)["BadRequest"].field_violations
+        assert violation.field == field
+        assert field in caught.value.details()
+
+
+@pytest.mark.parametrize(
+    ("field", "prompt"),
+    [
+        ("prompt.token_ids", []),
+        ("prompt.token_ids", [VOCABULARY]),
+        ("prompt.token_ids", [1] * (CONTEXT + 1)),
+        ("prompt.text", "word " * 500),
+        ("prompt.text", "x" * 100_000),
+    ],
+)
+def test_prompts_that_cannot_be(client: Client, field: str, prompt: Any) -> None:
+    for call in (client.generate, client.score):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(prompt)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        [violation] = details(caught.value)["BadRequest"].field_violations
+        assert violation.field == field
+
+
+def test_a_request_without_prompt(server: LiveServer) -> None:
+    channel = grpc.insecure_channel(server.target)
+    call = channel.unary_unary("/gpt_dist.v1.GenerationService/Generate")
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"")
+    assert details(caught.value)["BadRequest"].field_violations[0].field == "prompt"
+
+
+def test_score(client: Client, model: GPT) -> None:
+    text = "to be, or not to be: Ünï"
+    ids = TOKENIZER.encode(text)
+    for prepend in (False, True):
+        response = client.score(text, top_logprobs=2, prepend_end_of_text=prepend)
+        context = [TOKENIZER.eot_id, *ids] if prepend else ids
+        with torch.no_grad():
+            logprobs = model(torch.tensor([context]))[0].double().log_softmax(-1)
+        expected = [logprobs[i, token].item() for i, token in enumerate(context[1:])]
+        assert [token.token_id for token in response.tokens] == ids
+        found = [token.logprob for token in response.tokens if token.HasField("logprob")]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert response.scored_tokens == len(expected)
+        assert response.total_logprob == pytest.approx(sum(expected), abs=1e-3)
+        assert b"".join(token.token for token in response.tokens).decode() == text
+
+
+def test_tokenize_and_detokenize(client: Client, server: LiveServer) -> None:
+    text = "to be 👩‍🚀 <|endoftext|>"
+    assert client.tokenize(text) == TOKENIZER.encode(text)
+    assert client.detokenize(client.tokenize(text)) == text
+    long = text * 1000  # beyond what is tokenised in the loop
+    assert client.detokenize(client.tokenize(long)) == long
+    with pytest.raises(grpc.RpcError) as caught:
+        client.detokenize([VOCABULARY])
+    assert details(caught.value)["BadRequest"].field_violations[0].field == "token_ids"
+
+
+def test_info(client: Client) -> None:
+    info = client.info()
+    assert (info.max_context, info.vocab_size, info.max_slots) == (CONTEXT, VOCABULARY, 8)
+    assert (info.name, info.tokenizer, info.dtype, info.device) == ("gpt2", "bpe", "fp32", "cpu")
+    assert info.end_of_text_id == TOKENIZER.eot_id
+
+
+def test_batch(client: Client, server: LiveServer) -> None:
+    """Larger than slots and queue together, while others use the queue as well."""
+    assert len(server.scheduler.decoder.free_slots) == 8
+    prompts = [[1 + index % 9] * (1 + index % 50) for index in range(300)]
+    request = api.GenerateBatchRequest()
+    for index, prompt in enumerate(prompts):
+        request.requests.append(build_request(prompt, seed=index, max_new_tokens=4))
+    request.requests[7].sampling.top_p = 3
+    request.requests[8].prompt.Clear()
+    answers = {}
+    for item in client._stub.GenerateBatch(request, timeout=60):
+        assert item.request_index not in answers
+        answers[item.request_index] = item
+    assert set(answers) == set(range(300))
+    assert (answers[7].error.code, answers[7].error.field) == (3, "sampling.top_p")
+    assert answers[8].error.field == "prompt"
+    for index in (0, 9, 150, 299):
+        alone = client.generate(prompts[index], seed=index, max_new_tokens=4)
+        assert answers[index].response.outputs == alone.outputs
+    with pytest.raises(grpc.RpcError) as caught:
+        list(client.batch([]))
+    assert details(caught.value)["BadRequest"].field_violations[0].field == "requests"
+
+
+def test_a_batch_gives_way_to_others(start: StartServer, model: GPT) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=2, dtype="fp32"), 0.001)
+    server = start(slow, max_queue=2)
+    client = Client(server.target)
+    other = client.stream([1], max_new_tokens=150, n=2, ignore_eos=True)
+    next(other)
+    items = list(client.batch([[token] for token in range(1, 20)], max_new_tokens=2))
+    assert sorted(item.request_index for item in items) == list(range(19))
+    assert all(item.WhichOneof("result") == "response" for item in items)
+    slow.go.clear()
+    blocked = [client._stub.Generate.future(build_request([1], n=2)) for _ in range(2)]
+    while server.scheduler.load < 4:
+        time.sleep(0.01)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(client.batch([[1], [2]]))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    slow.go.set()
+    assert all(len(call.result().outputs) == 2 for call in blocked)
+    other.close()
+    assert server.at_rest()
+
+
+def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=2, dtype="fp32"))
+    server = start(slow, max_queue=3)
+    client = Client(server.target)
+    slow.go.clear()
+    taken = [client._stub.Generate.future(build_request([1], max_new_tokens=2)) for _ in range(5)]
+    while server.scheduler.load < 5:
+        time.sleep(0.01)
+    for call in (client.generate, client.score, lambda ids: list(client.stream(ids))):
+        with pytest.raises(grpc.RpcError) as caught:
+            call([1])
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        found = details(caught.value)
+        assert found["ErrorInfo"].reason == "QUEUE_FULL"
+        assert 0.05 <= found["RetryInfo"].retry_delay.ToMilliseconds() / 1000 <= 10
+    slow.go.set()
+    assert all(call.result().usage.completion_tokens <= 2 for call in taken)
+    assert server.at_rest()
+
+
+def test_a_slow_reader_gets_longer_pieces_and_delays_nobody(
+    client: Client, server: LiveServer
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 120, "seed": 1, "ignore_eos": True, "n": 2}
+    whole = client.generate([1], **options)
+    served = server.server.service.served
+    assert served is not None
+
+    async def read() -> tuple[list[api.GenerateStreamResponse], float]:
+        """As the service does it, with writes that take long."""
+        wanted = await parse_generation(build_request([1], **options), served.limits)
+        with Call(wanted, served.engine, served.tokenizer, server.server.metrics) as call:
+            pieces = []
+            async for piece in call.messages():
+                pieces.append(piece)
+                await asyncio.sleep(0.2)
+            return pieces, max(output.ended_at for output in call.outputs) - call.arrived
+
+    pieces, seconds = server.call(read())
+    assert [output.text for output in joined(pieces).values()] == [o.text for o in whole.outputs]
+    assert len(pieces) < 12
+    assert seconds < 0.2 * len(pieces) - 0.2  # generated while the reader dawdled
+    assert server.at_rest()
+
+
+def test_stream_interval(start: StartServer, model: GPT) -> None:
+    """The first and the last piece come at once, those between are gathered."""
+    slow = SlowDecoder(Decoder(model, max_slots=2, dtype="fp32"), 0.005)
+    client = Client(start(slow, stream_interval=0.1).target)
+    options: dict[str, Any] = {"max_new_tokens": 60, "seed": 3, "ignore_eos": True}
+    began = time.monotonic()
+    times, pieces = [], []
+    for piece in client.stream([1], **options):
+        times.append(time.monotonic() - began)
+        pieces.append(piece)
+    assert times[0] < 0.1
+    assert 3 <= len(pieces) <= 8
+    assert joined(pieces)[0] == client.generate([1], **options).outputs[0]
+
+
+def test_seeded_requests_in_any_company(start: StartServer, model: GPT) -> None:
+    decoder = Decoder(model, max_slots=32, dtype="fp32", deterministic=True)
+    client = Client(start(decoder).target)
+
+    def ask(seed: int, tokens: int = 30) -> list[int]:
+        response = client.generate([seed] * 20, seed=seed, max_new_tokens=tokens, top_p=0.95)
+        return list(response.outputs[0].token_ids)
+
+    alone = ask(77)
+    with ThreadPoolExecutor(32) as pool:
+        others = [pool.submit(ask, seed, 60) for seed in range(31)]
+        among = pool.submit(ask, 77)
+        assert among.result() == alone
+        assert all(len(other.result()) > 0 for other in others)
+
+
+def test_request_ids(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "serve")
+    client = Client(server.target, request_id="abc-123")
+    _, call = client._stub.Generate.with_call(
+        build_request([1], max_new_tokens=2), metadata=client.metadata
+    )
+    assert ("x-request-id", "abc-123") in [tuple(pair) for pair in call.trailing_metadata()]
+    record = next(r for r in caplog.records if getattr(r, "request_id", "") == "abc-123")
+    assert (record.code, record.prompt_tokens) == ("OK", 1)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.generate([1], temperature=-1)
+    assert ("x-request-id", "abc-123") in [tuple(p) for p in caught.value.trailing_metadata()]
+    # One is made up where none is given, or none that belongs into a log.
+    _, call = client._stub.GetModelInfo.with_call(
+        api.GetModelInfoRequest(), metadata=[("x-request-id", "x" * 200)]
+    )
+    made = dict(tuple(pair) for pair in call.trailing_metadata())["x-request-id"]
+    assert len(made) == 32
+
+
+def test_asyncio_client(server: LiveServer) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.target) as client:
+            assert await client.health()
+            assert (await client.info()).max_slots == 8
+            options = {"seed": 4, "max_new_tokens": 9}
+            whole = await client.generate("to be", **options)
+            pieces = [piece async for piece in client.stream("to be", **options)]
+            assert joined(pieces)[0] == whole.outputs[0]
+            batch = [item async for item in client.batch(["a", "b"], **options)]
+            assert {item.request_index for item in batch} == {0, 1}
+            ids = await client.tokenize("to be")
+            assert await client.detokenize(ids) == "to be"
+            assert (await client.score("to be")).scored_tokens == len(ids) - 1
+            with pytest.raises(TypeError, match="temprature"):
+                await client.generate("x", temprature=1)
+
+    asyncio.run(run())
+
+
+def test_long_messages_are_refused(server: LiveServer, client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        client.tokenize("x" * (5 << 20))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.health()
+
+
+def test_the_client_has_a_deadline_and_retries_only_unavailable(
+    start: StartServer, model: GPT
+) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=1, dtype="fp32"))
+    server = start(slow)
+    slow.go.clear()
+    with pytest.raises(grpc.RpcError) as caught:
+        Client(server.target, timeout=0.3).generate([1])
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    slow.go.set()
+    assert server.at_rest()
+    # Refused for a while, as in a restart: the call that is repeated succeeds.
+    server.server.service.draining = True
+    timer = threading.Timer(0.3, lambda: setattr(server.server.service, "draining", False))
+    timer.start()
+    assert Client(server.target).generate([1], max_new_tokens=1).usage.completion_tokens == 1
