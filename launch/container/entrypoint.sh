@@ -6,7 +6,7 @@ command="${1:-help}"
 [ $# -gt 0 ] && shift
 
 case "$command" in
-  train) exec /usr/local/bin/local.sh "$@" ;;
+  train) exec local.sh "$@" ;;
   evaluate)
     # NPROC_PER_NODE: ranks on this machine; local.sh reads it as well.
     if [ -n "${NPROC_PER_NODE:-}" ]; then

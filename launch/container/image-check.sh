@@ -71,14 +71,12 @@ buildah bud --quiet --format docker --build-arg BASE_IMAGE=localhost/gpt_dist-ba
   { tail -n 20 "$cache/build.log" >&2; exit 1; }
 
 container=$(buildah from gpt_dist)
-port=$((20000 + RANDOM % 10000))
-server=""
-cleanup() {
-  [ -z "$server" ] || kill "$server" 2> /dev/null || true
-  buildah rm "$container" > /dev/null
+trap 'buildah rm "$container" > /dev/null' EXIT
+inside() {
+  # torchrun looks up the name of the host, which a chroot does not know.
+  buildah run --hostname localhost --volume /etc/hosts:/etc/hosts:ro "$container" -- \
+    entrypoint.sh "$@"
 }
-trap cleanup EXIT
-inside() { buildah run --env "GPT_DIST_SERVE_PORT=$port" "$container" -- entrypoint.sh "$@"; }
 
 echo "image-check: who runs, and what is configured"
 [ "$(inside id -un)" = gpt ]
@@ -95,14 +93,16 @@ echo "image-check: prepare, train 2 steps, serve, ask"
 inside prepare shakespeare --tokenizer char --out data/shakespeare-char
 inside train --config shakespeare-char-cpu --data.path data/shakespeare-char --out_dir run \
   --train.steps 2 --optim.warmup_steps 1 --train.eval_tokens 4096
-inside serve --checkpoint run --host 127.0.0.1 --port "$port" &
-server=$!
-for _ in $(seq 60); do
-  if inside client health --target "127.0.0.1:$port" > /dev/null 2>&1; then break; fi
-  sleep 1
-done
-inside client generate "ROMEO:" --stream --max-new-tokens 16 --target "127.0.0.1:$port"
-kill "$server"
-wait "$server" || true
-server=""
+# Single quotes: the commands are for the shell inside.
+# shellcheck disable=SC2016
+inside sh -euc '
+  entrypoint.sh serve --checkpoint run --host 127.0.0.1 --port 0 > serve.log &
+  server=$!
+  until grep ^ready: serve.log; do kill -0 $server; sleep 0.2; done
+  target=$(sed -n "s/^ready: \([0-9.:]*\).*/\1/p" serve.log)
+  entrypoint.sh client health --target "$target"
+  entrypoint.sh client generate "ROMEO:" --stream --max-new-tokens 16 --target "$target"
+  kill $server
+  wait $server
+'
 echo "image-check: passed"
