@@ -114,3 +114,14 @@ def read_rows(out: Path, *, timing: bool = True) -> list[Row]:
 def column(out: Path, name: str) -> list[float]:
     """One number of every row that has it."""
     return [row[name] for row in read_rows(out) if name in row]
+
+
+def train_many(runs: list[list[str]], directory: Path, ranks: int = 1) -> None:
+    """Several runs one after the other in one set of ranks; see ``train_many.py``."""
+    file = directory / f"runs-{len(list(directory.glob('runs-*.json')))}.json"
+    file.write_text(json.dumps(runs))
+    script = Path(__file__).with_name("train_many.py")
+    start = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*start, str(script), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]

@@ -1,0 +1,31 @@
+"""Several training runs in one process (one set of ranks): ``train_many.py RUNS.json``.
+
+The file holds argument lists of ``gpt_dist.train``; a run may start from a copy of another
+run's directory (``["--copy", SOURCE, TARGET]``). Saves the seconds that every start-up costs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from gpt_dist import distributed
+from gpt_dist.config import load
+from gpt_dist.errors import run_main
+from gpt_dist.signals import StopSignal
+from gpt_dist.trainer import Trainer
+
+
+def main() -> None:
+    with StopSignal() as stop, distributed.start("cpu") as world:
+        for arguments in json.loads(Path(sys.argv[1]).read_text()):
+            if arguments[0] == "--copy":
+                world.decide(lambda: shutil.copytree(*arguments[1:], symlinks=True))  # noqa: B023
+            else:
+                Trainer(load(arguments)[0], world, stop).run()
+
+
+if __name__ == "__main__":
+    run_main(main)
