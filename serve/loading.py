@@ -62,13 +62,11 @@ def load(options: Options) -> Loaded:
     loaded = time.monotonic()
     _warm(decoder)
     config = model.config
-    size = 2 * config.n_layer * config.n_embd * slots * decoder.max_context
-    wide = decoder.dtype == "fp32" or device.type == "cpu"
     version = weights_version(directory, state)
     report = [
         f"{directory}: {model.num_parameters():,} parameters, weights {version}",
         f"{device}, {decoder.dtype} weights, {slots} slots of {decoder.max_context} tokens, "
-        f"{size * (4 if wide else 2) / 1e6:,.0f} MB of KV cache",
+        f"{decoder.cache_bytes / 1e6:,.0f} MB of KV cache",
         f"loaded in {loaded - began:.1f} s, warmed up in {time.monotonic() - loaded:.1f} s",
     ]
     if decoder.dtype == "int8":

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt_dist.checkpoint import write_checkpoint
 from gpt_dist.config import ModelConfig
 from gpt_dist.decoding import Decoder
 from gpt_dist.model import GPT
@@ -52,6 +57,66 @@ def make_decoder(model: GPT) -> Callable[..., Decoder]:
         return Decoder(model, max_slots=slots, dtype="fp32", **options)  # type: ignore[arg-type]
 
     return make
+
+
+def write_run(directory: Path, model: GPT, step: int = 100) -> Path:
+    """A run directory with one checkpoint; returns the checkpoint."""
+    path = directory / "checkpoints" / f"step-{step:08d}"
+    hidden = path.with_name(f".writing-{path.name}")
+    hidden.mkdir(parents=True)
+    tensors = {
+        f"model.{name}": (tensor[: model.vocab_size] if name == "wte.weight" else tensor).detach()
+        for name, tensor in model.named_parameters()
+    }
+    state = {"step": step, "config": {"model": model.config.model_dump()}}
+    write_checkpoint(hidden, tensors, state, TOKENIZER)
+    hidden.rename(path)
+    return path
+
+
+class Process:
+    """``python -m serve`` as users start it."""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
+
+    def ready(self) -> str:
+        """Wait for the line that says where it listens; returns host:port."""
+        assert self.process.stdout is not None
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("ready: "):
+                return line.split()[1]
+        raise AssertionError(self.process.communicate())
+
+    def end(self, number: int | None = signal.SIGTERM, timeout: float = 30) -> tuple[int, str]:
+        """Send a signal and wait; returns exit status and stderr."""
+        if number is not None:
+            self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=timeout)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., Process]]:
+    """Start servers as processes; what is left of them at the end is killed."""
+    started: list[Process] = []
+
+    def start(*arguments: object, **environment: str) -> Process:
+        started.append(Process(*arguments, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.process.kill()
+        process.process.communicate()
 
 
 class LiveServer:

@@ -168,7 +168,7 @@ def test_draining_loses_no_accepted_request(start: StartServer, model: GPT) -> N
             else:
                 answer = await client.generate([1] * 50, max_new_tokens=30, ignore_eos=True)
                 assert answer.usage.completion_tokens == 30
-                return "OK"
+            return "OK"
         except grpc.aio.AioRpcError as error:
             return error.code().name
 

@@ -1,0 +1,71 @@
+"""The Open Inference Protocol, used by the real tritonclient."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import SlowDecoder, StartServer
+
+from gpt_dist.decoding import Decoder
+from gpt_dist.model import GPT
+from serve.inference import grpc_service_pb2 as pb
+
+
+def test_tritonclient(start: StartServer, model: GPT) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=4, dtype="fp32"), 0.002)
+    server = start(slow, kserve=True)
+    script = Path(__file__).with_name("triton_client.py")
+    done = subprocess.run(
+        [sys.executable, script, server.target], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.at_rest()
+    # And every field that is declared here has the number that it has there.
+    theirs = json.loads(done.stdout)
+    ours: dict[str, int] = {}
+
+    def visit(message: Any) -> None:
+        for field in message.fields:
+            ours[field.full_name] = field.number
+        for nested in message.nested_types:
+            visit(nested)
+
+    for message in pb.DESCRIPTOR.message_types_by_name.values():
+        visit(message)
+    assert len(ours) > 40
+    assert {name: theirs.get(name) for name in ours} == ours
+
+
+def test_leaving_a_stream_cancels_its_requests(start: StartServer, model: GPT) -> None:
+    server = start(Decoder(model, max_slots=2, dtype="fp32"), kserve=True)
+    request = pb.ModelInferRequest(model_name="gpt2")
+    for name, value in (("text_input", b"x"), ("sampling_parameters", b'{"max_tokens": 150}')):
+        request.inputs.add(name=name, datatype="BYTES", shape=[1])
+        request.raw_input_contents.append(len(value).to_bytes(4, "little") + value)
+    request.inputs.add(name="stream", datatype="BOOL", shape=[1])
+    request.raw_input_contents.append(b"\1")
+    for _ in range(10):
+        with grpc.insecure_channel(server.target) as channel:
+            call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
+                iter([request.SerializeToString()] * 20)
+            )
+            next(call)
+            call.cancel()
+        assert server.at_rest()
+
+
+def test_bytes_that_are_no_request(start: StartServer, model: GPT) -> None:
+    server = start(Decoder(model, max_slots=1, dtype="fp32"), kserve=True)
+    with grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
+            iter([b"\xff\xff"])
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
