@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What the tests need beside Python: a Slurm cluster, network namespaces, Node.js, a browser.
+set -euo pipefail
+wanted=()
+need() { command -v "$1" >/dev/null 2>&1 || wanted+=("$2"); }
+PATH="$PATH:/usr/sbin:/sbin"
+need sbatch slurm-wlm
+need munged munge
+need ip iproute2
+need iptables iptables
+need node nodejs
+need npm npm
+need chromium chromium
+need g++ g++
+if [ ${#wanted[@]} -gt 0 ]; then
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null
+fi

@@ -1,0 +1,52 @@
+# gpt_dist: `make demo` shows the whole of it, `make test` proves it. Both set everything up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CODE := gpt_dist serve tests benchmarks
+
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Make .venv with exact versions of everything
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(None if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; say make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## Prepare text, train on 2 ranks, sample, serve, call: under 6 minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
+	$(BIN)/pytest
+
+test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
+	bash tests/cluster/setup.sh
+	$(BIN)/pytest tests/cluster
+
+check: lint test  ## What CI runs: lint, types, tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: install  ## The long versions of the fault tests; results go to benchmarks/results
+	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
+	SOAK=1 $(BIN)/pytest tests/serve
+
+format: install  ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment, caches and build products (runs/ and data/ stay)
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help install demo test test-cluster check lint soak format clean
