@@ -135,6 +135,7 @@ class CheckpointWriter:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._swept = False
 
     def save(
         self,
@@ -223,10 +224,11 @@ class CheckpointWriter:
     ) -> None:
         final = self.directory / f"step-{state['step']:08d}"
         temporary = self.directory / f".writing-{final.name}"
-        self.sweep()
-        temporary.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        temporary.mkdir()
         try:
-            write_checkpoint(temporary, snapshot, state, tokenizer)
+            write_checkpoint(temporary, snapshot, state | {"best": best}, tokenizer)
             if final.exists():  # an earlier attempt at the same step, from before a resume
                 self._remove(final)
             temporary.rename(final)
@@ -258,11 +260,20 @@ class CheckpointWriter:
         sync_directory(self.directory)
         shutil.rmtree(doomed)
 
-    def sweep(self) -> None:
-        """Remove what an earlier, killed process left half written or half removed."""
+    def _sweep(self) -> None:
+        """Clear, once, what an earlier process left half done when it was killed."""
+        if self._swept:
+            return
         for pattern in (".writing-*", ".removing-*"):
             for path in self.directory.glob(pattern):
                 shutil.rmtree(path)
+        (self.directory / ".best").unlink(missing_ok=True)
+        for path in reversed(complete_checkpoints(self.directory)):
+            if read_state(path).get("best"):
+                if (self.directory / "best").resolve() != path.resolve():
+                    self._point_best_at(path)
+                break
+        self._swept = True
 
 
 def write_checkpoint(
@@ -432,7 +443,7 @@ def load_model(
         GptDistError: a file is missing, damaged or of another model.
     """
     directory = resolve(path)
-    if not (directory / "state.json").is_file():
+    if (directory / "config.json").is_file():
         from gpt_dist.hf import load_pretrained  # only exported models need it
 
         config, tensors, tokenizer = load_pretrained(directory)
