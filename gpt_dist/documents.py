@@ -10,9 +10,8 @@ import codecs
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from gpt_dist.errors import GptDistError
 
@@ -23,8 +22,7 @@ MAX_RUN = 1 << 24
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where reading goes on: a byte or row of a file, perhaps in the middle of a document."""
 
     offset: int = 0
@@ -34,8 +32,7 @@ class Position:
 START = Position()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A document, or a part of one."""
 
     text: str
@@ -197,12 +194,15 @@ class ByteWindow:
         self._begin = 0
         return bool(block)
 
-    def find(self, separator: bytes | None) -> int:
-        """Bytes before the next separator; -1 where the window has none."""
-        if separator is None:
-            return -1
+    def find(self, separator: bytes) -> int:
+        """Bytes before the first separator; -1 where the window has none."""
         found = self._data.find(separator, max(self._begin, self._scanned))
         self._scanned = len(self._data) - len(separator) + 1  # it may have begun there
+        return found - self._begin if found >= 0 else -1
+
+    def rfind(self, separator: bytes) -> int:
+        """Bytes before the last separator; -1 where the window has none."""
+        found = self._data.rfind(separator, self._begin)
         return found - self._begin if found >= 0 else -1
 
     def take(self, count: int) -> None:
@@ -223,8 +223,9 @@ class ByteWindow:
         """
         data = self.bytes(count)
         try:
-            decode = codecs.getincrementaldecoder("utf-8")().decode
-            return decode(data) if partial else data.decode()
+            return (
+                codecs.getincrementaldecoder("utf-8")().decode(data) if partial else data.decode()
+            )
         except UnicodeDecodeError as error:
             unpacked = " of the unpacked file" if self._packing else ""
             raise GptDistError(

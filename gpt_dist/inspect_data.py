@@ -48,8 +48,8 @@ def inspect(directory: Path) -> int:
         )
         if told and vocabulary.eot_id is not None and documents != told["documents"]:
             problems.append(f"{split}: {documents:,} documents, not {told['documents']:,}")
-        ids = stream.read(0, min(SAMPLE_TOKENS, len(stream)))
         if not found:
+            ids = stream.read(0, min(SAMPLE_TOKENS, len(stream)))
             print(f"  begins with  {vocabulary.decode(ids.tolist())!r}")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -25,7 +25,12 @@ from typing import Any
 from gpt_dist.errors import GptDistError, UsageError, describe, run_main
 from gpt_dist.prepare_options import parse
 from gpt_dist.progress import WorkProgress
-from gpt_dist.shard_writing import DatasetWriter, read_journal, remove_data_set
+from gpt_dist.shard_writing import (
+    DatasetWriter,
+    read_journal,
+    remove_data_set,
+    remove_journal,
+)
 from gpt_dist.shards import DATASET_FILE, Split, default_directory, open_dataset, read_dataset_file
 from gpt_dist.sources import FileInput, Source, is_remote, open_source, split_by_characters
 from gpt_dist.tokenize_pool import Cursor, Input, read_chunks, tokenize
@@ -269,6 +274,7 @@ def found_complete(out: Path, arguments: dict[str, Any]) -> bool:
         streams = [dataset.split("train"), dataset.split("val")]
     except GptDistError as error:
         raise GptDistError(f"{error}; --overwrite makes the data set anew") from None
+    remove_journal(out)  # the last thing that a killed attempt may have left to do
     tokens = sum(len(stream) for stream in streams if stream)
     print(f"{out}: is there already, with the same arguments ({tokens:,} tokens)")
     return True

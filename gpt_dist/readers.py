@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 1 << 27
 """Longest line of JSON."""
 
 TextMode = Literal["files", "lines", "eot"]
-_SEPARATORS: dict[TextMode, bytes] = {"lines": b"\n", "eot": END_OF_TEXT.encode()}
+SEPARATORS: dict[TextMode, str | None] = {"files": None, "lines": "\n", "eot": END_OF_TEXT}
 
 
 def read_text(
@@ -48,23 +48,27 @@ def read_text(
     Raises:
         GptDistError: the file cannot be read, is not UTF-8, or cannot be cut.
     """
-    separator = _SEPARATORS.get(mode)
+    separator = SEPARATORS[mode]
     inside, wanted = at.inside, PIECE_BYTES
     with closing(ByteWindow(path, max(start, at.offset), end)) as window:
-        while True:
-            length, ended = window.find(separator), False
+        ended = False
+        while not ended:
+            length = window.rfind(separator.encode()) if separator else -1
             if length < 0 and len(window) < wanted:
                 if window.grow():
                     continue
                 length, ended = len(window), True
-            if length >= 0:
-                text = _strip(window.text(length), mode, not inside, True)
+            if length >= 0:  # all documents that end in this window
+                block, position = window.text(length), window.position
                 window.take(length if ended or not separator else length + len(separator))
-                if text and (inside or not text.isspace()):
-                    yield Piece(text, not inside, Position(window.position), window.done)
-                inside, wanted = False, PIECE_BYTES
-                if ended:
-                    return
+                ascii_only, done = block.isascii(), window.done
+                for document in block.split(separator) if separator else [block]:
+                    position += len(document) if ascii_only else len(document.encode())
+                    position = min(position + len(separator or ""), window.position)
+                    text = _strip(document, mode, not inside, True)
+                    if text and (inside or not text.isspace()):
+                        yield Piece(text, not inside, Position(position), done)
+                    inside, wanted = False, PIECE_BYTES
             else:  # a long document: give out what is surely not its end, nor of a separator
                 text = window.text(len(window) - len(END_OF_TEXT), partial=True)
                 cut = safe_cut(text, len(text) - 1)
@@ -171,17 +175,24 @@ def read_parquet(path: Path, column: str, at: Position) -> Iterator[Piece]:
                 for batch in file.iter_batches(
                     batch_size=min(1024, max(1, rows)), row_groups=[group], columns=[column]
                 ):
-                    for value in batch.column(0):
+                    for text in _texts(batch.column(0)):
                         row += 1
-                        if row > at.offset:
-                            text = value.as_py() or ""
+                        if text and row > at.offset:
                             done = row / file.metadata.num_rows
                             yield from whole_document(text, f"{path}: row {row:,}", row, done)
     except UnicodeDecodeError as error:
-        raise GptDistError(f"{path}: row {row:,}: not UTF-8: byte {error.start:,}") from None
+        raise GptDistError(f"{path}: row {row + 1:,}: not UTF-8: byte {error.start:,}") from None
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise GptDistError(f"{path}: cannot be read as parquet: {reason}") from None
+
+
+def _texts(values: pa.Array) -> Iterator[str | None]:
+    try:
+        texts = values.to_pylist()
+    except UnicodeDecodeError:  # again one by one, to know which
+        texts = (value.as_py() for value in values)
+    yield from texts
 
 
 def _check_column(path: Path, schema: pa.Schema, column: str) -> None:

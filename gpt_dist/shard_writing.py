@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,11 +144,11 @@ class DatasetWriter:
             for split in SPLITS
         }
         if journal is None:
+            self.commit(self.cursor)  # first, for what follows to be known as ours after a kill
             tokenizer.save(directory)
-            self.commit(self.cursor)
         else:
-            position = Position(**journal["cursor"].pop("position"))
-            self.cursor = Cursor(position=position, **journal["cursor"])
+            index, position, documents = journal["cursor"]
+            self.cursor = Cursor(index, Position(*position), documents)
             for split, writer in self.splits.items():
                 writer.restore(journal["splits"][split])
 
@@ -165,7 +165,7 @@ class DatasetWriter:
         journal = {
             "format_version": DATASET_FORMAT_VERSION,
             "arguments": self.arguments,
-            "cursor": asdict(cursor),
+            "cursor": cursor,
             "splits": {split: writer.state() for split, writer in self.splits.items()},
         }
         write_atomically(self.directory / JOURNAL_FILE, json.dumps(journal).encode())
@@ -192,8 +192,7 @@ class DatasetWriter:
         write_atomically(
             self.directory / DATASET_FILE, (json.dumps(info, indent=2) + "\n").encode()
         )
-        (self.directory / JOURNAL_FILE).unlink()
-        sync_directory(self.directory)
+        remove_journal(self.directory)
         return info
 
     def close(self) -> None:
@@ -209,28 +208,51 @@ def fingerprint(tokenizer_sha256: str, splits: dict[Any, dict[str, Any]]) -> str
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
-    """The journal of an unfinished data set; None where there is none.
+    """The journal of an unfinished data set, to go on with it; None where there is none.
+
+    What is left of an attempt that had hardly begun, or of a removal, is removed.
 
     Raises:
-        GptDistError: it is damaged.
+        GptDistError: the journal is damaged.
     """
     path = directory / JOURNAL_FILE
     try:
         journal: dict[str, Any] = json.loads(path.read_bytes())
+        version = journal["format_version"]
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         raise GptDistError(f"{path}: damaged; --overwrite starts over") from None
+    if version != DATASET_FORMAT_VERSION:
+        raise GptDistError(f"{path}: of another version; --overwrite starts over")
+    if "cursor" not in journal or not (directory / FILE_NAME).exists():
+        remove_data_set(directory)
+        return None
     return journal
 
 
-def remove_data_set(directory: Path) -> None:
-    """Remove all that a ``DatasetWriter`` makes, first the file that makes it a data set."""
-    (directory / DATASET_FILE).unlink(missing_ok=True)
+def remove_journal(directory: Path) -> None:
+    """The data set is complete."""
+    for name in (JOURNAL_FILE, f".{JOURNAL_FILE}.part", f".{DATASET_FILE}.part"):
+        (directory / name).unlink(missing_ok=True)
     sync_directory(directory)
+
+
+def remove_data_set(directory: Path) -> None:
+    """Remove all that a ``DatasetWriter`` makes, if it made anything there.
+
+    A kill in the middle leaves a journal, and so no data set but one that may be removed.
+    """
+    if (directory / DATASET_FILE).exists():
+        (directory / DATASET_FILE).replace(directory / JOURNAL_FILE)
+        sync_directory(directory)
+    if not (directory / JOURNAL_FILE).exists():
+        return
     patterns = [f"*_{split}_[0-9]*.bin{part}" for split in SPLITS for part in ("", ".part")]
     for pattern in patterns:
         for path in directory.glob(pattern):
             path.unlink()
-    for name in (FILE_NAME, JOURNAL_FILE):
-        (directory / name).unlink(missing_ok=True)
+    for name in (FILE_NAME, DATASET_FILE, JOURNAL_FILE):
+        (directory / f".{name}.part").unlink(missing_ok=True)
+    (directory / FILE_NAME).unlink(missing_ok=True)
+    (directory / JOURNAL_FILE).unlink()

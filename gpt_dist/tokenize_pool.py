@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gpt_dist.documents import START, Piece, Position
 from gpt_dist.shards import Split
@@ -46,8 +46,7 @@ class Input(Protocol):
         """This input is read next: begin to fetch it, if it is far away."""
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """Where reading all the inputs goes on."""
 
     input: int = 0
