@@ -8,9 +8,7 @@ nothing else, and ``state.json`` lists the sha256 of the other files.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -20,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt_dist.config import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError, describe
 from gpt_dist.files import sync_directory
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
+from gpt_dist.tensor_files import TensorFile, file_sha256, safetensors_chunks, write_file
 from gpt_dist.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 @dataclass
@@ -48,70 +45,6 @@ class Progress:
     """Last step that was sampled from."""
     best_loss: float | None = None
     """Lowest validation loss so far."""
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write a file through to the disk; returns its sha256."""
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor (github.com/huggingface/safetensors).
-
-    The library's own writer copies every tensor and cannot tell the checksum on the way.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-class TensorFile:
-    """A safetensors file, one tensor at a time.
-
-    Raises:
-        GptDistError: the file is not whole, or a tensor is missing.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise GptDistError(f"{path}: not a complete safetensors file ({error})") from None
-        self.names: set[str] = set(self._file.keys())
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise GptDistError(f"{self.path}: has no tensor {name}")
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
 
 
 # --- writing ------------------------------------------------------------------------------------

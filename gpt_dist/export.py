@@ -91,8 +91,8 @@ def export_llmc(model: GPT, out: Path, dtype: Any) -> None:
     Raises:
         UsageError: llm.c has no such model.
     """
-    from gpt_dist.checkpoint import write_file
     from gpt_dist.llmc import to_llmc
+    from gpt_dist.tensor_files import write_file
 
     chunks = to_llmc(model, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +119,11 @@ def export_hf(
     Raises:
         UsageError: ``out`` is taken, or transformers has no such architecture.
     """
-    from gpt_dist.checkpoint import safetensors_chunks, write_file
     from gpt_dist.files import new_directory
     from gpt_dist.hf import to_hf_config, to_hf_weights
     from gpt_dist.hf_tokenizers import tokenizer_files
     from gpt_dist.model_card import model_card
+    from gpt_dist.tensor_files import safetensors_chunks, write_file
 
     config = model.config
     data = to_hf_config(config, tokenizer.eot_id, dtype)

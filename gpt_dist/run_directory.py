@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_dist.checkpoint import complete_checkpoints, newest_checkpoint, read_state, resolve, verify
-from gpt_dist.config import Config, build, flags, parse_yaml, to_yaml
+from gpt_dist.command_line import build, flags, parse_yaml
+from gpt_dist.config import Config, to_yaml
 from gpt_dist.distributed import World
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.files import write_atomically

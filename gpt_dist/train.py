@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from gpt_dist.config import load
+from gpt_dist.command_line import load
 from gpt_dist.errors import run_main
 
 

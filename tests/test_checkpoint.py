@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from gpt_dist.checkpoint import (
     CheckpointWriter,
-    TensorFile,
     complete_checkpoints,
     load_model,
     newest_checkpoint,
@@ -26,6 +25,7 @@ from gpt_dist.checkpoint import (
 from gpt_dist.config import Config, ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model import GPT
+from gpt_dist.tensor_files import TensorFile
 from gpt_dist.tokenizers import CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefgh")

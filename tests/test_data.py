@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt_dist.data
-from gpt_dist.config import Config, build
+from gpt_dist.command_line import build
+from gpt_dist.config import Config
 from gpt_dist.data import (
     BLOCK,
     Loader,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_dist.config import build
+from gpt_dist.command_line import build
 from gpt_dist.deepspeed_engine import build_config
 from gpt_dist.errors import UsageError
 from tests.conftest import column, read_rows, run_train, train_many

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gpt_dist import distributed
-from gpt_dist.config import load
+from gpt_dist.command_line import load
 from gpt_dist.errors import run_main
 from gpt_dist.signals import StopSignal
 from gpt_dist.trainer import Trainer
