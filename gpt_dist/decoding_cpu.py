@@ -44,7 +44,7 @@ class CpuBackend:
         config = model.config
         head_size = config.n_embd // config.n_head
         context = -(-context // 16) * 16  # keys lie in tiles of 16 positions
-        sizes = head_size, -(-head_size // 16) * 16
+        sizes = -(-head_size // 2) * 2, -(-head_size // 16) * 16
         stored = torch.float32 if dtype == "fp32" else torch.bfloat16
         heads = config.n_layer * slots * config.n_head
         self._keys, self._values = (
@@ -125,9 +125,9 @@ class CpuBackend:
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""
         key, value = self._sizes
-        tiles = -(-length // 16) * 16 * key
-        self._keys[:, target, :, :tiles] = self._keys[:, source, :, :tiles]
-        self._values[:, target, :, : length * value] = self._values[:, source, :, : length * value]
+        length = -(-length // 16) * 16  # whole tiles
+        for cache, size in ((self._keys, key), (self._values, value)):
+            cache[:, target, :, : length * size] = cache[:, source, :, : length * size]
 
     def prefill(self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int) -> None:
         """Write keys and values of ``ids`` at positions ``start``... of a slot."""
@@ -167,7 +167,7 @@ class CpuBackend:
             )
             self._scratch = kernels.buffer(size)
         addresses = (row.ctypes.data for row in self._inputs)
-        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride)
+        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride, draws is None)
         self._library.forward(
             weights.model, self._cache, rows, self._scratch.data_ptr(), self.threads, draws,
             self._tokens.ctypes.data, self._logprobs.ctypes.data, self._top_ids.ctypes.data,

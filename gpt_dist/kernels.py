@@ -71,7 +71,7 @@ class Cache(Structure):
 class Rows(Structure):
     _fields_ = (
         ("count", c_int32), ("ids", c_void_p), ("slots", c_void_p), ("positions", c_void_p),
-        ("logits", c_void_p), ("stride", c_int64),
+        ("logits", c_void_p), ("stride", c_int64), ("shared", c_int32),
     )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ struct Rows {  // what one call computes
     const int32_t *ids, *slots, *positions;
     float* logits;  // (count, stride), or null
     int64_t stride;
+    int32_t shared;  // whether rows may have a slot in common
 };
 
 // Calls of Team::each, at most.
@@ -96,7 +97,7 @@ constexpr int PHASES_A_LAYER = 11, OTHER_PHASES = 4;
 
 template <DType D> void forward(Team& team, const Model& model, const Cache& cache,
                                 const Rows& rows, const Scratch& s) {
-    using Stored = std::conditional_t<D == FP32, float, uint16_t>;
+    using Stored = std::conditional_t<D == FP32, float, Bf16>;
     const int width = model.width, size = model.head_size, count = rows.count;
     auto x = [&](int row) { return s.x + (size_t)row * s.c; };
     auto mixed = [&](int row) { return s.mixed + (size_t)row * s.c; };
@@ -123,20 +124,24 @@ template <DType D> void forward(Team& team, const Model& model, const Cache& cac
             s.narrow.set<D>(row, model.pre_norm ? normed(row, layer.ln_1) : x(row), width);
         });
         linear<D>(team, s.narrow, layer.qkv, count, s.qkv, s.c3, STORE);
-        team.each(count, [&](int row) {
-            for (int h = 0; h < model.n_head; h++)
-                head(index, row, h)
-                    .put(rows.positions[row], qkv(row) + width + h * size,
-                         qkv(row) + 2 * width + h * size);
-        });
+        auto put = [&](int row, int h) {
+            const float* key = qkv(row) + width + h * size;
+            head(index, row, h).put(rows.positions[row], key, key + width);
+        };
+        if (rows.shared)
+            team.each(model.n_head, [&](int h) {
+                for (int row = 0; row < count; row++) put(row, h);
+            });
         constexpr int TOGETHER = 4;  // rows an item, so that handing out items costs little
         const int items = (count + TOGETHER - 1) / TOGETHER;
         team.each(items * model.n_head, [&](int item) {
             const int h = item / items, first = item % items * TOGETHER;
-            for (int row = first; row < std::min(count, first + TOGETHER); row++)
+            for (int row = first; row < std::min(count, first + TOGETHER); row++) {
+                if (!rows.shared) put(row, h);
                 head(index, row, h)
                     .attend(qkv(row) + h * size, rows.positions[row] + 1,
                             s.weights + (size_t)team.rank * cache.context, mixed(row) + h * size);
+            }
         });
         team.each(count, [&](int row) { s.narrow.set<D>(row, mixed(row), width); });
         linear<D>(team, s.narrow, layer.mix, count, s.x, s.c, ADD);
@@ -195,7 +200,7 @@ void forward(const Model* model, const Cache* cache, const Rows* rows, uint8_t* 
                                                : forward<INT8>;
 #pragma omp parallel num_threads(threads)
     {
-        Team team(omp_get_thread_num(), phases.data());
+        Team team(omp_get_thread_num(), omp_get_num_threads(), phases.data());
         kernel(team, *model, *cache, *rows, buffers);
         if (draws)
             team.each(rows->count, [&](int row) {

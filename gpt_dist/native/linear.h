@@ -66,23 +66,48 @@ struct Operand {
     }
 };
 
+// Weights that are wanted soon, brought nearer while others are in use.
+struct Ahead {
+    const uint8_t* next;
+    int lines;  // cache lines a step
+
+    void fetch() {
+        for (int i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    }
+};
+
+// sums + weights (unsigned) * inputs (signed), four products a lane. As assembly, because GCC 12
+// keeps copies of all sums on the stack around the intrinsic.
+__m512i dot(__m512i sums, __m512i weights, __m512i inputs) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(inputs));
+    return sums;
+}
+
 // The sums of R rows times 64 outputs over all inputs.
 template <DType D, int R> struct Tile {
     static constexpr int V = BLOCK / LANES;
     Vec total[R][V];
 
-    Tile(const Operand& x, int row, const uint8_t* weight) {
+    Tile(const Operand& x, int row, const uint8_t* weight, Ahead ahead) {
         for (auto& line : total)
             for (Vec& value : line) value = Vec{};
         if constexpr (D == INT8) {
-            for (int group = 0; group < x.inputs / GROUP; group++)
-                add_group(x, row, group, weight + (size_t)group * GROUP * BLOCK);
+            for (int group = 0; group < x.inputs / GROUP; group++) {
+                // With many rows the float sums have to stay in memory, so that the integer sums
+                // fit into the registers.
+                if constexpr (R > 2)
+                    add_group_apart(x, row, group, weight, ahead);
+                else
+                    add_group(x, row, group, weight, ahead);
+                weight += GROUP * BLOCK;
+            }
             return;
         }
         constexpr int STEP = D == FP32 ? 1 : 2;  // inputs that one instruction takes
         const int steps = x.inputs / STEP;
         const float* in = (const float*)x.data + (size_t)row * steps;
         for (int k = 0; k < steps; k++, weight += BLOCK * 4) {
+            ahead.fetch();
             Vec w[V];
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) w[v] = _mm512_loadu_ps(weight + v * 64);
@@ -99,9 +124,15 @@ template <DType D, int R> struct Tile {
         }
     }
 
+    __attribute__((noinline)) void add_group_apart(const Operand& x, int row, int group,
+                                                   const uint8_t* weight, Ahead& ahead) {
+        add_group(x, row, group, weight, ahead);
+    }
+
     // Integer sums over one group, then scaled. Weights are stored with 128 added, as the
     // instruction wants one side unsigned; the operand's sums take that off again.
-    void add_group(const Operand& x, int row, int group, const uint8_t* weight) {
+    __attribute__((always_inline)) void add_group(const Operand& x, int row, int group,
+                                                  const uint8_t* weight, Ahead& ahead) {
         __m512i part[R][V];
         const int groups = x.inputs / GROUP, steps = x.inputs / 4;
         const int32_t* in = (const int32_t*)x.data + (size_t)row * steps + group * (GROUP / 4);
@@ -110,7 +141,9 @@ template <DType D, int R> struct Tile {
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
                 part[r][v] = _mm512_set1_epi32(x.sum[(row + r) * groups + group]);
+        Ahead here = ahead;
         for (int k = 0; k < GROUP / 4; k++, weight += BLOCK * 4) {
+            here.fetch();
             __m512i w[V];
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) w[v] = _mm512_loadu_si512(weight + v * 64);
@@ -118,9 +151,10 @@ template <DType D, int R> struct Tile {
             for (int r = 0; r < R; r++) {
                 __m512i in_r = _mm512_set1_epi32(in[(size_t)r * steps + k]);
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) part[r][v] = _mm512_dpbusd_epi32(part[r][v], w[v], in_r);
+                for (int v = 0; v < V; v++) part[r][v] = dot(part[r][v], w[v], in_r);
             }
         }
+        ahead = here;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             Vec scale = _mm512_set1_ps(x.scale[(row + r) * groups + group]);
@@ -149,9 +183,9 @@ template <DType D, int R> struct Tile {
 };
 
 template <DType D, int R> void run_tile(const Operand& x, int row, const Linear& layer, int block,
-                                        float* out, size_t stride, Epilogue e) {
+                                        Ahead ahead, float* out, size_t stride, Epilogue e) {
     const uint8_t* weight = layer.weight + (size_t)block * x.inputs * block_bytes(D);
-    Tile<D, R>(x, row, weight).finish(layer, block * BLOCK, out + row * stride, stride, e);
+    Tile<D, R>(x, row, weight, ahead).finish(layer, block * BLOCK, out + row * stride, stride, e);
 }
 
 // out (rows, outputs) = epilogue(x (rows, inputs) times the layer)
@@ -160,13 +194,26 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
     constexpr decltype(&run_tile<D, 1>) kernels[] = {run_tile<D, 1>, run_tile<D, 2>,
                                                      run_tile<D, 3>, run_tile<D, 4>,
                                                      run_tile<D, 5>, run_tile<D, 6>};
-    const int tiles = (rows + 5) / 6;
-    team.each(padded(layer.outputs, BLOCK) / BLOCK, [&](int block) {
+    const int tiles = (rows + 5) / 6, blocks = padded(layer.outputs, BLOCK) / BLOCK;
+    const size_t size = (size_t)x.inputs * block_bytes(D);
+    // Each tile brings its share of the block that this thread probably gets next. A single tile
+    // leaves that to the hardware, which follows one stream well.
+    const int lines = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 0;
+    team.each(blocks, [&](int block) {
+        const uint8_t* next = layer.weight + (block + team.size) * size;
         for (int tile = 0; tile < tiles; tile++) {
-            const int first = rows * tile / tiles, next = rows * (tile + 1) / tiles;
-            kernels[next - first - 1](x, first, layer, block, out, stride, e);
+            const int first = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+            const bool useful = block + team.size < blocks && tile * lines < BLOCK / LANES;
+            const Ahead ahead{next + tile * lines * size / 4, useful ? lines : 0};
+            kernels[end - first - 1](x, first, layer, block, ahead, out, stride, e);
         }
     });
+}
+
+uint16_t to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
 
 // weight (outputs, inputs) in fp32 to the layout that tiles read: for each block of 64 outputs,
@@ -190,7 +237,7 @@ template <DType D> void pack_block(const float* weight, int outputs, int inputs,
             const float value = output < outputs && k < inputs ? row[k] : 0;
             const size_t at = (size_t)(k / STEP * BLOCK + column) * STEP + k % STEP;
             if (D == FP32) ((float*)packed)[at] = value;
-            if (D == BF16) store((uint16_t*)packed + at, value);
+            if (D == BF16) ((uint16_t*)packed)[at] = to_bf16(value);
             if (D == INT8) packed[at] = (uint8_t)(std::lrint(value * inverse) + 128);
         }
     }

@@ -51,9 +51,9 @@ struct Phase {
 
 class Team {
   public:
-    const int rank;
+    const int rank, size;
 
-    Team(int rank, Phase* phases) : rank(rank), phase(phases) {}
+    Team(int rank, int size, Phase* phases) : rank(rank), size(size), phase(phases) {}
 
     template <class F> void each(int items, F&& work) {
         int mine = 0;
@@ -68,18 +68,5 @@ class Team {
   private:
     Phase* phase;
 };
-
-// Storage of 16-bit floats: bf16, the upper half of an fp32.
-Vec load(const float* p) { return _mm512_loadu_ps(p); }
-Vec load(const uint16_t* p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-void store(float* p, float x) { *p = x; }
-void store(uint16_t* p, float x) {  // rounds to nearest even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *p = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
 
 }  // namespace
