@@ -41,6 +41,12 @@ soak: install  ## The long versions of the fault tests; results go to benchmarks
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
 	SOAK=1 $(BIN)/pytest tests/serve
 
+docs: install  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+image-check: install  ## Build the Dockerfile with buildah (as root), train and serve inside
+	bash launch/container/image-check.sh
+
 format: install  ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -49,4 +55,4 @@ clean:  ## Remove the environment, caches and build products (runs/ and data/ st
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-cluster check lint soak format clean
+.PHONY: help install demo test test-cluster check lint soak docs image-check format clean

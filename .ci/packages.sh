@@ -12,6 +12,7 @@ need node nodejs
 need npm npm
 need chromium chromium
 need g++ g++
+need docker-compose docker-compose
 if [ ${#wanted[@]} -gt 0 ]; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
