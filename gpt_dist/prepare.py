@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt_dist.data_names import default_directory
 from gpt_dist.errors import GptDistError, UsageError, describe, run_main
 from gpt_dist.prepare_options import parse
 from gpt_dist.progress import WorkProgress
@@ -31,7 +32,7 @@ from gpt_dist.shard_writing import (
     remove_data_set,
     remove_journal,
 )
-from gpt_dist.shards import DATASET_FILE, Split, default_directory, open_dataset, read_dataset_file
+from gpt_dist.shards import DATASET_FILE, Split, open_dataset, read_dataset_file
 from gpt_dist.sources import FileInput, Source, is_remote, open_source, split_by_characters
 from gpt_dist.tokenize_pool import Cursor, Input, read_chunks, tokenize
 from gpt_dist.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer

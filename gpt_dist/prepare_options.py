@@ -7,8 +7,8 @@ import os
 import re
 from typing import NoReturn
 
+from gpt_dist.data_names import VARIANTS
 from gpt_dist.errors import UsageError
-from gpt_dist.shards import VARIANTS
 from gpt_dist.tokenizers import MAX_VOCAB_SIZE
 
 EPILOG = """\

@@ -21,7 +21,7 @@ from gpt_dist.documents import (
     whole_document,
 )
 from gpt_dist.errors import GptDistError
-from gpt_dist.tokenizers import END_OF_TEXT
+from gpt_dist.gpt2_vocabulary import END_OF_TEXT
 
 if TYPE_CHECKING:
     import pyarrow as pa

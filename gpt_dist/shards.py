@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
+from gpt_dist.data_names import prepare_command
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.files import naming, sync_directory
 from gpt_dist.tokenizers import FILE_NAME, MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
@@ -202,6 +203,7 @@ class TokenStream:
         self.vocab_size = vocab_size
         _allow_open_files(len(self.paths))
         self._shards = [read_shard(path) for path in self.paths]
+        self._views: dict[tuple[int, int], NDArray[np.uint16]] = {}
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -243,7 +245,7 @@ class TokenStream:
             IndexError: a window reaches outside of the stream.
             GptDistError: a token id beyond the vocabulary; the shard and position are named.
         """
-        windows = np.empty((len(starts), length), dtype=TOKEN)
+        windows: NDArray[np.uint16] = np.empty((len(starts), length), dtype=TOKEN)
         if windows.size == 0:
             return windows
         if starts.min() < 0 or starts.max() + length > len(self):
@@ -251,19 +253,29 @@ class TokenStream:
                 f"windows of {length} from {starts.min()} to {starts.max()} "
                 f"of a stream of {len(self)}"
             )
-        shards = np.searchsorted(self._ends, starts, side="right")
-        crossing = starts + length > self._ends[shards]
-        for shard in np.unique(shards[~crossing]):
-            rows = np.flatnonzero((shards == shard) & ~crossing)
-            data = self._shards[shard]
-            offsets = starts[rows] - (self._ends[shard] - len(data))
-            windows[rows] = np.lib.stride_tricks.sliding_window_view(data, length)[offsets]
-        for row in np.flatnonzero(crossing):
-            windows[row] = self.read(int(starts[row]), length)
+        if len(self._shards) == 1:
+            windows = self._view(0, length)[starts]
+        else:
+            shards = np.searchsorted(self._ends, starts, side="right")
+            crossing = starts + length > self._ends[shards]
+            for shard in np.unique(shards[~crossing]):
+                rows = np.flatnonzero((shards == shard) & ~crossing)
+                first = self._ends[shard] - len(self._shards[shard])
+                windows[rows] = self._view(int(shard), length)[starts[rows] - first]
+            for row in np.flatnonzero(crossing):
+                windows[row] = self.read(int(starts[row]), length)
         if self.vocab_size < MAX_VOCAB_SIZE and int(windows.max()) >= self.vocab_size:
             bad = int(np.flatnonzero((windows >= self.vocab_size).any(axis=1))[0])
             self.read(int(starts[bad]), length)  # raises, naming shard and position
         return windows
+
+    def _view(self, shard: int, length: int) -> NDArray[np.uint16]:
+        """All windows of one shard, (tokens - length + 1, length), without a copy."""
+        view = self._views.get((shard, length))
+        if view is None:
+            view = np.lib.stride_tricks.sliding_window_view(self._shards[shard], length)
+            self._views[shard, length] = view
+        return view
 
 
 def _allow_open_files(count: int) -> None:
@@ -386,32 +398,3 @@ def read_dataset_file(directory: Path) -> dict[str, Any]:
             f"{path}: format_version {version!r}; this version reads {DATASET_FORMAT_VERSION}"
         )
     return info
-
-
-VARIANTS = {"fineweb": "sample-10BT", "fineweb-edu": "sample-10BT"}
-"""Sources that have variants, with the variant that is meant without a flag."""
-NAMED_SOURCES = ("shakespeare", "tinyshakespeare", "tinystories", "fineweb-edu", "fineweb")
-"""Sources that need no further argument."""
-
-
-def default_directory(source: str, variant: str | None, tokenizer: str) -> Path:
-    """Where ``gpt_dist.prepare`` writes without ``--out``: data/SOURCE[-VARIANT][-TOKENIZER]."""
-    parts = [source, variant or VARIANTS.get(source), None if tokenizer == "gpt2" else tokenizer]
-    return Path("data") / "-".join(part for part in parts if part)
-
-
-def prepare_command(directory: Path) -> str:
-    """The command that makes a missing data set, as far as its name tells."""
-    name, tokenizer = directory.name, "gpt2"
-    for kind in ("char", "bpe"):
-        if name.endswith(f"-{kind}"):
-            name, tokenizer = name.removesuffix(f"-{kind}"), kind
-    for source in NAMED_SOURCES:
-        variant = name.removeprefix(f"{source}-") if source in VARIANTS else name
-        if name == source or variant != name:
-            command = f"python -m gpt_dist.prepare {source}"
-            command += f" --variant {variant}" if variant != name else ""
-            command += f" --tokenizer {tokenizer}" if tokenizer != "gpt2" else ""
-            default = default_directory(source, variant if variant != name else None, tokenizer)
-            return command if directory == default else f"{command} --out {directory}"
-    return "python -m gpt_dist.prepare SOURCE (--help lists the sources)"

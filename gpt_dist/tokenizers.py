@@ -9,30 +9,25 @@ neither the network nor a cache directory.
 
 from __future__ import annotations
 
-import base64
 import codecs
-import gzip
-import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.errors import UsageError
 from gpt_dist.files import write_atomically
+from gpt_dist.gpt2_vocabulary import END_OF_TEXT, EOT_ID, VOCAB_SIZE, encoding, merge_ranks
 
 if TYPE_CHECKING:
-    import tiktoken
     import tokenizers
     from numpy.typing import NDArray
 
-END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 FILE_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
@@ -133,14 +128,14 @@ class Gpt2Tokenizer(Tokenizer):
     """OpenAI's GPT-2 vocabulary (50,257 ids), through tiktoken and the merge table shipped here."""
 
     name = "gpt2"
-    vocab_size = 50257
-    eot_id = 50256
+    vocab_size = VOCAB_SIZE
+    eot_id = EOT_ID
 
     def encode(self, text: str) -> list[int]:
-        return _gpt2_encoding().encode_ordinary(text)
+        return encoding().encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        return _gpt2_encoding().encode_ordinary_batch(texts, num_threads=threads)
+        return encoding().encode_ordinary_batch(texts, num_threads=threads)
 
     def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
         if any(END_OF_TEXT in text for text in texts):
@@ -150,7 +145,7 @@ class Gpt2Tokenizer(Tokenizer):
             END_OF_TEXT + text if start else text for text, start in zip(texts, starts, strict=True)
         )
         try:
-            ids = _gpt2_encoding().encode_to_numpy(joined, allowed_special={END_OF_TEXT})
+            ids = encoding().encode_to_numpy(joined, allowed_special={END_OF_TEXT})
         except UnicodeEncodeError:  # a lone surrogate; tiktoken's other functions replace it
             return super().encode_documents(texts, starts)
         return ids.astype(np.uint16)
@@ -158,44 +153,13 @@ class Gpt2Tokenizer(Tokenizer):
     @cached_property
     def _table(self) -> Sequence[bytes]:
         table = [b""] * self.vocab_size
-        for piece, token in _gpt2_ranks().items():
+        for piece, token in merge_ranks().items():
             table[token] = piece
         table[self.eot_id] = END_OF_TEXT.encode()
         return table
 
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "type": "gpt2"}
-
-
-R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-"""Of the unpacked merge table; the figure that tiktoken itself checks for its download."""
-
-
-@cache
-def _gpt2_ranks() -> dict[bytes, int]:
-    asset = resources.files("gpt_dist") / "assets" / "gpt2.tiktoken.gz"
-    try:
-        data = gzip.decompress(asset.read_bytes())
-    except (OSError, EOFError) as error:
-        raise GptDistError(f"{asset}: cannot be read ({error}); reinstall gpt_dist") from None
-    if hashlib.sha256(data).hexdigest() != R50K_SHA256:
-        raise GptDistError(f"{asset}: not GPT-2's merge table (sha256 differs); reinstall gpt_dist")
-    pairs = (line.split() for line in data.splitlines())
-    return {base64.b64decode(piece): int(rank) for piece, rank in pairs}
-
-
-@cache
-def _gpt2_encoding() -> tiktoken.Encoding:
-    import tiktoken
-
-    return tiktoken.Encoding(
-        "gpt2",
-        explicit_n_vocab=Gpt2Tokenizer.vocab_size,
-        # GPT-2's pattern, with the possessive quantifiers by which tiktoken makes it fast.
-        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-        mergeable_ranks=_gpt2_ranks(),
-        special_tokens={END_OF_TEXT: Gpt2Tokenizer.eot_id},
-    )
 
 
 class CharTokenizer(Tokenizer):

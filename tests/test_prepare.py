@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
-from gpt_dist import prepare, tokenize_pool, tokenizers
+from gpt_dist import prepare, tokenize_pool
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.gpt2_vocabulary import merge_ranks
 from gpt_dist.shards import open_dataset, write_shard
 from gpt_dist.tokenizers import END_OF_TEXT, load_tokenizer
 from tests.file_server import serve
@@ -38,7 +39,7 @@ def encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "r50k",
         pat_str=openai_public.r50k_pat_str,
-        mergeable_ranks=tokenizers._gpt2_ranks(),
+        mergeable_ranks=merge_ranks(),
         special_tokens={END_OF_TEXT: EOT},
     )
 
@@ -439,7 +440,7 @@ def crash_at(number: int, *arguments: object) -> int:
 def test_dying_at_every_step_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each fsync, rename and removal in turn; then the same command completes the data set."""
     monkeypatch.setattr(tokenize_pool, "CHUNK_CHARACTERS", 1 << 13)
-    text = f"\n{END_OF_TEXT}\n".join(stories(160))
+    text = f"\n{END_OF_TEXT}\n".join(stories(100))
     (tmp_path / "x.txt").write_text(text)
     command = ["text", "x.txt", *FLAGS[:4], "--shard-tokens", "9k", "--workers", 1]
     run(*command, "--out", "whole")
@@ -465,7 +466,7 @@ def test_dying_at_every_step_of_writing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_dying_while_overwriting(tmp_path: Path) -> None:
     """What is there is at each moment the old data set, the new one, or visibly none."""
     (tmp_path / "x.txt").write_text("\n".join(stories(40)))
-    old = ["text", "x.txt", "--split", "lines", "--shard-tokens", 2500, "--workers", 1]
+    old = ["text", "x.txt", "--split", "lines", "--workers", 1]
     new = [*old, "--seed", 5, "--overwrite"]
     run(*new, "--out", "new")
     expected = open_dataset("new").fingerprint

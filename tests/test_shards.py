@@ -157,7 +157,7 @@ def test_windows_are_slices_of_the_stream(
     ends = np.cumsum(sizes)
     paths = [directory / f"{index}.bin" for index in range(len(sizes))]
     for path, size, end in zip(paths, sizes, ends, strict=True):
-        write_shard(path, tokens[end - size : end])
+        path.write_bytes(llmc_bytes(tokens[end - size : end].tolist()))
     stream = TokenStream(paths)
     assert len(stream) == len(tokens)
     assert stream.read(0, len(tokens)).tolist() == tokens.tolist()

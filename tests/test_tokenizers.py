@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt_dist import tokenizers
+from gpt_dist import gpt2_vocabulary
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.tokenizers import (
     END_OF_TEXT,
@@ -34,7 +34,8 @@ from gpt_dist.tokenizers import (
 # White space of all kinds, quotes, digits, marks, emoji with joiners, the end-of-text string.
 TRICKY = st.text(
     st.sampled_from([*"ab 'st\n\t\r\x1c\x85\u00a0\u3000019.,!-é\u0301ßж語中、🙂\u200d👩"])
-    | st.characters(exclude_categories=["Cs"])
+    # Not yet assigned characters mean different things to libraries of different ages.
+    | st.characters(exclude_categories=["Cs", "Cn"])
 )
 TEXTS = st.lists(TRICKY | st.sampled_from([END_OF_TEXT, "'re", "  ", "\n\n"]), max_size=8).map(
     "".join
@@ -54,7 +55,7 @@ def every_tokenizer(text: str) -> list[Tokenizer]:
 def gpt2_reference(text: str) -> list[int]:
     """GPT-2's encoder as published (openai/gpt-2, encoder.py): slow and simple."""
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    ranks = tokenizers._gpt2_ranks()
+    ranks = gpt2_vocabulary.merge_ranks()
     ids = []
     for word in regex.findall(pattern, text):
         parts = [bytes([byte]) for byte in word.encode()]
@@ -229,8 +230,8 @@ def test_gpt2_needs_neither_network_nor_cache() -> None:
 
 
 def test_merge_table_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizers._gpt2_ranks.cache_clear()
-    monkeypatch.setattr(tokenizers, "R50K_SHA256", "0" * 64)
+    gpt2_vocabulary.merge_ranks.cache_clear()
+    monkeypatch.setattr(gpt2_vocabulary, "R50K_SHA256", "0" * 64)
     with pytest.raises(GptDistError, match=r"gpt2\.tiktoken\.gz: not GPT-2's merge table"):
         load_tokenizer("gpt2").token_bytes(0)
 
