@@ -7,7 +7,9 @@ import logging
 import os
 
 from gpt_dist.errors import run_main
+from serve.logs import set_up
 from serve.options import Options, parse
+from serve.security import check_exposure
 
 log = logging.getLogger("serve")
 
@@ -43,8 +45,7 @@ async def serve(options: Options) -> int:
 def main() -> int:
     """Parse, set up the log, serve."""
     options = parse()
-    from serve.logs import set_up
-
+    check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
     set_up(options.log_format, options.log_level)
     return asyncio.run(serve(options))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import logging.handlers
+import queue
 import sys
+import threading
 import time
 from typing import Any
 
@@ -49,6 +53,45 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+class BackgroundHandler(logging.handlers.QueueHandler):
+    """Writes in a thread: whoever reads the log slowly must not hold up the event loop.
+
+    What does not fit into the queue is dropped, and the number of such records is told later.
+    """
+
+    def __init__(self, target: logging.Handler, capacity: int = 10_000) -> None:
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(capacity)
+        super().__init__(self.records)
+        self.target, self.dropped = target, 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # it stays in this process
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.records.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def _write(self) -> None:
+        while (record := self.records.get()) is not None:
+            self.target.handle(record)
+            if self.dropped and self.records.empty():
+                dropped, self.dropped = self.dropped, 0
+                text = f"{dropped} log records were dropped"
+                lost = logging.LogRecord("serve", logging.WARNING, "", 0, text, None, None)
+                self.target.handle(lost)
+
+    def close(self) -> None:
+        """Write what is left, within a second."""
+        with contextlib.suppress(queue.Full):
+            self.records.put_nowait(None)
+        self._thread.join(1)
+        super().close()
+
+
 def set_up(style: str, level: str) -> None:
     """Send the package's log to stderr.
 
@@ -56,8 +99,8 @@ def set_up(style: str, level: str) -> None:
         style: "plain" or "json".
         level: least severity.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
+    target = logging.StreamHandler(sys.stderr)
+    target.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
     logger = logging.getLogger("serve")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate = [BackgroundHandler(target)], False
     logger.setLevel(level.upper())

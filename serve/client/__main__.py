@@ -125,7 +125,10 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
             chosen["logit_bias"] = {int(token): float(bias) for token, bias in pairs}
         except ValueError:
             raise UsageError("--logit-bias: write ID=X, such as 198=-5") from None
-    return {name: value for name, value in chosen.items() if value not in (None, False)}
+    # 0 is a choice; False is a flag that was not given.
+    return {
+        name: value for name, value in chosen.items() if value is not None and value is not False
+    }
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

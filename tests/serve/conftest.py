@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -78,10 +79,11 @@ class Process:
     """``python -m serve`` as users start it."""
 
     def __init__(self, *arguments: object, **environment: str) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe could fill up
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve", *map(str, arguments)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
@@ -94,14 +96,15 @@ class Process:
             self.lines.append(line.rstrip())
             if line.startswith("ready: "):
                 return line.split()[1]
-        raise AssertionError(self.process.communicate())
+        raise AssertionError(self.end(None))
 
     def end(self, number: int | None = signal.SIGTERM, timeout: float = 30) -> tuple[int, str]:
         """Send a signal and wait; returns exit status and stderr."""
         if number is not None:
             self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=timeout)
-        return self.process.returncode, errors
+        self.process.communicate(timeout=timeout)
+        self.errors.seek(0)
+        return self.process.returncode, self.errors.read()
 
 
 @pytest.fixture

@@ -1,0 +1,323 @@
+"""``python -m serve.bench``: load a server, and say how long its users wait."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from gpt_dist.errors import GptDistError, UsageError, run_main
+from serve.client import AsyncClient, Prompt
+from serve.client.requests import DEFAULT_TARGET
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Record:
+    """One request as its user saw it; times in seconds."""
+
+    tokens: int = 0
+    first: float = math.nan
+    """Until the first token."""
+    gaps: list[float] = field(default_factory=list)
+    """Between tokens; those of one message share its gap."""
+    total: float = math.nan
+    error: str = ""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks; NaN of nothing."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (high - low) * (place - math.floor(place))
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles and mean, in milliseconds."""
+    figures = {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
+    figures["mean"] = sum(values) / len(values) if values else math.nan
+    return {name: round(value * 1000, 3) for name, value in figures.items()}
+
+
+def lengths(text: str) -> Callable[[random.Random], int]:
+    """A distribution of lengths: ``64``, ``uniform:16,128`` or ``normal:64,20``.
+
+    Raises:
+        argparse.ArgumentTypeError: not one of these.
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        if not rest:
+            fixed = int(kind)
+            if fixed < 1:
+                raise ValueError
+            return lambda _: fixed
+        low, high = (float(part) for part in rest.split(","))
+    except ValueError:
+        kind = ""
+    if kind == "uniform" and 1 <= low <= high:
+        return lambda draw: draw.randint(int(low), int(high))
+    if kind == "normal" and low >= 1 and high >= 0:
+        return lambda draw: max(1, round(draw.gauss(low, high)))
+    raise argparse.ArgumentTypeError(f"{text}: write 64, uniform:16,128 or normal:64,20")
+
+
+async def ask(
+    client: AsyncClient, prompt: Prompt, new_tokens: int, parameters: dict[str, Any]
+) -> Record:
+    """One streamed request."""
+    record = Record()
+    began = last = time.perf_counter()
+    try:
+        async for piece in client.stream(
+            prompt, max_new_tokens=new_tokens, ignore_eos=True, **parameters
+        ):
+            now, count = time.perf_counter(), len(piece.token_ids)
+            if count and not record.tokens:
+                record.first = now - began
+                record.gaps += [0.0] * (count - 1)
+            elif count:
+                record.gaps += [(now - last) / count] * count
+            record.tokens += count
+            last = now if count else last
+        record.total = time.perf_counter() - began
+    except grpc.aio.AioRpcError as error:
+        record.error = error.code().name
+    return record
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to ask, and how fast."""
+
+    requests: int
+    concurrency: int | None
+    """This many at a time; or else"""
+    rate: float | None
+    """this many a second, at random moments (a Poisson process)."""
+    prompts: list[Prompt]
+    """Used in turn."""
+    new_tokens: list[int]
+    """One for each request."""
+    parameters: dict[str, Any]
+
+
+async def run(
+    target: str, load: Load, seed: int, done: Callable[[], None] = lambda: None, **options: Any
+) -> tuple[list[Record], float]:
+    """Apply a load; returns what happened, and the seconds that it took.
+
+    Args:
+        target: the server.
+        load: the load.
+        seed: of the arrival times.
+        done: called after each request.
+        options: for `AsyncClient`.
+    """
+    draw = random.Random(seed)
+    records: list[Record] = []
+
+    async def one(client: AsyncClient, index: int) -> None:
+        prompt = load.prompts[index % len(load.prompts)]
+        records.append(await ask(client, prompt, load.new_tokens[index], load.parameters))
+        done()
+
+    async with AsyncClient(target, **options) as client:
+        await client.info()  # connects
+        began = time.perf_counter()
+        if load.rate is not None:
+            tasks = []
+            for index in range(load.requests):
+                tasks.append(asyncio.create_task(one(client, index)))
+                await asyncio.sleep(draw.expovariate(load.rate))
+            await asyncio.gather(*tasks)
+        else:
+            order = iter(range(load.requests))
+
+            async def worker() -> None:
+                for index in order:
+                    await one(client, index)
+
+            await asyncio.gather(*[worker() for _ in range(load.concurrency or 1)])
+        return records, time.perf_counter() - began
+
+
+def report(records: Sequence[Record], seconds: float) -> dict[str, Any]:
+    """Figures of a run."""
+    good = [record for record in records if not record.error]
+    tokens = sum(record.tokens for record in records)
+    return {
+        "requests": len(records),
+        "completed": len(good),
+        "errors": dict(Counter(record.error for record in records if record.error)),
+        "seconds": round(seconds, 3),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "requests_per_second": round(len(good) / seconds, 2),
+        "time_to_first_token_ms": summary([record.first for record in good]),
+        "inter_token_ms": summary([gap for record in good for gap in record.gaps]),
+        "end_to_end_ms": summary([record.total for record in good]),
+    }
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Draw the distributions of the three times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    good = [record for record in records if not record.error]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), constrained_layout=True)
+    for axis, title, values in zip(
+        axes,
+        ("time to first token", "between tokens", "end to end"),
+        (
+            [record.first for record in good],
+            [gap for record in good for gap in record.gaps],
+            [record.total for record in good],
+        ),
+        strict=True,
+    ):
+        ordered = sorted(value * 1000 for value in values)
+        axis.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post")
+        axis.set(title=title, xlabel="ms", ylabel="share of requests or tokens", ylim=(0, 1.02))
+        for percent in PERCENTILES:
+            axis.axhline(percent / 100, color="0.85", zorder=0)
+        axis.set_xlim(left=0)
+    figure.savefig(path, dpi=120)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m serve.bench",
+        description="Load a server with streamed requests and measure what its users see.",
+        epilog="""examples:
+  python -m serve.bench --concurrency 32 --requests 128
+  python -m serve.bench --rate 5 --prompt-tokens uniform:16,512 --new-tokens normal:64,20
+  python -m serve.bench --prompts questions.txt --json result.json --plot result.png""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
+    made.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
+    made.add_argument("--tls-ca", type=Path, metavar="FILE", help="authorities to trust, PEM")
+    made.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a request")
+    shape = made.add_mutually_exclusive_group()
+    shape.add_argument("--concurrency", type=int, metavar="N", help="at a time; default 8")
+    shape.add_argument("--rate", type=float, metavar="N", help="a second, at random moments")
+    made.add_argument("--requests", type=int, default=64, metavar="N", help="default %(default)s")
+    made.add_argument(
+        "--prompt-tokens", type=lengths, default=lengths("64"), metavar="LENGTHS",
+        help="64, uniform:16,128 or normal:64,20; random tokens; default 64",
+    )  # fmt: skip
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead")
+    made.add_argument(
+        "--new-tokens", type=lengths, default=lengths("64"), metavar="LENGTHS",
+        help="as --prompt-tokens; default 64",
+    )  # fmt: skip
+    made.add_argument("--temperature", type=float, default=1.0, metavar="X")
+    made.add_argument("--top-k", type=int, default=50, metavar="N", help="default %(default)s")
+    made.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the distributions (PNG)")
+    return made
+
+
+def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
+    draw = random.Random(arguments.seed)
+    if arguments.prompts is not None:
+        text = arguments.prompts.read_text(encoding="utf-8")
+        prompts: list[Prompt] = [line for line in text.splitlines() if line]
+        if not prompts:
+            raise UsageError(f"--prompts {arguments.prompts}: has no line with text")
+    else:
+        prompts = [
+            [draw.randrange(vocab_size) for _ in range(arguments.prompt_tokens(draw))]
+            for _ in range(arguments.requests)
+        ]
+    return Load(
+        requests=arguments.requests,
+        concurrency=None if arguments.rate else (arguments.concurrency or 8),
+        rate=arguments.rate,
+        prompts=prompts,
+        new_tokens=[arguments.new_tokens(draw) for _ in range(arguments.requests)],
+        parameters={"temperature": arguments.temperature, "top_k": arguments.top_k},
+    )
+
+
+def main() -> int:
+    """Run, print, write."""
+    made = parser()
+    arguments = made.parse_args()
+    if arguments.requests < 1 or (arguments.concurrency or 1) < 1 or (arguments.rate or 1) <= 0:
+        raise UsageError("--requests, --concurrency and --rate must be above 0")
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    options = {name: getattr(arguments, name) for name in ("token", "tls_ca", "timeout")}
+
+    async def whole() -> tuple[list[Record], float, Any]:
+        async with AsyncClient(arguments.target, **options) as client:
+            info = await client.info()
+        load = _load(arguments, info.vocab_size)
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("requests", total=load.requests)
+            records, seconds = await run(
+                arguments.target, load, arguments.seed,
+                lambda: progress.advance(task), **options,
+            )  # fmt: skip
+        return records, seconds, info
+
+    try:
+        records, seconds, info = asyncio.run(whole())
+    except grpc.aio.AioRpcError as error:
+        hint = f"{error.code().name}: {error.details()}"
+        raise GptDistError(f"{arguments.target}: {hint}") from None
+    figures = report(records, seconds)
+    table = Table("ms", *(f"p{percent}" for percent in PERCENTILES), "mean")
+    for name in ("time_to_first_token_ms", "inter_token_ms", "end_to_end_ms"):
+        values = [f"{value:.1f}" for value in figures[name].values()]
+        table.add_row(name.removesuffix("_ms").replace("_", " "), *values)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{figures['tokens_per_second']:,} tokens/s, {figures['requests_per_second']} requests/s, "
+        f"{figures['completed']} of {figures['requests']} completed, errors {figures['errors']}"
+    )
+    if arguments.json is not None:
+        settings = {
+            name: str(value) for name, value in vars(arguments).items()
+            if name not in ("token", "prompt_tokens", "new_tokens")
+        }  # fmt: skip
+        model = {name: getattr(info, name) for name in ("name", "dtype", "device", "max_slots")} | {
+            "weights_version": info.weights_version
+        }
+        whole_report = {
+            "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+            "settings": settings, "server": model, **figures,
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(whole_report, indent=1) + "\n")
+    if arguments.plot is not None:
+        plot(records, arguments.plot)
+    return 1 if figures["completed"] == 0 else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,88 @@
+"""The load generator: its figures, against a live server and by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SlowDecoder, StartServer
+
+from gpt_dist.decoding import Decoder
+from gpt_dist.errors import UsageError
+from gpt_dist.model import GPT
+from serve.bench import Record, lengths, main, percentile, report
+
+
+def test_percentiles_are_numpys() -> None:
+    draw = random.Random(0)
+    for count in (1, 2, 7, 100):
+        values = [draw.random() for _ in range(count)]
+        for percent in (0, 50, 90, 99, 100):
+            assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+    assert math.isnan(percentile([], 50))
+
+
+def test_lengths() -> None:
+    draw = random.Random(0)
+    assert lengths("64")(draw) == 64
+    uniform = [lengths("uniform:3,5")(draw) for _ in range(100)]
+    assert set(uniform) == {3, 4, 5}
+    normal = [lengths("normal:50,10")(draw) for _ in range(2000)]
+    assert np.mean(normal) == pytest.approx(50, abs=1)
+    assert np.std(normal) == pytest.approx(10, abs=1)
+    for wrong in ("0", "x", "uniform:5,3", "normal:1", "gamma:1,2", "uniform:a,b"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            lengths(wrong)
+
+
+def test_report() -> None:
+    records = [Record(3, 0.1, [0.02, 0.04], 0.2), Record(2, 0.3, [0.03], 0.4), Record(error="X")]
+    figures = report(records, 2.0)
+    assert (figures["completed"], figures["errors"]) == (2, {"X": 1})
+    assert figures["tokens_per_second"] == 2.5
+    assert figures["time_to_first_token_ms"]["p50"] == 200
+    assert figures["inter_token_ms"]["mean"] == 30
+
+
+@pytest.mark.parametrize("shape", [["--concurrency", "4"], ["--rate", "100"]])
+def test_against_a_server(
+    start: StartServer,
+    model: GPT,
+    shape: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps that take 10 ms are seen as 10 ms."""
+    server = start(SlowDecoder(Decoder(model, max_slots=4, dtype="fp32"), 0.01))
+    result, picture = tmp_path / "result.json", tmp_path / "result.png"
+    arguments = [
+        "--target", server.target, "--requests", "12", "--prompt-tokens", "uniform:4,30",
+        "--new-tokens", "16", "--json", str(result), "--plot", str(picture), *shape,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    assert main() == 0
+    figures = json.loads(result.read_text())
+    assert (figures["completed"], figures["errors"]) == (12, {})
+    assert figures["tokens"] == 12 * 16
+    assert 10 <= figures["inter_token_ms"]["p50"] < 40
+    assert figures["end_to_end_ms"]["p50"] > 150
+    assert picture.stat().st_size > 10_000
+
+
+def test_prompts_from_a_file(
+    start: StartServer, model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(Decoder(model, max_slots=4, dtype="fp32"))
+    path = tmp_path / "prompts.txt"
+    path.write_text("to be\n\nor not\n")
+    arguments = ["--target", server.target, "--requests", "5", "--prompts", str(path)]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    assert main() == 0
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="no line"):
+        main()
