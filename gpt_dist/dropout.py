@@ -34,8 +34,10 @@ def keep_mask(
     return drawn.neg_().add_(dropped - 1).bitwise_right_shift_(15)
 
 
-def drop_(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero what a mask does not keep, in place; nothing is scaled."""
+def drop_(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero what a mask does not keep (None keeps all), in place; nothing is scaled."""
+    if mask is None:
+        return values
     bits = _BITS[values.itemsize]
     values.view(bits).bitwise_and_(mask if bits == torch.int16 else mask.to(bits))
     return values

@@ -16,7 +16,10 @@ IGNORE = -1
 """Target of positions that do not count."""
 
 CHUNK_BYTES = 1 << 28
-"""Upper bound of one chunk of fp32 logits."""
+"""Upper bound of one chunk of logits."""
+
+CACHED_BYTES = 1 << 21
+"""Upper bound of the fp32 scores that a CPU works on at once, so that they stay in its cache."""
 
 
 def linear_cross_entropy(
@@ -42,6 +45,33 @@ def linear_cross_entropy(
     return loss
 
 
+def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Turn logits (N, P) into the gradients of their cross-entropies, in place.
+
+    Returns:
+        (N,) cross-entropies in nats, fp32; zero where the target is ``IGNORE``.
+    """
+    losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        counted = targets[part] != IGNORE
+        labels = targets[part].clamp(min=0).unsqueeze(1)
+        scores = logits[part, :vocab_size].float()
+        softmax = scores.softmax(dim=1)
+        # The largest probability is 1 / sum(exp(score - largest score)).
+        log_sum = scores.amax(dim=1) - softmax.amax(dim=1).log()
+        losses[part] = (log_sum - scores.gather(1, labels).squeeze(1)) * counted
+        softmax.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=softmax.dtype))
+        if logits.device.type != "cpu" or not counted.all():  # elsewhere asking would wait
+            softmax.mul_(counted.unsqueeze(1))
+        logits[part, :vocab_size] = softmax
+    logits[:, vocab_size:] = 0
+    return losses
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,7 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         device = hidden.device.type
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        padded = weight.shape[0]
+        rows = max(1, CHUNK_BYTES // (dtype.itemsize * padded))
         head = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if backward else None
@@ -63,22 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
                 inputs, labels = hidden[part].to(dtype), targets[part]
-                counted = labels != IGNORE
-                labels = labels.clamp(min=0).unsqueeze(1)
                 logits = inputs @ head.t()
-                scores = logits[:, :vocab_size].float()
-                log_sum = scores.logsumexp(dim=1, keepdim=True)
-                losses = (log_sum - scores.gather(1, labels)).squeeze(1)
-                total += (losses * counted).sum()
+                losses = _softmax_minus_one_hot_(logits, labels, vocab_size)
+                total += losses.sum()
                 if grad_hidden is None:
                     continue
-                # d loss / d logits = softmax - one-hot; zero for padding and ignored positions.
-                scores.sub_(log_sum).exp_()
-                scores.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=scores.dtype))
-                scores.mul_(counted.unsqueeze(1))
-                logits[:, :vocab_size] = scores
-                logits[:, vocab_size:] = 0
-                grad_hidden[part] = logits @ head
+                torch.mm(logits, head, out=grad_hidden[part])
                 piece = logits.t() @ inputs
                 grad_weight = piece.float() if grad_weight is None else grad_weight.add_(piece)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -90,8 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
-            (grad_hidden * scale).to(ctx.dtypes[0]),
-            (grad_weight * scale).to(ctx.dtypes[1]),
+            grad_hidden.to(ctx.dtypes[0]) * scale,
+            grad_weight.to(ctx.dtypes[1]).mul_(scale),
             None,
             None,
             None,
