@@ -134,7 +134,15 @@ def start(device_name: str) -> Iterator[World]:
     rank, size = int(os.environ.get("RANK", "0")), env_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = pick_device(device_name, local_rank)
+    device, problem = torch.device("cpu"), ""
+    try:
+        if size > 1:
+            check_interfaces()
+        device = pick_device(device_name, local_rank)
+    except UsageError as error:
+        if size == 1:
+            raise
+        problem = str(error)  # the other ranks must hear of it, else they would wait for this one
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     # torchrun sets OMP_NUM_THREADS=1 by itself; only without it does the variable mean a wish.
@@ -143,10 +151,9 @@ def start(device_name: str) -> Iterator[World]:
     world = World(rank, size, local_rank, local_size, device)
     roll_call = None
     if size > 1:
-        check_interfaces()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = connect(host=rank == 0, timeout=STARTUP_TIMEOUT)
-        prefix = meet(store, rank, size)
+        prefix = meet(store, rank, size, problem, STARTUP_TIMEOUT)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
@@ -190,12 +197,10 @@ def check_interfaces() -> None:
     present = [name for _, name in socket.if_nameindex()]
     missing = [name for name in wanted.split(",") if name and name not in present]
     if missing:
-        error = UsageError(
+        raise UsageError(
             f"GLOO_SOCKET_IFNAME = {wanted}: {socket.gethostname()} has no interface "
             f"{missing[0]}; it has {', '.join(present)}"
         )
-        error.local = True  # type: ignore[attr-defined]  # only this node knows: any rank prints
-        raise error
 
 
 def die_with_parent() -> None:

@@ -8,12 +8,15 @@ one listened, and the run hangs or fails at random. Therefore ranks agree on a n
 from __future__ import annotations
 
 import os
+import socket
 import time
 import uuid
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from gpt_dist.errors import GptDistError, UsageError
 
 
 def connect(*, host: bool = False, timeout: float = 300.0) -> Any:
@@ -33,22 +36,51 @@ def connect(*, host: bool = False, timeout: float = 300.0) -> Any:
     )
 
 
-def meet(store: Any, rank: int, size: int) -> str:
-    """Agree on a prefix for this life's keys. Collective.
+def meet(store: Any, rank: int, size: int, problem: str = "", patience: float = 1800.0) -> str:
+    """Agree on a prefix for this life's keys, and on whether all can start. Collective.
 
     Every other rank says hello under a name of its own, so that no answer to an earlier life can
     be taken for one to this; rank 0 answers each with the prefix that it made up.
+
+    Args:
+        store: from ``connect``.
+        rank: this rank.
+        size: ranks in all.
+        problem: why this rank cannot take part, if so.
+        patience: seconds that rank 0 waits for the others.
+
+    Raises:
+        UsageError: on every rank, with the problem of one that has one.
+        GptDistError: some ranks did not come.
     """
+    prefix = uuid.uuid4().hex
     if rank:
         me = uuid.uuid4().hex
         store.set(f"hello/{store.add('hellos', 1)}", me)
-        prefix: str = store.get(f"prefix-for/{me}").decode()
+        prefix = store.get(f"prefix-for/{me}").decode()
+    if problem:
+        where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+        store.set(f"{prefix}/problem", where + problem)
+    if rank:
         store.add(f"{prefix}/arrived", 1)
-        return prefix
-    prefix = uuid.uuid4().hex
+    else:
+        _answer_hellos(store, prefix, size - 1, patience)
+        found = store.get(f"{prefix}/problem") if store.check([f"{prefix}/problem"]) else b""
+        store.set(f"{prefix}/verdict", found)
+    verdict = store.get(f"{prefix}/verdict").decode()
+    if verdict:
+        raise UsageError(verdict)
+    return prefix
+
+
+def _answer_hellos(store: Any, prefix: str, expected: int, patience: float) -> None:
+    """Rank 0's part: answer every hello, also those of the dead, until all living ones are here."""
+    deadline = time.monotonic() + patience
     seen = int(store.get("seen")) if store.check(["seen"]) else 0
     unanswered: set[int] = set()
-    while store.add(f"{prefix}/arrived", 0) < size - 1:
+    while (arrived := store.add(f"{prefix}/arrived", 0)) < expected:
+        if time.monotonic() > deadline:
+            raise GptDistError(f"only {arrived} of {expected} other ranks came in {patience:.0f} s")
         newest = store.add("hellos", 0)
         unanswered |= set(range(seen + 1, newest + 1))
         seen = newest
@@ -58,4 +90,3 @@ def meet(store: Any, rank: int, size: int) -> str:
                 unanswered.remove(hello)
         time.sleep(0.01)
     store.set("seen", str(seen))
-    return prefix
