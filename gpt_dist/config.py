@@ -211,6 +211,11 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
             f"for example {near}"
         )
     parallel = config.parallel
+    if config.eval.hellaswag_every and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
+        problems.append(
+            "eval.hellaswag_every: not during training with parallel.zero_stage = 3; "
+            "run gpt_dist.evaluate on a checkpoint"
+        )
     if parallel.strategy != "deepspeed":
         for key in ("offload", "deepspeed_config"):
             if getattr(parallel, key):

@@ -7,9 +7,9 @@ import torch
 from gpt_dist.config import Config
 from gpt_dist.data import TrainingData, open_datasets
 from gpt_dist.distributed import env_world_size
+from gpt_dist.initialization import count_steps, with_vocabulary
 from gpt_dist.model import GPT
 from gpt_dist.monitor import human
-from gpt_dist.trainer import count_steps, with_vocabulary
 
 
 def activation_bytes(config: Config, micro_batch: int) -> float:

@@ -206,14 +206,14 @@ class Samples:
 
 
 class ConsoleSink:
-    """A progress bar where a person watches, plain lines (at most one a second) elsewhere."""
+    """A progress bar where a person watches; elsewhere plain lines, rarer as time goes on."""
 
     def __init__(self, step: int, steps: int) -> None:
         self._steps, self._console = steps, Console(highlight=False, soft_wrap=True)
         self._last_line = -math.inf
         self._progress: Progress | None = None
         self._first = step
-        self._started = time.monotonic()
+        self._started, self._seconds = time.monotonic(), 0.0
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -231,12 +231,14 @@ class ConsoleSink:
         if self._progress:
             self._progress.update(self._task, completed=row["step"], numbers=numbers)
         now = time.monotonic()
+        self._seconds += row["step_ms"] / 1e3
         edge = row["step"] in (self._first + 1, self._steps) or "skipped" in numbers
-        if edge or (not self._progress and now - self._last_line >= 1):
+        # Often at first, when people look; then more seldom, so that logs stay short.
+        interval = min(10.0, 1 + (now - self._started) / 30)
+        if edge or (not self._progress and now - self._last_line >= interval):
             self._last_line = now
             width = len(str(self._steps))
-            left = (now - self._started) / (row["step"] - self._first)
-            left *= self._steps - row["step"]
+            left = self._seconds / (row["step"] - self._first) * (self._steps - row["step"])
             self.message(
                 f"step {row['step']:>{width}}/{self._steps}  {numbers}  left {clock(left)}"
             )

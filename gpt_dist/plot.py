@@ -61,8 +61,8 @@ def plot_runs(runs: list[Path], out: Path) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the run, start bias removed."""
-    decay = 1 - 1 / max(1.0, min(100.0, len(values) / 50))
+    """Exponential moving average over about a hundredth of the run, start bias removed."""
+    decay = 1 - 1 / max(1.0, min(100.0, len(values) / 100))
     mean, weight, smooth = 0.0, 0.0, []
     for value in values:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)

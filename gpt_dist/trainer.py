@@ -23,7 +23,6 @@ from gpt_dist.checkpoint import (
     CheckpointWriter,
     Progress,
     empty_model,
-    load_model,
     load_weights,
     read_state,
 )
@@ -32,15 +31,16 @@ from gpt_dist.data import Loader, TrainingData, key_of, open_datasets, to_batch
 from gpt_dist.decoding import generate
 from gpt_dist.distributed import World
 from gpt_dist.engines import Engine, make_engine, pick_dtype
-from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.evaluation import validate
-from gpt_dist.model import GPT, VOCAB_PARAMETERS
-from gpt_dist.monitor import Monitor, human, profiler
+from gpt_dist.errors import GptDistError
+from gpt_dist.evaluation import Validation, validate
+from gpt_dist.initialization import count_steps, pretrained, with_vocabulary
+from gpt_dist.model import GPT
+from gpt_dist.monitor import Monitor, Row, human, profiler
 from gpt_dist.optim import learning_rate
 from gpt_dist.sampling import SamplingParams
 from gpt_dist.signals import StopSignal
+from gpt_dist.tasks import HellaSwagRow, hellaswag, read_hellaswag
 from gpt_dist.throughput import peak_flops
-from gpt_dist.tokenizers import Tokenizer
 
 MAX_SKIPPED = 10
 """Updates in a row that may be skipped for a non-finite gradient norm."""
@@ -77,6 +77,7 @@ class Trainer:
         self.data = world.together(lambda: TrainingData(config, self.datasets))
         self.total_steps = count_steps(config, self.data.windows)
         self.out_dir = Path(config.out_dir)
+        self.hellaswag = world.together(self._read_hellaswag)
         self.start = world.together(lambda: run_directory.find_start(config, world))
         self.engine = world.together(self._make_engine)
         self.first_step = self.saved = self.progress.step
@@ -127,7 +128,10 @@ class Trainer:
         self.lap = time.perf_counter()
         while True:
             step, last = progress.step, progress.step == self.total_steps
-            evaluate = due(train.eval_every, step, last) and progress.evaluated != step
+            evaluate = progress.evaluated != step and (
+                due(train.eval_every, step, last)
+                or due(self.config.eval.hellaswag_every, step, last)
+            )
             sample = due(train.sample_every, step, last) and progress.sampled != step
             save = step != self.saved and (last or due(train.checkpoint_every, step, last))
             if evaluate or sample or save:
@@ -205,15 +209,45 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Validate; returns whether this is the best so far. Sets ``stopping`` if interrupted."""
+        progress, config = self.progress, self.config
+        last = progress.step == self.total_steps
+        row: Row = {"step": progress.step}
+        improved = False
+        if due(config.train.eval_every, progress.step, last):
+            result = self._validate()
+            if self.stopping:
+                return False
+            if result:
+                row |= {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+                improved = progress.best_loss is None or result.loss < progress.best_loss
+                if improved and progress.step:
+                    progress.best_loss = result.loss
+        if due(config.eval.hellaswag_every, progress.step, last):
+            self.engine.model.eval()
+            scores = hellaswag(
+                self.engine.model,
+                self.tokenizer,
+                self.hellaswag,
+                styles=("completion",),
+                world=self.world,
+                dtype=self.dtype,
+            )
+            self.engine.model.train()
+            row |= {f"hellaswag_{name}": mean.value for name, mean in scores["completion"].items()}
+        progress.evaluated = progress.step
+        if self.monitor and len(row) > 1:
+            self.monitor.validation(row)
+        return improved
+
+    def _validate(self) -> Validation | None:
+        """Loss over the validation splits, None where there are none. Sets ``stopping``."""
         splits = [
             (d.split("val"), w)
             for d, w in zip(self.datasets, self.config.data.path.values(), strict=True)
         ]
         present = [(s, w) for s, w in splits if s is not None and len(s) > 1]
-        progress = self.progress
         if not present:
-            progress.evaluated = progress.step
-            return False
+            return None
         result = validate(
             self.engine,
             [s for s, _ in present],
@@ -223,18 +257,13 @@ class Trainer:
             self.world,
             self.stop,
         )
-        if result is None:
-            self.stopping = True
-            return False
-        progress.evaluated = progress.step
-        if self.monitor:
-            self.monitor.validation(
-                {"step": progress.step, "val_loss": result.loss, "val_bpb": result.bits_per_byte}
-            )
-        improved = progress.best_loss is None or result.loss < progress.best_loss
-        if improved and progress.step:
-            progress.best_loss = result.loss
-        return improved
+        self.stopping = self.stopping or result is None
+        return result
+
+    def _read_hellaswag(self) -> list[HellaSwagRow]:
+        if not self.config.eval.hellaswag_every:
+            return []
+        return read_hellaswag(self.config.eval.hellaswag_path)
 
     def _sample(self) -> None:
         """Let rank 0 write some text, the same whatever the number of ranks."""
@@ -341,50 +370,3 @@ class PendingStep:
 def due(every: int, step: int, last: bool) -> bool:
     """Whether something that happens every so many steps (0 = never) happens at ``step``."""
     return every > 0 and (last or step % every == 0)
-
-
-def count_steps(config: Config, windows: int) -> int:
-    """Optimizer steps of the whole run."""
-    if config.train.epochs is None:
-        return config.train.steps or 0
-    return max(1, int(config.train.epochs * windows) // config.batch_sequences)
-
-
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The configuration with ``model.vocab_size`` filled in.
-
-    Raises:
-        UsageError: it is set, and smaller than the tokenizer's.
-    """
-    size = config.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise UsageError(
-            f"model.vocab_size = {size}: the data's tokenizer ({tokenizer.name}) has "
-            f"{tokenizer.vocab_size} tokens; leave it null"
-        )
-    model = config.model.model_copy(update={"vocab_size": size})
-    return config.model_copy(update={"model": model})
-
-
-def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
-    """A model of the configured shape with the weights of ``train.init_from``.
-
-    Raises:
-        UsageError: the checkpoint has another tokenizer.
-        GptDistError: it has another shape, or is damaged.
-    """
-    source, other, _ = load_model(config.train.init_from or "")
-    if other.to_dict() != tokenizer.to_dict():
-        raise UsageError(
-            f"train.init_from = {config.train.init_from}: its tokenizer ({other.name}, "
-            f"{other.vocab_size} tokens) is not the data's ({tokenizer.name}, "
-            f"{tokenizer.vocab_size}); prepare the data with "
-            f"--tokenizer {config.train.init_from}"
-        )
-    model = empty_model(config.model)
-    weights = (
-        (name, parameter[: source.vocab_size] if name in VOCAB_PARAMETERS else parameter)
-        for name, parameter in source.named_parameters()
-    )
-    load_weights(model, weights, config.train.init_from)
-    return model

@@ -1,0 +1,56 @@
+"""What a run starts from: its vocabulary, its length and its first weights."""
+
+from __future__ import annotations
+
+from gpt_dist.checkpoint import empty_model, load_model, load_weights
+from gpt_dist.config import Config
+from gpt_dist.errors import UsageError
+from gpt_dist.model import GPT, VOCAB_PARAMETERS
+from gpt_dist.tokenizers import Tokenizer
+
+
+def count_steps(config: Config, windows: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.epochs is None:
+        return config.train.steps or 0
+    return max(1, int(config.train.epochs * windows) // config.batch_sequences)
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The configuration with ``model.vocab_size`` filled in.
+
+    Raises:
+        UsageError: it is set, and smaller than the tokenizer's.
+    """
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UsageError(
+            f"model.vocab_size = {size}: the data's tokenizer ({tokenizer.name}) has "
+            f"{tokenizer.vocab_size} tokens; leave it null"
+        )
+    model = config.model.model_copy(update={"vocab_size": size})
+    return config.model_copy(update={"model": model})
+
+
+def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
+    """A model of the configured shape with the weights of ``train.init_from``.
+
+    Raises:
+        UsageError: the checkpoint has another tokenizer.
+        GptDistError: it has another shape, or is damaged.
+    """
+    source, other, _ = load_model(config.train.init_from or "")
+    if other.to_dict() != tokenizer.to_dict():
+        raise UsageError(
+            f"train.init_from = {config.train.init_from}: its tokenizer ({other.name}, "
+            f"{other.vocab_size} tokens) is not the data's ({tokenizer.name}, "
+            f"{tokenizer.vocab_size}); prepare the data with "
+            f"--tokenizer {config.train.init_from}"
+        )
+    model = empty_model(config.model)
+    weights = (
+        (name, parameter[: source.vocab_size] if name in VOCAB_PARAMETERS else parameter)
+        for name, parameter in source.named_parameters()
+    )
+    load_weights(model, weights, config.train.init_from)
+    return model

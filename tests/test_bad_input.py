@@ -1,0 +1,194 @@
+"""What goes wrong says so in one line, with the right exit status, and changes nothing on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import make_dataset, run_train, words
+
+Config = Callable[..., Path]
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory but locks, with its content."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int, *parts: str) -> None:
+    """One error line that has all parts, and the exit status."""
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+
+
+@pytest.fixture
+def finished(tiny_config: Config, tmp_path: Path) -> tuple[Path, Path]:
+    """A configuration and its finished run."""
+    config = tiny_config()
+    run_train(config, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_another_runs_directory(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = finished
+    before = snapshot(run)
+    done = run_train(config, run, "--model.n_embd", "64", check=False)
+    refused(done, 2, "model.n_embd = 64", "has 32")
+    done = run_train(config, run, "--optim.lr", "1e-3", "--seed", "2", check=False)
+    assert done.returncode == 2
+    assert "seed = 2: the run in" in done.stderr
+    assert "optim.lr = 0.001" in done.stderr
+    other = make_dataset(tmp_path / "other", words(9_000, 7), words(500, 8))
+    flags = ["--data.path", str(other), "--data.tokenizer", str(other), "--train.steps", "30"]
+    refused(run_train(config, run, *flags, check=False), 2, "not the data of the run", str(other))
+    done = run_train(config, run, "--resume", "never", check=False)
+    refused(done, 2, "resume = never", "already holds a run (step-00000020)")
+    done = run_train(config, run, "--resume", str(run / "checkpoints/step-00000010"), check=False)
+    refused(done, 2, "later checkpoints (step-00000020)", "another out_dir")
+    assert snapshot(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint(finished: tuple[Path, Path], name: str) -> None:
+    config, run = finished
+    file = run / "checkpoints/step-00000020" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    before = snapshot(run)
+    done = run_train(config, run, "--train.steps", "30", check=False)
+    refused(done, 1, str(file))
+    assert snapshot(run) == before
+
+
+def test_a_second_writer(finished: tuple[Path, Path]) -> None:
+    config, run = finished
+    before = snapshot(run)
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_train(config, run, "--train.steps", "30", check=False)
+    refused(done, 1, str(run), "another run is writing here")
+    assert snapshot(run) == before
+
+
+@pytest.mark.slow
+def test_a_full_disk(finished: tuple[Path, Path]) -> None:
+    config, run = finished
+
+    def small_files() -> None:  # the same for the program as a disk without room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = run_train(config, run, "--train.steps", "60", check=False, preexec_fn=small_files)
+    refused(done, 1, "checkpoint not written", "safetensors", "step-00000020")
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert sorted(names) == ["best", "step-00000010", "step-00000020"]
+    run_train(config, run, "--train.steps", "60")  # with room again it goes on
+
+
+def test_an_unwritable_directory(tiny_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_train(tiny_config(), tmp_path / "file" / "run", check=False)
+    refused(done, 1, str(tmp_path / "file"))
+
+
+@pytest.mark.slow
+def test_shards(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
+    def broken(name: str, change: Callable[[bytes], bytes]) -> tuple[Path, Path]:
+        data = tmp_path / name
+        shutil.copytree(tiny_data, data)
+        shard = data / "x_train_000000.bin"
+        shard.write_bytes(change(shard.read_bytes()))
+        return data, shard
+
+    beyond = np.full(40_000, 200, np.uint16).tobytes()
+    cases = {
+        "truncated": lambda content: content[:-7],
+        "magic": lambda content: b"\0\0\0\0" + content[4:],
+        "beyond": lambda content: content[:1024] + (beyond * 3)[: len(content) - 1024],
+    }
+    for name, change in cases.items():
+        data, shard = broken(name, change)
+        flags = ["--data.path", str(data), "--data.tokenizer", str(data)]
+        done = run_train(tiny_config(), tmp_path / f"run-{name}", *flags, check=False)
+        refused(done, 1, str(shard))
+        if name != "beyond":
+            assert not (tmp_path / f"run-{name}").exists()
+    flags = ["--data.path", "data/shakespeare-char"]
+    done = run_train(tiny_config(), tmp_path / "no-data", *flags, check=False, cwd=tmp_path)
+    refused(done, 2, "python -m gpt_dist.prepare shakespeare --tokenizer char")
+    assert not (tmp_path / "no-data").exists()
+
+
+@pytest.mark.slow
+def test_ranks_fail_together_and_one_speaks(tiny_config: Config, tmp_path: Path) -> None:
+    for flags, text in (
+        (["--train.batch_tokens", "1056"], "must be a multiple"),
+        (["--data.path", str(tmp_path / "none")], "no data there"),
+        (["--parallel.strategy", "deepspeed", "--parallel.zero_stage", "7"], "0 | 1 | 2 | 3"),
+    ):
+        done = run_train(tiny_config(), tmp_path / "run", *flags, ranks=2, check=False)
+        assert done.returncode != 0
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert text in errors[0]
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_interface_that_does_not_exist(tiny_config: Config, tmp_path: Path) -> None:
+    import os
+
+    done = run_train(
+        tiny_config(), tmp_path / "run", ranks=2, check=False,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "eth77"},
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors
+    assert "GLOO_SOCKET_IFNAME = eth77" in errors[0]
+    assert done.returncode != 0
+
+
+def test_dry_run_writes_nothing(tiny_config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run_train(tiny_config(), out, "--dry-run")
+    for word in ("parameters", "memory", "steps", "tokens", "checkpoint"):
+        assert word in done.stdout
+    assert not out.exists()
+
+
+def test_plot(tmp_path: Path) -> None:
+    def plot(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gpt_dist.plot", *argv]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": n, "train_loss": 4 / n} for n in range(1, 30)]
+        rows += [{"step": n, "val_loss": 4.1 / n} for n in range(10, 30, 10)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    for ending, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        out = tmp_path / f"both.{ending}"
+        done = plot(str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert out.read_bytes().startswith(magic)
+    svg = (tmp_path / "both.svg").read_text()
+    assert "validation" in svg or svg.count("<path") > 20
+    refused(plot(str(tmp_path / "a"), "--out", str(tmp_path / "a.gif")), 2, ".png, .pdf, .svg")
+    refused(plot(str(tmp_path)), 2, "no training steps")
