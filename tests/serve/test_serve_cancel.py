@@ -22,7 +22,7 @@ from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import build_request
 from serve.client.requests import as_stream
 
-COUNT = int(os.environ.get("GPT_DIST_SOAK_CANCELS", "1000"))
+COUNT = 10_000 if os.environ.get("SOAK") else 1000
 GONE = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 

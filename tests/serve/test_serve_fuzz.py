@@ -18,7 +18,7 @@ from gpt_dist.v1 import generation_service_pb2 as api
 from serve.client import Client, build_request
 from serve.inference import grpc_service_pb2 as kserve_pb
 
-COUNT = int(os.environ.get("GPT_DIST_SOAK_FUZZ", "10000"))
+COUNT = 100_000 if os.environ.get("SOAK") else 10_000
 SERVICE = api.DESCRIPTOR.services_by_name["GenerationService"]
 INFERENCE = kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 VALID = {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
