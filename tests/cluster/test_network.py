@@ -28,7 +28,7 @@ class Job:
         self.hosts, self.config, self.out, self.options = hosts, config, out, options
         self.agents: dict[str, Popen[bytes]] = {}
 
-    def start(self, identity: str) -> None:
+    def start(self, identity: str, wrap: dict[str, str] | None = None) -> None:
         for host, address in self.hosts.addresses.items():
             flags = {
                 "nnodes": "2",
@@ -43,16 +43,18 @@ class Job:
             command = [str(BIN / "torchrun"), *(f"--{k}={v}" for k, v in flags.items())]
             command += ["-m", "gpt_dist.train", "--config", str(self.config)]
             command += ["--out_dir", str(self.out), "--parallel.timeout", str(TIMEOUT)]
+            if wrap and host in wrap:
+                command = ["unshare", "--mount", "bash", "-c", wrap[host], "bash", *command]
             self.agents[host] = self.hosts.start(
                 host,
                 command,
-                self.out.parent / f"{host}.log",
-                cwd=self.out.parent,
+                self.config.parent / f"{host}.log",
+                cwd=self.config.parent,
                 env={"GLOO_SOCKET_IFNAME": self.hosts.interface},
             )
 
     def log(self, host: str) -> str:
-        return (self.out.parent / f"{host}.log").read_text(errors="replace")
+        return (self.config.parent / f"{host}.log").read_text(errors="replace")
 
     def logs(self) -> str:
         return "\n".join(f"== {host}\n{self.log(host)}" for host in self.agents)
@@ -116,3 +118,20 @@ def test_one_host_goes_on_when_the_other_vanishes(
     for key in ("train_loss", "val_loss"):
         ours, theirs = ([row[key] for row in run if key in row] for run in (rows, quiet))
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_host_without_the_shared_directory_is_named(
+    hosts: TwoHosts, tiny_config: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    job = Job(hosts, tiny_config(), out / "run")
+    # Host b has a file system of its own where host a has the run.
+    job.start("private", wrap={"b": f'mount -t tmpfs none {out} && exec "$@"'})
+    for agent in job.agents.values():
+        assert agent.wait(90) != 0
+    errors = [line for line in job.logs().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, job.logs()
+    assert "rank 1 on host-b" in errors[0]
+    assert "host-b does not see what rank 0 wrote there" in errors[0]
+    assert not processes_with(str(out))
