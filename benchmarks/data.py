@@ -1,0 +1,447 @@
+"""Preparing data: are the ids right, is it deterministic, how fast, how much memory; the loader.
+
+    python benchmarks/data.py --text wikipedia.txt.gz --json benchmarks/results/data.json
+
+Without --text it makes up its own. The text is repeated to the size that a part needs. Figures are
+medians of rounds in which both sides alternate. --memory-bytes 5G takes about ten minutes and
+needs 8 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+import torch
+from record import record
+
+from gpt_dist import prepare
+from gpt_dist.command_line import load
+from gpt_dist.data import Loader, TrainingData
+from gpt_dist.errors import UsageError, run_main
+from gpt_dist.gpt2_vocabulary import merge_ranks
+from gpt_dist.shards import open_dataset
+
+END_OF_TEXT = "<|endoftext|>"
+SEPARATOR = f"\n{END_OF_TEXT}\n"
+EOT = 50256
+
+
+def main() -> int:
+    args = parse()
+    parts = {
+        "equality": equality,
+        "determinism": determinism,
+        "throughput": throughput,
+        "loader": loader,
+        "memory": memory,
+    }
+    chosen = args.parts.split(",")
+    if unknown := set(chosen) - set(parts):
+        raise UsageError(f"--parts {', '.join(unknown)}: valid are {', '.join(parts)}")
+    documents = read_documents(args.text)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for name in chosen:
+            place = Path(scratch) / name
+            place.mkdir()
+            results[name] = parts[name](args, documents, place)
+            shutil.rmtree(place)
+            print()
+    good = all(entry["good"] for entry in results.values())
+    print("all as it should be" if good else "NOT as it should be")
+    record(args.json, results, ("tiktoken", "tokenizers", "numpy", "pyarrow"))
+    return 0 if good else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--text", help="documents with <|endoftext|> between them (may be .gz)")
+    parser.add_argument("--parts", default="equality,determinism,throughput,loader,memory")
+    parser.add_argument("--equality-bytes", type=size, default=20_000_000, metavar="N")
+    parser.add_argument("--speed-bytes", type=size, default=50_000_000, metavar="N")
+    parser.add_argument("--memory-bytes", type=size, default=5_000_000_000, metavar="N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--scratch", metavar="DIR", help="where to put temporary files")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    return parser.parse_args()
+
+
+def size(text: str) -> int:
+    """A number of bytes such as 50M."""
+    match = re.fullmatch(r"([0-9.]+)([kMG]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 50M")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def read_documents(path: str | None) -> list[str]:
+    """The documents of a file, or 20 MB of made-up ones."""
+    if path is None:
+        return list(made_up(20_000_000))
+    data = Path(path).read_bytes()
+    text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+    return [document.strip() for document in text.split(END_OF_TEXT) if document.strip()]
+
+
+def made_up(characters: int) -> Iterator[str]:
+    """Articles of a made-up language: words by Zipf's law, sentences, paragraphs, numbers."""
+    generator = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprstvw" for b in ("a", "e", "i", "o", "u", "ar", "in")]
+    words = [
+        "".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(30_000)
+    ]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    while characters > 0:
+        paragraphs = [generator.choice(words).title()]
+        for _ in range(generator.randint(1, 12)):
+            chosen = generator.choices(words, weights, k=generator.randint(20, 150))
+            for index in range(0, len(chosen), generator.randint(7, 19)):
+                chosen[index] = f"{chosen[index]}. {generator.choice(words).title()}"
+            chosen[-1] = f"in {generator.randint(1, 2026)}, naïve café."
+            paragraphs.append(" ".join(chosen))
+        article = "\n\n".join(paragraphs)
+        yield article
+        characters -= len(article)
+
+
+def first(documents: list[str], wanted: int) -> list[str]:
+    """Documents of about ``wanted`` bytes in all, repeated if need be."""
+    found: list[str] = []
+    while True:
+        for document in documents:
+            found.append(document)
+            wanted -= len(document.encode()) + len(SEPARATOR)
+            if wanted <= 0:
+                return found
+
+
+@cache
+def reference() -> tiktoken.Encoding:
+    """tiktoken's own r50k_base, only with the merge table at hand instead of fetched."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return tiktoken.Encoding(
+        "r50k_base",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=merge_ranks(),
+        special_tokens={END_OF_TEXT: EOT},
+    )
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "gpt_dist.prepare", *map(str, arguments)]
+
+
+def run(*arguments: object) -> None:
+    subprocess.run(command(*arguments), check=True, capture_output=True)
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, documents: list[str], column: str = "text") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: documents}), path, row_group_size=1000, compression="zstd")
+
+
+def written_as(documents: list[str], place: Path) -> dict[str, tuple[list[object], list[str]]]:
+    """The same documents as every kind of source: the arguments, and the documents expected."""
+    lines = [" ".join(document.split()) for document in documents]
+    half = len(documents) // 2
+    (place / "eot.txt").write_text(SEPARATOR.join(documents))
+    (place / "lines.txt").write_text("\n".join(lines))
+    (place / "files").mkdir()
+    for number, document in enumerate(documents[:500]):
+        (place / "files" / f"{number:06}.txt").write_text(document)
+    rows = [json.dumps({"text": document}) for document in documents]
+    (place / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode(), 1))
+    write_parquet(place / "x.parquet", documents, "content")
+    for folder in ("fineweb/sample/10BT", "fineweb/data/CC-MAIN-2024-10"):
+        write_parquet(place / folder / "000_00000.parquet", documents[:half])
+        write_parquet(place / folder / "001_00000.parquet", documents[half:])
+    write_parquet(place / "hub" / "train-00000-of-00001.parquet", documents)
+    stories = place / "stories" / "TinyStoriesV2-GPT4-train.txt"
+    stories.parent.mkdir()
+    stories.write_text(SEPARATOR.join(documents))
+    write_parquet(place / "stories2" / "train-00000-of-00001.parquet", documents)
+    (place / "whole.txt").write_text(SEPARATOR.join(documents))
+    whole = [(place / "whole.txt").read_text()]
+    return {
+        "text --split eot": (["text", place / "eot.txt", "--split", "eot"], documents),
+        "text --split lines": (["text", place / "lines.txt", "--split", "lines"], lines),
+        "text --split files": (["text", place / "files"], documents[:500]),
+        "text, one document": (["text", place / "whole.txt"], whole),
+        "tinyshakespeare": (["tinyshakespeare", "--source", place / "whole.txt"], whole),
+        "shakespeare": (["shakespeare", "--source", place / "whole.txt"], whole),
+        "jsonl": (["jsonl", place / "x.jsonl.gz"], documents),
+        "parquet": (["parquet", place / "x.parquet", "--column", "content"], documents),
+        "fineweb-edu": (["fineweb-edu", "--source", place / "fineweb"], documents),
+        "fineweb, a dump": (
+            ["fineweb", "--variant", "CC-MAIN-2024-10", "--source", place / "fineweb"],
+            documents,
+        ),
+        "tinystories, text": (["tinystories", "--source", place / "stories"], documents),
+        "tinystories, parquet": (["tinystories", "--source", place / "stories2"], documents),
+        "hf": (["hf", place / "hub"], documents),
+    }
+
+
+def equality(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
+    """Ids against tiktoken's, document by document, for every kind of source."""
+    print("ids equal to tiktoken's, document by document")
+    kinds, good = {}, True
+    for kind, (arguments, texts) in written_as(
+        first(documents, args.equality_bytes), place
+    ).items():
+        out = place / "out"
+        run(*arguments, "--val-fraction", 0, "--out", out, "--workers", args.threads)
+        stream = open_dataset(out).split("train")
+        assert stream is not None
+        ids = stream.read(0, len(stream))
+        shutil.rmtree(out)
+        starts = np.flatnonzero(ids == EOT)
+        found = np.split(ids, starts)[1:]
+        same = sum(
+            bool(np.array_equal(mine[1:], np.array(reference().encode_ordinary(text), np.uint16)))
+            for mine, text in zip(found, texts, strict=False)
+        )
+        kinds[kind] = {"documents": len(texts), "found": len(found), "equal": same}
+        good &= same == len(texts) == len(found)
+        print(f"  {kind:22} {same:,} of {len(texts):,} documents")
+    return {"good": good, "kinds": kinds}
+
+
+def digest(directory: Path) -> str:
+    """Of all files of a data set."""
+    total = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
+    """Byte-identical data sets: 1 and 2 workers, and killed again and again."""
+    print("byte-identical data sets")
+    (place / "x.txt").write_text(SEPARATOR.join(first(documents, args.speed_bytes)))
+    arguments = ["text", place / "x.txt", "--split", "eot", "--shard-tokens", "1M"]
+    run(*arguments, "--workers", 1, "--out", place / "one")
+    begin = time.monotonic()
+    run(*arguments, "--workers", 2, "--out", place / "two")
+    seconds = time.monotonic() - begin
+    expected = digest(place / "one")
+    workers_same = digest(place / "two") == expected
+    print(f"  1 and 2 workers: {'identical' if workers_same else 'DIFFERENT'}")
+    generator = random.Random(0)
+    code = (  # a journal entry after every chunk, so that kills come between all of them
+        "from gpt_dist import prepare; from gpt_dist.errors import run_main\n"
+        "prepare.COMMIT_SECONDS = 0; run_main(prepare.main)"
+    )
+    kills = resumed = 0
+    done = False
+    while not done:
+        flags = ["--workers", generator.randint(1, 3), "--out", place / "killed"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, [*arguments, *flags])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if kills < args.kills:
+            time.sleep(0.5 + generator.random() * seconds / 2)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        _, errors = process.communicate()
+        resumed += "going on after" in errors
+        done = process.returncode == 0
+    killed_same = digest(place / "killed") == expected
+    print(
+        f"  {kills} SIGKILLs, {resumed} times gone on in the middle: "
+        f"{'identical' if killed_same else 'DIFFERENT'}"
+    )
+    return {
+        "good": workers_same and killed_same and kills > 0,
+        "one_and_two_workers_identical": workers_same,
+        "kills": kills,
+        "resumed": resumed,
+        "killed_and_rerun_identical": killed_same,
+    }
+
+
+def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Run the sides in turn; one unmeasured round first."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            seconds = side()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def throughput(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
+    """The whole of prepare (read, tokenise, write, checksum, flush) against tokenising alone."""
+    chosen = first(documents, args.speed_bytes)
+    (place / "x.txt").write_text(SEPARATOR.join(chosen))
+    total = (place / "x.txt").stat().st_size
+    arguments = ["text", place / "x.txt", "--split", "eot", "--workers", args.threads]
+
+    def raw() -> float:
+        begin = time.perf_counter()
+        reference().encode_ordinary_batch(chosen, num_threads=args.threads)
+        return time.perf_counter() - begin
+
+    def ours() -> float:
+        sys.argv = ["prepare", *map(str, arguments), "--overwrite", "--out", str(place / "out")]
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare.main()
+        return time.perf_counter() - begin
+
+    print(f"throughput on {total / 1e6:.0f} MB, {len(chosen):,} documents, {args.threads} threads")
+    times = alternate(args.rounds, {"tiktoken": raw, "prepare": ours})
+    speeds = {name: [total / seconds / 1e6 for seconds in times[name]] for name in times}
+    ratios = [a / b for a, b in zip(times["tiktoken"], times["prepare"], strict=True)]
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        print(f"  {name:9} {median:6.1f} MB/s ({min(values):.1f}–{max(values):.1f})")
+    ratio = statistics.median(ratios)
+    print(f"  prepare / encode_ordinary_batch: {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+    return {
+        "good": ratio >= 0.85,
+        "bytes": total,
+        "documents": len(chosen),
+        "threads": args.threads,
+        "megabytes_per_second": speeds,
+        "ratio_median": ratio,
+        "ratios": ratios,
+    }
+
+
+def loader(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
+    """Tokens per second of the training loader, shuffled over the data set, in one process."""
+    print("loader, one process")
+    (place / "x.txt").write_text(SEPARATOR.join(first(documents, args.speed_bytes)))
+    run("text", place / "x.txt", "--split", "eot", "--shard-tokens", "3M", "--out", place / "data")
+    figures, good = {}, True
+    for context, batch in ((64, 12), (64, 64), (256, 64), (1024, 16), (1024, 64)):
+        flags = {"data.path": place / "data", "model.context_length": context}
+        flags |= {"train.batch_tokens": context * batch}
+        argv = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        config, _ = load(argv)
+        data = TrainingData(config, [open_dataset(place / "data")])
+        speeds = []
+        for _ in range(args.rounds):
+            batches = Loader(
+                data,
+                batch_sequences=batch,
+                micro_batch=batch,
+                rank=0,
+                world_size=1,
+                device=torch.device("cpu"),
+            )
+            steps, begin = 0, time.perf_counter()
+            while (seconds := time.perf_counter() - begin) < 1:
+                steps += sum(1 for _ in batches.step())
+            batches.close()
+            speeds.append(steps * batch * context / seconds / 1e6)
+        name = f"context {context}, batch {batch}"
+        median = statistics.median(speeds)
+        figures[name] = {"million_tokens_per_second": speeds, "median": median}
+        good &= median >= 20
+        print(f"  {name:24} {median:7.1f} M tokens/s ({min(speeds):.1f}–{max(speeds):.1f})")
+    return {"good": good, "figures": figures}
+
+
+def memory(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
+    """Peak resident memory of the process that prepares a large input."""
+    print(f"peak memory on {args.memory_bytes / 1e9:.1f} GB")
+    figures, good = {}, True
+    code = (
+        "import sys; from gpt_dist import prepare; prepare.main()\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    for kind, (path, flags) in {
+        "documents": (place / "x.txt", ["text", "--split", "eot"]),
+        "one document": (place / "one.txt", ["text"]),
+        "parquet": (place / "x.parquet", ["parquet"]),
+    }.items():
+        write_large(path, documents, args.memory_bytes, "\n\n" if kind == "one document" else None)
+        arguments = [*flags, path, "--out", place / "out", "--workers", args.threads]
+        begin = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        seconds = time.monotonic() - begin
+        megabytes = int(done.stdout.split()[-1]) / 1024
+        info = open_dataset(place / "out").info["splits"]
+        text_bytes = sum(entry["bytes"] for entry in info.values())
+        tokens = sum(entry["tokens"] for entry in info.values())
+        figures[kind] = {
+            "peak_megabytes": megabytes,
+            "text_bytes": text_bytes,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        good &= megabytes < 1024
+        print(f"  {kind:12} {megabytes:6.0f} MB  ({tokens:,} tokens, {seconds:.0f} s)")
+        shutil.rmtree(place / "out")
+        path.unlink()
+    return {"good": good, "kinds": figures}
+
+
+def write_large(path: Path, documents: list[str], wanted: int, separator: str | None) -> None:
+    """A file of ``wanted`` bytes of text: the documents again and again."""
+    if path.suffix == ".parquet":
+        schema = pa.schema({"text": pa.string()})
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            while wanted > 0:
+                part = first(documents, min(wanted, 200_000_000))
+                table = pa.table({"text": part})
+                writer.write_table(table, row_group_size=len(part))  # unusually large row groups
+                wanted -= table.nbytes
+        return
+    whole = ((separator or SEPARATOR).join(documents) + (separator or SEPARATOR)).encode()
+    with path.open("wb") as file:
+        while wanted > 0:
+            file.write(whole[: wanted + 1000].decode(errors="ignore").encode())
+            wanted -= len(whole)
+
+
+if __name__ == "__main__":
+    run_main(main)
