@@ -195,12 +195,3 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
             native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
-    """The engine that ``parallel.strategy`` names."""
-    if config.parallel.strategy == "deepspeed":
-        from gpt_dist.deepspeed_engine import DeepSpeedEngine  # seconds to import
-
-        return DeepSpeedEngine(model, world, config, dtype)
-    return DDPEngine(model, world, config, dtype)

@@ -1,9 +1,13 @@
-"""What a run starts from: its vocabulary, its length and its first weights."""
+"""What a run starts from: its vocabulary, its length, its first weights and its engine."""
 
 from __future__ import annotations
 
+import torch
+
 from gpt_dist.checkpoint import empty_model, load_model, load_weights
 from gpt_dist.config import Config
+from gpt_dist.distributed import World
+from gpt_dist.engines import DDPEngine, Engine
 from gpt_dist.errors import UsageError
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
 from gpt_dist.tokenizers import Tokenizer
@@ -54,3 +58,12 @@ def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
     )
     load_weights(model, weights, config.train.init_from)
     return model
+
+
+def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
+    """The engine that ``parallel.strategy`` names."""
+    if config.parallel.strategy == "deepspeed":
+        from gpt_dist.deepspeed_engine import DeepSpeedEngine  # seconds to import
+
+        return DeepSpeedEngine(model, world, config, dtype)
+    return DDPEngine(model, world, config, dtype)

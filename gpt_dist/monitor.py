@@ -5,7 +5,6 @@ Every destination is a ``Sink``; another tracker is one more class with these fi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gpt_dist.checkpoint import Progress as RunProgress
 from gpt_dist.config import Config, to_yaml
 from gpt_dist.files import write_atomically
-
-Row = dict[str, Any]
+from gpt_dist.metrics import Row, encode_row, whole_lines
+from gpt_dist.plot import plot_runs
 
 
 class Sink(Protocol):
@@ -82,8 +81,6 @@ class Monitor:
         """Close every sink and draw ``loss.png``."""
         for sink in self.sinks:
             sink.close()
-        from gpt_dist.plot import plot_runs  # matplotlib is slow to import
-
         plot_runs([self.out_dir], self.out_dir / "loss.png")
 
 
@@ -122,29 +119,6 @@ class JsonLines:
     def close(self) -> None:
         self.flush()
         self._file.close()
-
-
-def encode_row(row: Row) -> bytes:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite).encode() + b"\n"
-
-
-def whole_lines(path: Path) -> list[Row]:
-    """Rows of a ``metrics.jsonl``, without a last line that a kill tore."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 class TensorBoard:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gpt_dist.errors import UsageError, run_main
-from gpt_dist.monitor import whole_lines
+from gpt_dist.metrics import whole_lines
 
 FORMATS = (".png", ".pdf", ".svg")
 
