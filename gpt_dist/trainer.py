@@ -34,8 +34,8 @@ from gpt_dist.engines import Engine, pick_dtype
 from gpt_dist.errors import GptDistError
 from gpt_dist.evaluation import Validation, validate
 from gpt_dist.initialization import count_steps, make_engine, pretrained, with_vocabulary
-from gpt_dist.model import GPT
 from gpt_dist.metrics import Row
+from gpt_dist.model import GPT
 from gpt_dist.monitor import Monitor, human, profiler
 from gpt_dist.optim import learning_rate
 from gpt_dist.sampling import SamplingParams
