@@ -196,17 +196,25 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
                                                      run_tile<D, 5>, run_tile<D, 6>};
     const int tiles = (rows + 5) / 6, blocks = padded(layer.outputs, BLOCK) / BLOCK;
     const size_t size = (size_t)x.inputs * block_bytes(D);
-    // Each tile brings its share of the block that this thread probably gets next. A single tile
-    // leaves that to the hardware, which follows one stream well.
+    // A single tile is a stream through memory: long runs of blocks, so that the hardware can follow
+    // it, and the beginning of what comes next is fetched by hand. Several tiles each fetch a share
+    // of the block that this thread probably gets next.
+    const int run = tiles == 1 ? std::clamp(blocks / (3 * team.size), 1, 64) : 1;
     const int lines = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 0;
-    team.each(blocks, [&](int block) {
-        const uint8_t* next = layer.weight + (block + team.size) * size;
+    auto compute = [&](int block) {
+        const int next = block % run == run - 1 ? block + 1 + (team.size - 1) * run : block + 1;
+        const uint8_t* soon = next < blocks ? layer.weight + next * size : nullptr;
+        if (tiles == 1 && soon) Ahead{soon, 32}.fetch();
         for (int tile = 0; tile < tiles; tile++) {
             const int first = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-            const bool useful = block + team.size < blocks && tile * lines < BLOCK / LANES;
-            const Ahead ahead{next + tile * lines * size / 4, useful ? lines : 0};
+            const bool useful = soon && tile * lines < BLOCK / LANES;
+            const Ahead ahead{soon + tile * lines * size / 4, useful ? lines : 0};
             kernels[end - first - 1](x, first, layer, block, ahead, out, stride, e);
         }
+    };
+    team.each((blocks + run - 1) / run, [&](int item) {
+        for (int block = item * run; block < std::min(blocks, (item + 1) * run); block++)
+            compute(block);
     });
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "vector.h"
@@ -34,7 +36,7 @@ class Sampler {
   public:
     int vocab;
 
-    explicit Sampler(int vocab) : vocab(vocab), exps(padded(vocab, SPAN)), counts(vocab) {}
+    explicit Sampler(int vocab) : vocab(vocab), exps(padded(vocab, LANES)), counts(vocab) {}
 
     // logits is (vocab) and is overwritten; writes 1 + n log-probabilities and n ids if asked for.
     int run(Draw& draw, float* logits, float* logprobs, int32_t* top_ids) {
@@ -54,30 +56,47 @@ class Sampler {
     }
 
   private:
-    static constexpr int SPAN = 64;  // logits that share a maximum
+    // Every 16th of 1,024 logits: a span, whose maximum is a lane's.
+    static constexpr int SPAN = 64, STRIP = SPAN * LANES;
     float *x, top;
     std::vector<float> maxima, exps, raw, ranked;
+    std::vector<double> strips;
     std::vector<int> ids, counts;
 
     void find_maxima() {
-        maxima.resize(padded(vocab, SPAN) / SPAN);
-        top = -INFINITY;
-        for (size_t span = 0; span < maxima.size(); span++) {
+        maxima.resize(padded(vocab, STRIP) / SPAN);
+        Vec highest = _mm512_set1_ps(-INFINITY);
+        for (int start = 0; start < vocab; start += STRIP) {
             Vec most = _mm512_set1_ps(-INFINITY);
-            for (int i = span * SPAN; i < std::min<int>(vocab, (span + 1) * SPAN); i += LANES)
+            for (int i = start; i < std::min(vocab, start + STRIP); i += LANES)
                 most = _mm512_mask_max_ps(most, tail(vocab - i), most,
                                           _mm512_maskz_loadu_ps(tail(vocab - i), x + i));
-            maxima[span] = _mm512_reduce_max_ps(most);
-            top = std::max(top, maxima[span]);
+            _mm512_storeu_ps(&maxima[start / SPAN], most);
+            highest = _mm512_max_ps(highest, most);
         }
+        top = _mm512_reduce_max_ps(highest);
     }
 
     int first_maximum() const {
-        for (size_t span = 0; span < maxima.size(); span++)
-            if (maxima[span] == top)
-                for (int i = span * SPAN; i < vocab; i++)
-                    if (x[i] == top) return i;
+        for (int i = 0; i < vocab; i += LANES) {
+            const Vec part = _mm512_maskz_loadu_ps(tail(vocab - i), x + i);
+            const __mmask16 equal =
+                _mm512_mask_cmp_ps_mask(tail(vocab - i), part, _mm512_set1_ps(top), _CMP_EQ_OQ);
+            if (equal) return i + __builtin_ctz(equal);
+        }
         return 0;  // no logit is a number
+    }
+
+    // Fills `ids`, ascending, with the logits that are at least `least`.
+    void gather(float least) {
+        ids.clear();
+        for (size_t span = 0; span < maxima.size(); span++) {
+            if (maxima[span] < least) continue;
+            const int start = span / LANES * STRIP + span % LANES;
+            for (int i = start; i < std::min(vocab, start + STRIP); i += LANES)
+                if (x[i] >= least) ids.push_back(i);
+        }
+        std::sort(ids.begin(), ids.end());
     }
 
     // exps = e^((x - top) / temperature) where x >= least, else 0; returns the sum.
@@ -105,12 +124,10 @@ class Sampler {
             std::nth_element(ranked.begin(), ranked.begin() + k - 1, ranked.end(), std::greater<>());
             least = ranked[k - 1];
         }
-        ids.clear(), ranked.clear();
-        for (size_t span = 0; span < maxima.size(); span++)
-            if (maxima[span] >= least)
-                for (int i = span * SPAN; i < std::min<int>(vocab, (span + 1) * SPAN); i++)
-                    if (x[i] >= least) ids.push_back(i), ranked.push_back(x[i]);
-        if (k >= (int)ranked.size()) return least;
+        gather(least);
+        if (k >= (int)ids.size()) return least;
+        ranked.clear();
+        for (int i : ids) ranked.push_back(x[i]);
         std::nth_element(ranked.begin(), ranked.begin() + k - 1, ranked.end(), std::greater<>());
         const float kth = ranked[k - 1];
         ids.erase(std::remove_if(ids.begin(), ids.end(), [&](int i) { return x[i] < kth; }),
@@ -122,8 +139,11 @@ class Sampler {
         if (!count) return;
         collect(std::min(count, vocab));
         std::stable_sort(ids.begin(), ids.end(), [&](int a, int b) { return x[a] > x[b]; });
-        for (int i = 0; i < std::min(count, vocab); i++)
-            top_ids[i] = ids[i], logprobs[i] = x[ids[i]] - log_sum;
+        for (int i = 0; i < count; i++) {
+            const bool there = i < (int)ids.size();  // not in small vocabularies, or among NaNs
+            top_ids[i] = there ? ids[i] : 0;
+            logprobs[i] = there ? x[ids[i]] - log_sum : NAN;
+        }
     }
 
     // Bias, penalties and the mask of stop tokens; returns whether there was anything to do.
@@ -149,41 +169,49 @@ class Sampler {
     }
 
     int choose(const Draw& draw) {
-        float least = top + draw.temperature * draw.log_min_p;
         const bool few = draw.top_k && draw.top_k < vocab;
-        float kept = -INFINITY;
-        if (few) kept = collect(draw.top_k);
-        float sum = 0;
-        if (few)
-            for (int i : ids)
-                sum += exps[i] = std::exp((x[i] - top) / draw.temperature);
-        else
-            sum = exponentials(draw.temperature, -INFINITY);
-        if (draw.top_p < 1) kept = std::max(kept, nucleus(draw.top_p * sum, kept, few));
-        least = std::max(least, kept);
-
+        float sum = 0, least = -INFINITY;
+        if (few) {
+            least = collect(draw.top_k);
+            for (int i : ids) sum += exps[i] = std::exp((x[i] - top) / draw.temperature);
+        } else {
+            sum = exponentials(draw.temperature, least);
+        }
+        if (draw.top_p < 1) least = std::max(least, nucleus(draw.top_p * sum, least, few));
+        least = std::max(least, top + draw.temperature * draw.log_min_p);
         const double u = uniform(draw.seed, draw.length);
-        if (few) return invert(ids.begin(), ids.end(), least, u);
-        ids.clear();
-        for (size_t span = 0; span < maxima.size(); span++)
-            if (maxima[span] >= least)
-                for (int i = span * SPAN; i < std::min<int>(vocab, (span + 1) * SPAN); i++)
-                    if (x[i] >= least) ids.push_back(i);
-        return invert(ids.begin(), ids.end(), least, u);
+        if (few) {
+            ids.erase(std::remove_if(ids.begin(), ids.end(), [&](int i) { return x[i] < least; }),
+                      ids.end());
+            return invert(ids.size(), u, [&](int i) { return ids[i]; });
+        }
+        if (least > -INFINITY) exponentials(draw.temperature, least);
+        // First the strip, then the token in it.
+        strips.clear();
+        for (int start = 0; start < vocab; start += STRIP) {
+            Vec mass = Vec{};
+            for (int i = start; i < std::min(vocab, start + STRIP); i += LANES)
+                mass = _mm512_add_ps(mass, _mm512_loadu_ps(&exps[i]));
+            strips.push_back(_mm512_reduce_add_ps(mass));
+        }
+        double target = u * std::accumulate(strips.begin(), strips.end(), 0.0);
+        size_t strip = 0;
+        while (strip + 1 < strips.size() && target >= strips[strip]) target -= strips[strip++];
+        const int start = strip * STRIP;
+        return invert(std::min(vocab - start, STRIP), target / strips[strip],
+                      [&](int i) { return start + i; });
     }
 
-    // The token at which the cumulative distribution over ids, in their order, passes u.
-    template <class I> int invert(I begin, I end, float least, double u) const {
+    // The first of `count` tokens at which their cumulative distribution passes u.
+    template <class F> int invert(int count, double u, F&& token) const {
         double total = 0, mass = 0;
-        for (I i = begin; i != end; ++i)
-            if (x[*i] >= least) total += exps[*i];
+        for (int i = 0; i < count; i++) total += exps[token(i)];
         int last = first_maximum();
-        for (I i = begin; i != end; ++i)
-            if (x[*i] >= least) {
-                mass += exps[*i];
-                if (exps[*i] > 0) last = *i;
-                if (mass > u * total) return *i;
-            }
+        for (int i = 0; i < count; i++) {
+            if (exps[token(i)] > 0) last = token(i);
+            mass += exps[token(i)];
+            if (mass > u * total) return token(i);
+        }
         return last;
     }
 
