@@ -44,8 +44,13 @@ CSS = """
 .reply { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .8rem; }
 .reply pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: inherit; }
 .reply b { font-weight: normal; opacity: .55; }
-.reply i { font-style: normal; }
+.reply i { font-style: normal; position: relative; }
 .reply i:hover { outline: 1px solid currentColor; cursor: help; }
+.reply i:hover::after {
+  content: attr(data-hint); position: absolute; left: 0; top: 1.6em; z-index: 9; white-space: pre;
+  padding: .5rem .7rem; border-radius: 6px; font: .8rem/1.5 monospace;
+  color: #eee; background: #222e;
+}
 .reply footer { margin-top: .6rem; font-size: .8em; opacity: .7; }
 """ + "".join(
     # From red (unlikely) to green (likely), in tenths.
@@ -97,10 +102,8 @@ class Reply:
             left -= len(shown)
             if not shown:  # held back: it may become a stop sequence
                 break
-            spans.append(
-                f'<i class="p{int(9.99 * piece.probability)}" title="{html.escape(piece.hint)}">'
-                f"{html.escape(shown)}</i>"
-            )
+            tenth, told = int(9.99 * piece.probability), html.escape(piece.hint)
+            spans.append(f'<i class="p{tenth}" data-hint="{told}">{html.escape(shown)}</i>')
         state = self.end or "…"
         return (
             f'<div class="reply"><pre><b>{html.escape(prompt)}</b>'
@@ -133,7 +136,7 @@ async def converse(
     top_p: float,
     min_p: float,
     repetition_penalty: float,
-    seed: float | None,
+    seed: float,
     stop: str,
 ) -> AsyncGenerator[tuple[str, str], None]:
     """Stream replies; leaving the generator cancels the call, which frees the server's slots.
@@ -162,7 +165,7 @@ async def converse(
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
-                seed=None if seed is None else int(seed),
+                seed=int(seed) if seed >= 0 else None,
                 stop_sequences=[stop] if stop else None,
                 logprobs=True,
                 top_logprobs=TOP,
@@ -271,15 +274,22 @@ def build(target: str, card: str, max_new_tokens: int = 1024) -> gradio.Blocks:
                 halt = gr.Button("Stop", variant="stop", elem_id="stop")
             with gr.Accordion("Sampling", open=True), gr.Row():
                 controls = [
-                    gr.Slider(1, MAX_SAMPLES, 2, step=1, label="Samples"),
-                    gr.Slider(1, max_new_tokens, min(200, max_new_tokens), step=1, label="Tokens"),
-                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: greedy)"),
-                    gr.Slider(0, 200, 50, step=1, label="Top k (0: all)"),
-                    gr.Slider(0.05, 1, 1, step=0.05, label="Top p"),
-                    gr.Slider(0, 1, 0, step=0.01, label="Min p"),
-                    gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty"),
-                    gr.Number(None, label="Seed (empty: any)", precision=0),
-                    gr.Textbox("", label="Stop at", elem_id="stop-at"),
+                    gr.Slider(1, MAX_SAMPLES, 2, step=1, label="Samples", info="side by side"),
+                    gr.Slider(
+                        1,
+                        max_new_tokens,
+                        min(200, max_new_tokens),
+                        step=1,
+                        label="Tokens",
+                        info="each",
+                    ),
+                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy"),
+                    gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all"),
+                    gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="1: all"),
+                    gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0: all"),
+                    gr.Slider(1, 2, 1, step=0.05, label="Repetition", info="1: no penalty"),
+                    gr.Number(-1, label="Seed", info="-1: any", precision=0, minimum=-1),
+                    gr.Textbox("", label="Stop at", info="a text", elem_id="stop-at"),
                 ]
             panels = gr.HTML(elem_id="replies")
             status = gr.Markdown(elem_id="status")

@@ -132,7 +132,7 @@ def test_streaming_and_stopping_in_a_browser(
         assert replies.count() == 2
         texts = [reply.locator("pre").inner_text() for reply in replies.all()]
         assert all(text.startswith("a <b> & é") and len(text) == 29 for text in texts)
-        title = replies.first.locator("i").first.get_attribute("title")
+        title = replies.first.locator("i").first.get_attribute("data-hint")
         assert re.match(r"'.+'  \d+\.\d%\n\n( *\d+\.\d%  '.+'\n?){5}", title), title
         # A long one: it grows, and stopping it frees the slots.
         ask(page, "a", 1024)
