@@ -190,11 +190,9 @@ def memory_report(ranks: int = 8) -> str:
         f"| preset | parameters | activations | DDP | ZeRO-1, {ranks} GPUs | ZeRO-2 | ZeRO-3 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in presets():
-        if not name.startswith("gpt2-"):
-            continue
+    models = {name: gpt2(name) for name in presets() if name.startswith("gpt2-")}
+    for name, model in sorted(models.items(), key=lambda item: item[1].num_parameters()):
         config: Config = build(read_config_file(name))
-        model = gpt2(name)
         parameters = model.num_parameters()
         micro_batch, _ = config.micro_batch(ranks)
         # The output head works on one chunk of logits at a time.
