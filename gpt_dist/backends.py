@@ -49,6 +49,7 @@ def make_backend(
     model: GPT, slots: int, context: int, device: torch.device, dtype: str, deterministic: bool
 ) -> Backend:
     """The fastest arithmetic that this machine has for the device."""
-    if device.type == "cpu" and kernels.library() is not None:
+    small = model.config.n_embd // model.config.n_head <= kernels.MAX_HEAD_SIZE
+    if device.type == "cpu" and small and kernels.library() is not None:
         return CpuBackend(model, slots, context, dtype)
     return TorchBackend(model, slots, context, device, dtype, deterministic)

@@ -72,7 +72,8 @@ class Decoder:
         max_slots: sequences at once. Each takes its part of the cache from the start.
         max_context: positions of a slot, prompt and continuation; at most (and by default) the
             model's ``context_length``.
-        device: where to run; by default where the model is.
+        device: where to run; by default where the model is. For "mps" the CPU is taken, as Metal
+            lacks the double precision that draws need.
         dtype: of the weights. "auto" is bf16 where the device computes with it, else fp32. "int8"
             has one scale for each output of a layer.
         deterministic: a sequence's tokens do not depend on which other slots are active.
@@ -99,6 +100,8 @@ class Decoder:
         self.max_slots, self.max_context = max_slots, max_context or limit
         self.vocab_size = model.vocab_size
         self.device = torch.device(device) if device is not None else model.wte.weight.device
+        if self.device.type == "mps":
+            self.device = torch.device("cpu")
         self.dtype = resolve_dtype(dtype, self.device)
         self.deterministic = deterministic
         self._config = model.config

@@ -125,6 +125,8 @@ class TorchBackend:
             device=device,
         )
         self.cache_bytes = self.cache.nbytes
+        # Graphs may share memory, as a step's results are copied before the next one runs.
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Rows: token ids, positions, tokens generated, active; uploaded once a step.
         self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=device)
         self.staging = torch.zeros(4, slots, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -196,7 +198,9 @@ class TorchBackend:
             rows, length = self.slots, self.context
         else:
             rows = min(_power(max(slots) + 1, 1), self.slots)
-            length = min(_power(int(positions[list(slots)].max()) + 1, 64), self.context)
+            # On CUDA every shape is a graph, which takes a moment to record: there, fewer shapes.
+            least = 256 if self.device.type == "cuda" else 64
+            length = min(_power(int(positions[list(slots)].max()) + 1, least), self.context)
         outputs = self._run(weights, rows, length, plan)
         # The only synchronisation: doubles hold token ids and fp32 exactly.
         host = torch.cat([part.double().view(rows, -1) for part in outputs], 1).cpu().numpy()
@@ -223,7 +227,7 @@ class TorchBackend:
                 self._step(weights, rows, length, plan)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 outputs = self._step(weights, rows, length, plan)
             active.copy_(counted)
             weights.graphs[key] = graph, outputs

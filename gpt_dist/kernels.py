@@ -32,6 +32,7 @@ FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
     "-mfma", *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 ]  # fmt: skip
+MAX_HEAD_SIZE = 4096
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
 
 
@@ -90,10 +91,10 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; the reason is logged once."""
     if os.environ.get("GPT_DIST_KERNELS") == "0":
         return None
-    reason = _unavailable()
+    reason = unavailable()
     if not reason:
         try:
-            return _bind(ctypes.CDLL(str(_build())))
+            return _bind(ctypes.CDLL(str(build("decoder.cpp"))))
         except (OSError, subprocess.SubprocessError) as error:
             details = getattr(error, "stderr", None) or str(error)
             reason = f"building them failed: {details.strip().splitlines()[0]}"
@@ -101,7 +102,8 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _unavailable() -> str | None:
+def unavailable() -> str | None:
+    """Why this machine cannot build or run the kernels; None where it can."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
@@ -116,8 +118,8 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
 
 
-def _build() -> Path:
-    """Path of the shared library; compiles it if this source has not been compiled before."""
+def build(source: str) -> Path:
+    """Path of the shared library of a source; compiles it if it has not been compiled before."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     key = hashlib.sha256(sources + repr((_compiler(), FLAGS)).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
@@ -125,12 +127,12 @@ def _build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="gpt_dist-"))
-    path = folder / f"kernels-{key[:16]}.so"
+    path = folder / f"{Path(source).stem}-{key[:16]}.so"
     if not path.exists():
         _log.info("compiling the CPU kernels, once, into %s", path)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [str(_compiler()), *FLAGS, str(SOURCES / "decoder.cpp"), "-o", str(built)]
+            command = [str(_compiler()), *FLAGS, str(SOURCES / source), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             built.replace(path)
     return path

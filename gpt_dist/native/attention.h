@@ -52,7 +52,7 @@ template <class T> class Head {
     // as many floats as the context has positions.
     void attend(const float* query, int count, float* weights, float* out) const {
         const Vec scale = _mm512_set1_ps(1 / std::sqrt((float)size));
-        alignas(64) float rounded[MAX_SIZE];
+        alignas(64) float rounded[MAX_SIZE / 2];
         if (PAIR == 2) {
             for (int i = 0; i < tall; i += LANES)
                 _mm256_storeu_si256((__m256i*)((Bf16*)rounded + i),
@@ -86,7 +86,7 @@ template <class T> class Head {
     }
 
   private:
-    static constexpr int PAIR = sizeof(float) / sizeof(T), MAX_SIZE = 2048;
+    static constexpr int PAIR = sizeof(float) / sizeof(T), MAX_SIZE = 4096;
     const int size, tall, wide;  // channels; padded in keys; padded in values
     T *const keys, *const values;
 
