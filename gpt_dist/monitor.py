@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt_dist.checkpoint import Progress as RunProgress
 from gpt_dist.config import Config, to_yaml
+from gpt_dist.errors import UsageError
 from gpt_dist.files import write_atomically
 from gpt_dist.metrics import Row, encode_row, whole_lines
 from gpt_dist.plot import plot_runs
@@ -78,10 +79,13 @@ class Monitor:
             sink.flush()
 
     def close(self) -> None:
-        """Close every sink and draw ``loss.png``."""
         for sink in self.sinks:
             sink.close()
-        plot_runs([self.out_dir], self.out_dir / "loss.png")
+
+    def draw(self) -> None:
+        """Draw ``loss.png``, if there is something to draw."""
+        with suppress(UsageError):
+            plot_runs([self.out_dir], self.out_dir / "loss.png")
 
 
 class JsonLines:

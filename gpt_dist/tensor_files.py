@@ -19,14 +19,21 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write a file through to the disk; returns its sha256."""
+    """Write a file through to the disk; returns its sha256.
+
+    Raises:
+        OSError: with the file's name, which Python leaves out where a disk is full.
+    """
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()
 
 

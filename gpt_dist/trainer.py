@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -118,7 +119,10 @@ class Trainer:
             self.writer.close()
             self.loader.close()
             if self.monitor:
-                self.monitor.close()
+                with suppress(OSError):  # all that matters was flushed with the last checkpoint
+                    self.monitor.close()
+        if self.monitor:
+            self.monitor.draw()
         if self.stopping and self.progress.step < self.total_steps:
             self._say(f"stopped after step {self.progress.step}; the same command continues")
         else:
