@@ -14,7 +14,7 @@ FIGURES = [
     ("train_loss", "training loss (nats per token)", "{:.4f}"),
     ("val_loss", "validation loss (nats per token)", "{:.4f}"),
     ("val_bpb", "validation bits per byte", "{:.4f}"),
-    ("hellaswag", "HellaSwag (completion style)", "{:.4f}"),
+    ("hellaswag_acc_norm", "HellaSwag, completion style (acc_norm)", "{:.4f}"),
 ]
 
 

@@ -87,16 +87,16 @@ def read_source(path: Path) -> str:
         UsageError: no such file, empty, or not UTF-8 (the byte's position is given).
     """
     if not path.is_file():
-        raise UsageError(f"--source {path}: no such file")
+        raise UsageError(f"{path}: no such file")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--source {path}: not UTF-8 at byte {error.start}") from None
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (EOFError, gzip.BadGzipFile) as error:
-        raise UsageError(f"--source {path}: not a whole gzip file ({error})") from None
+        raise UsageError(f"{path}: not a whole gzip file ({error})") from None
     if not text.strip():
-        raise UsageError(f"--source {path}: is empty")
+        raise UsageError(f"{path}: is empty")
     return text
 
 
@@ -111,7 +111,7 @@ def _from_file(path: Path, kind: type[Row], limit: int | None) -> list[Row]:
             rows.append(_check(json.loads(line), kind))
         except ValueError as error:
             reason = "not JSON" if isinstance(error, json.JSONDecodeError) else error
-            raise UsageError(f"--source {path}, line {number}: {reason}") from None
+            raise UsageError(f"{path}, line {number}: {reason}") from None
     return rows
 
 

@@ -74,7 +74,7 @@ def make_run(directory: Path, model: GPT, tokenizer: Tokenizer) -> Path:
     rows = [
         {"step": 10, "train_loss": 3.0, "tokens": 1000},
         {"step": 20, "train_loss": 2.5, "tokens": 2000},
-        {"step": 20, "val_loss": 2.25, "val_bpb": 1.125},
+        {"step": 20, "val_loss": 2.25, "val_bpb": 1.125, "hellaswag_acc_norm": 0.2955},
         {"step": 30, "train_loss": 9.0, "tokens": 3000},
     ]
     (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 4')
@@ -201,7 +201,15 @@ def test_model_card_tells_the_run(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("char")
     out = exported(tmp_path, make_model(tokenizer, bias=False), tokenizer)
     card = (out / "README.md").read_text(encoding="utf-8")
-    for text in ("| steps | 20 |", "| 2.5000 |", "| 2.2500 |", "| 1.1250 |", "2,000", "zeros"):
+    for text in (
+        "| steps | 20 |",
+        "| 2.5000 |",
+        "| 2.2500 |",
+        "| 1.1250 |",
+        "| 0.2955 |",
+        "2,000",
+        "zeros",
+    ):
         assert text in card
     assert "9.0" not in card  # a later step's
 
