@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import time
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def load(options: Options) -> Loaded:
         deterministic=options.deterministic,
     )
     loaded = time.monotonic()
-    _warm(decoder)
+    _warm(decoder, tokenizer)
     config = model.config
     version = weights_version(directory, state)
     report = [
@@ -120,8 +121,11 @@ def _match(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
     model.vocab_size = tokenizer.vocab_size  # the rest of the rows cannot be decoded
 
 
-def _warm(decoder: Decoder) -> None:
+def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:
     """Run every kind of work once, so that the first request does not pay for it."""
+    with contextlib.suppress(UsageError):  # a vocabulary without this character
+        tokenizer.encode("a")
+    tokenizer.token_bytes(0)
     prompt = np.zeros(min(128, decoder.max_context), np.int64)
     decoder.prefill(0, prompt[:-1])
     decoder.activate(0, SamplingParams(top_k=50), prompt)

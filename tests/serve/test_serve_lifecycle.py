@@ -23,10 +23,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpt_dist.decoding import Decoder, generate
-from gpt_dist.errors import GptDistError
+from gpt_dist.errors import GptDistError, run_main
 from gpt_dist.model import GPT
 from gpt_dist.sampling import SamplingParams
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.__main__ import main
 from serve.client import AsyncClient, Client, build_request
 from serve.options import Options
 from serve.server import Server
@@ -148,6 +149,41 @@ def test_a_dead_engine_fails_every_call_at_once(start: StartServer, model: GPT) 
         assert not client.health()
     with pytest.raises(GptDistError, match=r"the engine failed.*illegal memory"):
         server.call(server.server.wait())
+
+
+def test_a_dead_engine_ends_the_process_with_status_1(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = SlowDecoder(Decoder(model, max_slots=2, dtype="fp32"))
+    slow.error = RuntimeError("out of memory")
+    monkeypatch.setattr("serve.server.load", lambda options: loaded(slow))  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.argv", ["serve", "--checkpoint", "x", "--port", "0"])
+    monkeypatch.setattr("serve.__main__.set_up", lambda *_: None)
+
+    def ask() -> None:
+        while "ready: " not in (text := capsys.readouterr().out):
+            time.sleep(0.01)
+        with Client(text.split("ready: ")[1].split()[0], timeout=5) as client:
+            client._stub.Generate.future(build_request([1]), timeout=5).exception()
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    asker.join()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: the engine failed: out of memory\n"
+
+
+def test_clients_may_ping_often(start: StartServer, model: GPT) -> None:
+    """By default grpc disconnects a client that pings more than every five minutes."""
+    server = start(SlowDecoder(Decoder(model, max_slots=1, dtype="fp32"), 0.02))
+    options = [("grpc.keepalive_time_ms", 50), ("grpc.keepalive_permit_without_calls", 1),
+               ("grpc.http2.max_pings_without_data", 0)]  # fmt: skip
+    with grpc.insecure_channel(server.target, options) as channel:
+        call = channel.unary_stream("/gpt_dist.v1.GenerationService/GenerateStream")
+        request = build_request([1], max_new_tokens=100, ignore_eos=True)
+        assert len(list(call(request.SerializeToString()))) > 50
 
 
 def test_draining_loses_no_accepted_request(start: StartServer, model: GPT) -> None:
