@@ -1,8 +1,9 @@
 """Build and bind ``native/``: the decoder's forward pass for CPUs with AVX-512 BF16 and VNNI.
 
 It is compiled once, by the C++ compiler that is there, in a few seconds, and kept in the user's
-cache directory. Without a compiler or on other CPUs the decoder runs in plain PyTorch, which is
-several times slower. ``GPT_DIST_KERNELS=0`` asks for that too.
+cache directory; ``python -m gpt_dist.kernels`` does that ahead of time. Without a compiler or on
+other CPUs the decoder runs in plain PyTorch, which is several times slower. ``GPT_DIST_KERNELS=0``
+asks for that too.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt_dist.errors import GptDistError, run_main
+
 _log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("native")
 FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
 FLAGS = [
+    # Multiplications and additions fuse only where the source says so: the same in every tile.
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-    "-mfma", *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
+    "-ffp-contract=off", "-mfma", *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 ]  # fmt: skip
 MAX_HEAD_SIZE = 4096
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -193,3 +197,22 @@ def own(tensor: Tensor | None, keep: list[Any]) -> Tensor | None:
     copied = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     keep.append(copied)
     return copied
+
+
+def main() -> None:
+    """Build the kernels now.
+
+    Raises:
+        GptDistError: they cannot be had here; says why.
+    """
+    reason = unavailable()
+    if reason:
+        raise GptDistError(f"no CPU kernels here: {reason}; decoding runs in plain PyTorch")
+    try:
+        print(f"CPU kernels: {build('decoder.cpp')}")
+    except subprocess.CalledProcessError as error:
+        raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
