@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_dist import training_kernels
 from gpt_dist.dropout import drop_, dropped_share, keep_mask
 
 QUERIES = 128
@@ -23,6 +24,27 @@ QUERIES = 128
 
 BLOCK_SCORES = 1 << 20
 """Scores of one block, over the sequences and heads taken together."""
+
+
+def self_attention(qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
+    """``attention`` of queries, keys and values that lie side by side.
+
+    Args:
+        qkv: (B, T, 3 * H * D).
+        heads: H.
+        dropout: as in ``attention``.
+
+    Returns:
+        (B, T, H * D).
+    """
+    batch, time, width = qkv.shape
+    depth = width // 3 // heads
+    if not dropout and depth % 16 == 0 and training_kernels.usable(qkv):
+        mixed: Tensor = training_kernels.Attention.apply(qkv, heads)  # type: ignore[no-untyped-call]
+        return mixed
+    query, key, value = qkv.view(batch, time, 3, heads, depth).permute(2, 0, 3, 1, 4)
+    mixed = attention(query, key, value, dropout)
+    return mixed.transpose(1, 2).reshape(batch, time, width // 3)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
@@ -36,8 +58,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
     Returns:
         (B, H, T, D).
     """
-    faster = dropout or (query.dtype == torch.bfloat16 and query.requires_grad)
-    if faster and query.device.type == "cpu":
+    if dropout and query.device.type == "cpu":
         mixed: Tensor = _cpu_attention(query, key, value, dropout)
         return mixed
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)

@@ -9,6 +9,7 @@ from gpt_dist.config import Config
 from gpt_dist.distributed import World
 from gpt_dist.engines import DDPEngine, Engine
 from gpt_dist.errors import UsageError
+from gpt_dist.memory import keep_freed_memory
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
 from gpt_dist.tokenizers import Tokenizer
 
@@ -62,6 +63,8 @@ def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
     """The engine that ``parallel.strategy`` names."""
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if config.parallel.strategy == "deepspeed":
         from gpt_dist.deepspeed_engine import DeepSpeedEngine  # seconds to import
 

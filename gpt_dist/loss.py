@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt_dist import training_kernels
+
 IGNORE = -1
 """Target of positions that do not count."""
 
@@ -51,6 +53,8 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, vocab_size: int) ->
     Returns:
         (N,) cross-entropies in nats, fp32; zero where the target is ``IGNORE``.
     """
+    if training_kernels.usable(logits):
+        return training_kernels.cross_entropy_(logits, targets, vocab_size)
     losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
     rows = len(logits)
     if logits.device.type == "cpu":

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt_dist.attention import attention
+from gpt_dist import training_kernels
+from gpt_dist.attention import self_attention
 from gpt_dist.config import ModelConfig
 from gpt_dist.dropout import Dropout
 from gpt_dist.loss import linear_cross_entropy
@@ -41,13 +42,8 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        heads = (batch, time, self.n_head, width // self.n_head)
-        query, key, value = (
-            part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(width, dim=2)
-        )
-        mixed = attention(query, key, value, self.dropout if self.training else 0.0)
-        mixed = mixed.transpose(1, 2).reshape(batch, time, width)
+        dropout = self.dropout if self.training else 0.0
+        mixed = self_attention(self.c_attn(x), self.n_head, dropout)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
 
@@ -62,7 +58,15 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))))
+        return cast(Tensor, self.dropout(self.c_proj(gelu(self.c_fc(x)))))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh GELU (arXiv:1606.08415)."""
+    if training_kernels.usable(x):
+        y: Tensor = training_kernels.Gelu.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
