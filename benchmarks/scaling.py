@@ -38,7 +38,9 @@ WARM_UP = 1
 def measured_speed(out: Path) -> float:
     """Median tokens per second of a run."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    speeds = [row["tokens_per_second"] for row in map(json.loads, lines) if "train_loss" in row]
+    speeds: list[float] = [
+        row["tokens_per_second"] for row in map(json.loads, lines) if "train_loss" in row
+    ]
     return statistics.median(speeds[WARM_UP:])
 
 

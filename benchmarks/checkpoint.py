@@ -1,0 +1,137 @@
+"""What checkpoints cost: the time that saving takes from training, as a share of the steps.
+
+    python benchmarks/checkpoint.py --json benchmarks/results/checkpoint.json
+
+Trains GPT-2 124M by DDP on two ranks, 8,192 tokens a step, and takes the times at which rows
+appear in metrics.jsonl. A checkpoint's cost is what its save adds to the wall clock: the copy to
+host memory, for which training waits, and the slower steps while a thread hashes and writes
+1.5 GB. Steps with and without a save in progress come from the same run, side by side, so that
+whatever else the machine does meets both. The cost every 10 and every 100 steps is that cost over
+10 and 100 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import record
+
+from gpt_dist.errors import GptDistError, UsageError, run_main
+
+
+def settings(arguments: argparse.Namespace, data: Path) -> list[str]:
+    """Flags of the run: a save after ``--quiet-steps``, so many steps to recover, and again."""
+    period = arguments.quiet_steps + arguments.busy_steps
+    values = {
+        "config": "gpt2-124m",
+        "device": "cpu",
+        "data.path": data,
+        "model.vocab_size": 50257,
+        "model.context_length": arguments.context,
+        "train.batch_tokens": arguments.tokens,
+        "train.micro_batch_size": arguments.micro_batch,
+        "train.steps": 1 + period * arguments.saves + arguments.busy_steps,
+        "optim.warmup_steps": 0,
+        "train.eval_every": 0,
+        "train.sample_every": 0,
+        "train.checkpoint_every": period,
+    }
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+def row_times(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:
+    """When each row of a run's metrics appeared, by this process's clock."""
+    times: list[float] = []
+    while process.poll() is None:
+        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        times += [time.perf_counter()] * (rows - len(times))
+        time.sleep(0.002)
+    return times
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run; the durations of its steps with and without a save behind them."""
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.directory) as name:
+        directory = Path(name)
+        data, out = directory / "data", directory / "run"
+        prepare = ["gpt_dist.prepare", "shakespeare", "--tokenizer", "char", "--out", str(data)]
+        subprocess.run([sys.executable, "-m", *prepare], check=True, stdout=subprocess.DEVNULL)
+        torchrun = Path(sys.executable).with_name("torchrun")
+        command = [str(torchrun), "--standalone", f"--nproc-per-node={arguments.ranks}"]
+        command += ["-m", "gpt_dist.train", "--out_dir", str(out), *settings(arguments, data)]
+        log = directory / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"CI": "1"}
+            )
+            times = row_times(process, out / "metrics.jsonl")
+        if process.returncode:
+            raise GptDistError(f"the run failed:\n{log.read_text()[-2000:]}")
+        size = sum(
+            file.stat().st_size for file in (out / "checkpoints").glob("step-*/*.safetensors")
+        ) / len(list((out / "checkpoints").glob("step-*")))
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    period = arguments.quiet_steps + arguments.busy_steps
+    quiet: list[float] = []
+    costs: list[float] = []
+    for index, seconds in enumerate(steps, start=2):  # the duration of step `index`
+        since_save = (index - 1) % period if index > period else arguments.busy_steps
+        if since_save >= arguments.busy_steps:
+            quiet.append(seconds)
+    step = statistics.median(quiet)
+    for save in range(1, arguments.saves + 1):
+        after = steps[save * period - 1 :][: arguments.busy_steps]
+        costs.append(sum(after) - len(after) * step)
+    cost = statistics.median(costs)
+    return {
+        "step_s": round(step, 3),
+        "quiet_steps_s": [round(value, 3) for value in quiet],
+        "checkpoint_GB": round(size / 1e9, 3),
+        "cost_of_a_checkpoint_s": [round(value, 3) for value in costs],
+        "every_10_steps": round(cost / (10 * step), 4),
+        "every_100_steps": round(cost / (100 * step), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine (2)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step (8192)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences (4)")
+    parser.add_argument("--saves", type=int, default=2, help="checkpoints to measure (2)")
+    parser.add_argument(
+        "--quiet-steps", type=int, default=2, help="more steps before each save (2)"
+    )
+    parser.add_argument("--busy-steps", type=int, default=2, help="steps a save may slow down (2)")
+    parser.add_argument("--directory", metavar="DIR", help="where checkpoints go (temporary)")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    arguments = parser.parse_args()
+    for name in ("saves", "quiet_steps", "busy_steps"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more")
+    result = measure(arguments)
+    for key, value in result.items():
+        print(f"{key:24s} {value}")
+    print(
+        f"cost: {result['every_10_steps']:.1%} every 10 steps, "
+        f"{result['every_100_steps']:.2%} every 100 (limits: 5 % and 1 %)"
+    )
+    record(arguments.json, result)
+
+
+if __name__ == "__main__":
+    run_main(main)
