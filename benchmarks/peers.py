@@ -1,0 +1,208 @@
+"""One trainer in a process of its own, for ``benchmarks/training.py``: this one or a peer.
+
+Started with JSON settings as its only argument, it answers each line on its standard input,
+``{"accumulate": 8, "steps": 2}``, with one line of JSON: seconds of each optimizer step, the losses
+and the peak memory since the line before. Each peer runs at its best setting: compiled, bf16
+autocast, fused AdamW, attention by PyTorch's fused kernels, tied embeddings, vocabulary padded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PADDED = 50304
+VOCABULARY = 50257
+
+Step = Callable[[Tensor, int], float]
+"""Tokens (accumulate * B, T + 1) and how many micro-batches they are → mean loss in nats."""
+
+
+def make_own(settings: dict[str, Any], device: torch.device) -> Step:
+    """This project's engine, as the training loop drives it."""
+    from gpt_dist.config import Config
+    from gpt_dist.data import Batch
+    from gpt_dist.distributed import World
+    from gpt_dist.initialization import make_engine
+    from gpt_dist.model import GPT
+
+    shape, context = settings["shape"], settings["context"]
+    engines: dict[int, Any] = {}
+    world = World(0, 1, 0, 1, device)
+    torch.manual_seed(0)
+    dtype = torch.float32 if settings.get("fp32") else torch.bfloat16
+
+    def step(tokens: Tensor, accumulate: int) -> float:
+        if not engines:
+            config = Config.model_validate(
+                {
+                    "model": {**shape, "context_length": context, "vocab_size": VOCABULARY},
+                    "train": {"batch_tokens": accumulate * settings["micro_batch"] * context},
+                }
+            )
+            model = GPT(config.model).to(device).train()
+            engines[0] = make_engine(model, world, config, dtype)
+        engine = engines[0]
+        engine.loss_scale = 1 / (tokens.shape[0] * context)
+        total = torch.zeros((), device=device)
+        for number, part in enumerate(tokens.chunk(accumulate)):
+            batch = Batch(part[:, :-1], part[:, 1:])
+            total += engine.micro_step(batch, last=number == accumulate - 1)
+        engine.step(settings["lr"])
+        return float(total) / (tokens.shape[0] * context)
+
+    return step
+
+
+def make_peer(settings: dict[str, Any], device: torch.device) -> Step:
+    """transformers or litgpt in the usual loop."""
+    torch.manual_seed(0)
+    loss_of = (
+        make_transformers(settings) if settings["name"] == "transformers" else make_litgpt(settings)
+    )
+    model: torch.nn.Module = loss_of.model.to(device).train()  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+
+    def step(tokens: Tensor, accumulate: int) -> float:
+        total = torch.zeros((), device=device)
+        for part in tokens.chunk(accumulate):
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=not settings.get("fp32", False)
+            ):
+                loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+            (loss / accumulate).backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(total) / accumulate
+
+    return step
+
+
+class Loss:
+    """A compiled model and how it computes its loss."""
+
+    def __init__(self, model: torch.nn.Module, loss: Callable[..., Tensor], compiled: bool) -> None:
+        self.model = model
+        self.run = torch.compile(model) if compiled else model
+        self.loss = loss
+
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(self.run, ids, targets)
+
+
+def make_transformers(settings: dict[str, Any]) -> Loss:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = settings["shape"]
+    config = GPT2Config(
+        vocab_size=PADDED,
+        n_positions=settings["context"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+
+    def loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=ids, shift_labels=targets, labels=targets).loss
+        return result
+
+    return Loss(GPT2LMHeadModel(config), loss, settings["compile"])
+
+
+def make_litgpt(settings: dict[str, Any]) -> Loss:
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    shape = settings["shape"]
+    config = Config(
+        name="gpt2-shaped",
+        block_size=settings["context"],
+        vocab_size=VOCABULARY,
+        padded_vocab_size=PADDED,
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        rotary_percentage=0.25,  # it has no learned positions
+        parallel_residual=False,
+        bias=True,
+        norm_class_name="LayerNorm",
+        mlp_class_name="GptNeoxMLP",
+        gelu_approximate="tanh",
+    )
+    model = GPT(config)
+    model.lm_head.weight = model.transformer.wte.weight  # its --tie_embeddings
+
+    def loss(run: Any, ids: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = chunked_cross_entropy(run(ids), targets, chunk_size=0)
+        return result
+
+    return Loss(model, loss, settings["compile"])
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory since ``reset_peak``: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    device = torch.device(settings["device"])
+    if device.type == "cpu":
+        torch.set_num_threads(settings["threads"])
+    else:
+        torch.set_float32_matmul_precision("high")
+    make = make_own if settings["name"] == "gpt_dist" else make_peer
+    step = make(settings, device)
+    tokens = torch.load(settings["tokens"], weights_only=True).to(device)
+    position = 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        rows = request["accumulate"] * settings["micro_batch"]
+        reset_peak(device)
+        seconds, losses = [], []
+        for _ in range(request["steps"]):
+            chosen = torch.arange(position, position + rows, device=device) % len(tokens)
+            batch, position = tokens[chosen], position + rows
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            losses.append(step(batch, request["accumulate"]))
+            seconds.append(time.perf_counter() - start)
+        reply = {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(device)}
+        print(json.dumps(reply), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
