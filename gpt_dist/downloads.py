@@ -16,7 +16,7 @@ from io import BufferedRandom
 from pathlib import Path
 
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.files import naming, sync_directory
+from gpt_dist.files import naming, needing_directory, sync_directory
 
 ATTEMPTS = 6
 """Failures in a row, without a byte between them, before giving up."""
@@ -62,18 +62,19 @@ class RemoteFile:
             if self.size is None or target.stat().st_size == self.size:
                 return target
             target.unlink()
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
-        with naming(part), part.open("a+b") as file:
+        with needing_directory(target.parent), naming(part), part.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same file
-            if target.is_file():  # and has done so while we waited
-                part.unlink(missing_ok=True)
-                return target
-            self._fill(file, target.with_name(target.name + ".etag"), report)
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(target)
-        sync_directory(target.parent)
+            try:
+                if not target.is_file():  # the other one has not
+                    self._fill(file, target.with_name(target.name + ".etag"), report)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    part.replace(target)
+                    sync_directory(target.parent)
+            finally:
+                if part.exists() and not part.stat().st_size:
+                    part.unlink()
         return target
 
     def _fill(self, file: BufferedRandom, etag_file: Path, report: Report) -> None:
@@ -86,7 +87,10 @@ class RemoteFile:
             except _Interrupted as error:
                 failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
                 if failures >= ATTEMPTS:
-                    raise GptDistError(f"{self.url}: {error}; run again to go on") from None
+                    raise GptDistError(
+                        f"{self.url}: {error}; run again to go on, or bring the file here and give "
+                        "it with --source"
+                    ) from None
                 pause = BACKOFF_SECONDS * 2 ** (failures - 1)
                 report(f"{self.name}: {error}; trying again in {pause:.0f} s")
                 time.sleep(pause)

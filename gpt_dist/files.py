@@ -40,6 +40,24 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def needing_directory(path: Path) -> Iterator[None]:
+    """Make a directory and those above it; afterwards remove those of them that stayed empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for directory in made:
+            if not directory.exists() or any(directory.iterdir()):
+                break
+            directory.rmdir()
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory, so that renames and removals in it survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

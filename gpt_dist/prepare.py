@@ -12,6 +12,7 @@ number of workers.
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 from gpt_dist.data_names import default_directory
 from gpt_dist.errors import GptDistError, UsageError, describe, run_main
+from gpt_dist.files import needing_directory
 from gpt_dist.prepare_options import parse
 from gpt_dist.progress import WorkProgress
 from gpt_dist.shard_writing import (
@@ -32,7 +34,7 @@ from gpt_dist.shard_writing import (
     remove_data_set,
     remove_journal,
 )
-from gpt_dist.shards import DATASET_FILE, Split, open_dataset, read_dataset_file
+from gpt_dist.shards import DATASET_FILE, JOURNAL_FILE, Split, open_dataset, read_dataset_file
 from gpt_dist.sources import FileInput, Source, is_remote, open_source, split_by_characters
 from gpt_dist.tokenize_pool import Cursor, Input, read_chunks, tokenize
 from gpt_dist.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -69,21 +71,20 @@ def prepare(args: argparse.Namespace, given: Tokenizer | None, out: Path) -> Non
         GptDistError: the text or a download is not what it should be.
         OSError: a file cannot be written.
     """
-    with own_directory(out), WorkProgress("preparing") as progress:
+    with WorkProgress("preparing") as progress:
         # Local files are looked at first: they are part of what was asked for.
         source = None if is_remote(args) else open_source(args, progress.say)
         arguments = essential_arguments(args, given, source)
-        journal = None
-        if not args.overwrite:
-            if found_complete(out, arguments):
-                return
+        if not args.overwrite and found_complete(out, arguments):
+            return
+        with own_directory(out):
+            if args.overwrite:
+                remove_data_set(out)
             journal = found_unfinished(out, arguments)
-        elif (out / DATASET_FILE).exists() or read_journal(out) is not None:
-            remove_data_set(out)
-        if journal is None and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise UsageError(f"{out}: not empty and no data set; choose another --out")
-        source = source or open_source(args, progress.say)
-        _write(args, given, source, arguments, out, journal, progress)
+            if journal is None and any(not path.name.startswith(".") for path in out.iterdir()):
+                raise UsageError(f"{out}: not empty and no data set; choose another --out")
+            source = source or open_source(args, progress.say)
+            _write(args, given, source, arguments, out, journal, progress)
 
 
 def _write(
@@ -214,23 +215,21 @@ def own_directory(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out names a directory")
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
+    with needing_directory(out):
         if not os.access(out, os.W_OK):
-            raise PermissionError(13, "Permission denied", str(out))
+            raise PermissionError(errno.EACCES, "Permission denied", str(out))
+        handle = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise GptDistError(f"{out}: another process is preparing data there") from None
-        yield
-    finally:
-        os.close(handle)
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        except OSError:  # some network file systems know no such locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
 
 
 def essential_arguments(
@@ -275,7 +274,8 @@ def found_complete(out: Path, arguments: dict[str, Any]) -> bool:
         streams = [dataset.split("train"), dataset.split("val")]
     except GptDistError as error:
         raise GptDistError(f"{error}; --overwrite makes the data set anew") from None
-    remove_journal(out)  # the last thing that a killed attempt may have left to do
+    if (out / JOURNAL_FILE).exists():
+        remove_journal(out)  # the last thing that a killed attempt may have left to do
     tokens = sum(len(stream) for stream in streams if stream)
     print(f"{out}: is there already, with the same arguments ({tokens:,} tokens)")
     return True

@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     hub = "a directory laid out as on the hub, or the URL of a mirror of the hub"
     stories = add(
         "tinystories",
-        "two million short stories in the words of a four-year-old (2 GB)",
+        "stories in the words of a four-year-old (2 GB), with a validation split of their own",
         0.01,
         f"a file, {hub}",
     )

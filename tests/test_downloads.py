@@ -124,7 +124,8 @@ def test_what_is_not_the_file_is_refused(server: FileServer, tmp_path: Path) -> 
 def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "BACKOFF_SECONDS", 0.01)
     with pytest.raises(GptDistError, match=r"127\.0\.0\.1:9/x: .*[Rr]efused.*; run again"):
-        RemoteFile("http://127.0.0.1:9/x", "x").fetch(tmp_path)
+        RemoteFile("http://127.0.0.1:9/x", "x").fetch(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client retries
     with pytest.raises(GptDistError, match=r"no connection .*give the files with --source DIR"):
         hub_files("owner/name", "", "http://127.0.0.1:9")
