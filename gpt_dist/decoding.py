@@ -313,6 +313,7 @@ class Decoder:
             for start in range(0, len(tokens) - 1, chunk):
                 inputs = tokens[:-1][start : start + chunk]
                 logits = self._backend.logits(weights.data, slot, inputs, start)
+                self._lengths[slot] = start + len(inputs)
                 targets = torch.from_numpy(tokens[start + 1 : start + 1 + len(inputs)])
                 values, best = log_probabilities(logits, targets.long().to(logits.device), top)
                 host = values.cpu().numpy()

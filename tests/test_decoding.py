@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from gpt_dist import kernels
+from gpt_dist.config import ModelConfig
 from gpt_dist.decoding import Decoder, Scores, generate, generate_many
+from gpt_dist.decoding_torch import TorchBackend
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model import GPT
 from gpt_dist.sampling import SamplingParams
@@ -230,11 +233,14 @@ def test_other_weights_must_have_the_same_shape(backend: str) -> None:
         decoder.load_weights(small_model(n_head=2))
 
 
-def test_scoring_does_not_disturb_running_slots(backend: str) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_scoring_and_running_slots_do_not_disturb_each_other(
+    backend: str, deterministic: bool
+) -> None:
     model = small_model()
-    decoder = Decoder(model, max_slots=2, dtype="fp32")
+    decoder = Decoder(model, max_slots=3, dtype="fp32", deterministic=deterministic)
     prompt, text = list(range(30)), list(range(96))[::-1]
-    start(decoder, 0, prompt, GREEDY)
+    start(decoder, 2, prompt, GREEDY)
     tokens, logprobs = [], []
     for part in decoder.score(text, chunk=10):
         with pytest.raises(GptDistError, match="another text"):
@@ -305,6 +311,21 @@ def test_misuse_is_refused(backend: str) -> None:
 
 def test_a_step_without_slots_is_empty(backend: str) -> None:
     assert Decoder(small_model(), max_slots=1).step().slots == []
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """Nothing in it depends on values, so that CUDA can record it; fake tensors have none."""
+    with FakeTensorMode(), torch.no_grad():
+        model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=64, vocab_size=99))
+        backend = TorchBackend(model, 5, 64, torch.device("cpu"), "bf16", False)
+        every = SamplingParams(
+            temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repetition_penalty=1.2,
+            presence_penalty=0.1, logit_bias={3: 1.0}, min_new_tokens=2, stop_ids=(1,), logprobs=3,
+        )  # fmt: skip
+        backend.set(0, every, [1, 2, 3])
+        plan = backend.sampler.plan([0])
+        outputs = backend._step(backend.load(model), 4, 64, plan)
+    assert [tuple(output.shape) for output in outputs] == [(4,), (4, 5), (4, 4)]
 
 
 def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
