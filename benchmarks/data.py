@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -68,10 +69,14 @@ def main() -> int:
             place = Path(scratch) / name
             place.mkdir()
             results[name] = parts[name](args, documents, place)
+            results[name]["command"] = shlex.join(["python", *sys.argv])
             shutil.rmtree(place)
-            print()
+            print(flush=True)
     good = all(entry["good"] for entry in results.values())
     print("all as it should be" if good else "NOT as it should be")
+    if args.json and Path(args.json).exists():  # parts that were measured before are kept
+        before = json.loads(Path(args.json).read_text())
+        results = {name: before[name] for name in parts if name in before} | results
     record(args.json, results, ("tiktoken", "tokenizers", "numpy", "pyarrow"))
     return 0 if good else 1
 
@@ -316,7 +321,8 @@ def throughput(args: argparse.Namespace, documents: list[str], place: Path) -> d
     chosen = first(documents, args.speed_bytes)
     (place / "x.txt").write_text(SEPARATOR.join(chosen))
     total = (place / "x.txt").stat().st_size
-    arguments = ["text", place / "x.txt", "--split", "eot", "--workers", args.threads]
+    arguments = ["text", place / "x.txt", "--split", "eot", "--out", place / "out"]
+    arguments += ["--workers", args.threads]
 
     def raw() -> float:
         begin = time.perf_counter()
@@ -324,11 +330,13 @@ def throughput(args: argparse.Namespace, documents: list[str], place: Path) -> d
         return time.perf_counter() - begin
 
     def ours() -> float:
-        sys.argv = ["prepare", *map(str, arguments), "--overwrite", "--out", str(place / "out")]
+        own, sys.argv = sys.argv, ["prepare", *map(str, arguments), "--overwrite"]
         begin = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             prepare.main()
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        sys.argv = own
+        return seconds
 
     print(f"throughput on {total / 1e6:.0f} MB, {len(chosen):,} documents, {args.threads} threads")
     times = alternate(args.rounds, {"tiktoken": raw, "prepare": ours})
@@ -419,7 +427,7 @@ def memory(args: argparse.Namespace, documents: list[str], place: Path) -> dict[
             "seconds": seconds,
         }
         good &= megabytes < 1024
-        print(f"  {kind:12} {megabytes:6.0f} MB  ({tokens:,} tokens, {seconds:.0f} s)")
+        print(f"  {kind:12} {megabytes:6.0f} MB  ({tokens:,} tokens, {seconds:.0f} s)", flush=True)
         shutil.rmtree(place / "out")
         path.unlink()
     return {"good": good, "kinds": figures}
