@@ -8,6 +8,7 @@ traffic for this.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -18,8 +19,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from gpt_dist.errors import GptDistError
 from gpt_dist.rendezvous import connect
@@ -41,11 +41,11 @@ class RollCall:
     """
 
     def __init__(self, rank: int, size: int, prefix: str) -> None:
-        self.rank = rank
-        self.hosts: list[str] = [""] * size
-        dist.all_gather_object(self.hosts, socket.gethostname())
+        self.rank, self.size = rank, size
         self._prefix = f"{prefix}/roll-call"
         self._store = connect()
+        self._store.set(f"{self._prefix}/host/{rank}", socket.gethostname())
+        self._first_host = self._store.get(f"{self._prefix}/host/0").decode()
         self._failed = False
         threading.Thread(target=self._answer, name="roll-call", daemon=True).start()
 
@@ -55,59 +55,71 @@ class RollCall:
         Every rank comes here; the error's ``local`` is set where this rank should print it.
         """
         self._failed = True
-        here = self._call()
-        missing = [rank for rank in range(len(self.hosts)) if here is not None and rank not in here]
-        if here is None:
+        places = self._call()
+        missing = [rank for rank, (_, place) in places.items() if place is None]
+        if not places:
             text = (
-                f"lost the connection to {self.hosts[0]} ({os.environ['MASTER_ADDR']}), the host "
-                "of rank 0: it is down, or the network between is"
+                f"lost the connection to {self._first_host} ({os.environ['MASTER_ADDR']}), the "
+                "host of rank 0: it is down, or the network between is"
             )
         elif missing:
-            text = "lost " + ", ".join(f"rank {r} on {self.hosts[r]}" for r in missing[:8])
+            text = "lost " + ", ".join(f"rank {rank} on {places[rank][0]}" for rank in missing[:8])
             text += f" and {len(missing) - 8} more" * (len(missing) > 8)
             text += ": dead, stopped, or cut off from the network"
         else:
             text = "a collective failed though all ranks answer: " + "; ".join(
-                f"rank {rank} on {self.hosts[rank]} was in {place}"
-                for rank, place in list(here.items())[:8]
+                f"rank {rank} on {host} was in {place}"
+                for rank, (host, place) in list(places.items())[:8]
             )
         reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
         result = GptDistError(f"{text} ({reason[:200]}); the same command continues the run")
-        if here is None:
-            first_on_host = int(os.environ.get("LOCAL_RANK", "0")) == 0
-            result.local = first_on_host
-            if first_on_host:
+        if not places:
+            result.local = int(os.environ.get("LOCAL_RANK", "0")) == 0
+            if result.local:
                 watch_agent()
         else:
-            result.local = self.rank == min(here, default=self.rank)
+            result.local = self.rank == min(set(places) - set(missing), default=self.rank)
         return result
 
     def _answer(self) -> None:
         try:
             self._store.wait([f"{self._prefix}/call"], timedelta(days=365))
             place = "a collective" if self._failed else whereabouts()
-            self._store.set(f"{self._prefix}/{self.rank}", place)
+            self._store.set(f"{self._prefix}/place/{self.rank}", place)
         except RuntimeError:  # the store went away with its host, or at the end of the run
             return
 
-    def _call(self) -> dict[int, str] | None:
-        """Rank → where in the program it is, of all who answer; None if the store does not."""
-        answers: queue.Queue[dict[int, str]] = queue.Queue()
+    def _call(self) -> dict[int, tuple[str, str | None]]:
+        """Rank → its host and where in the program it is, None if it does not answer.
+
+        Empty if the store does not answer.
+        """
+        answers: queue.Queue[dict[int, tuple[str, str | None]]] = queue.Queue()
 
         def call() -> None:
-            store = connect()
-            store.set(f"{self._prefix}/call", "")
-            time.sleep(PATIENCE)
-            keys = {rank: f"{self._prefix}/{rank}" for rank in range(len(self.hosts))}
-            present = {rank: key for rank, key in keys.items() if store.check([key])}
-            answers.put({rank: store.get(key).decode() for rank, key in present.items()})
+            with contextlib.suppress(RuntimeError):  # no store, no answer
+                answers.put(self._ask(connect()))
 
         # In a thread of its own: where the network is gone, a call to the store blocks for minutes.
         threading.Thread(target=call, daemon=True).start()
         try:
             return answers.get(timeout=2 * PATIENCE)
         except queue.Empty:
-            return None
+            return {}
+
+    def _ask(self, store: Any) -> dict[int, tuple[str, str | None]]:
+        def read(key: str) -> str | None:
+            return store.get(key).decode() if store.check([key]) else None
+
+        store.set(f"{self._prefix}/call", "")
+        time.sleep(PATIENCE)
+        return {
+            rank: (
+                read(f"{self._prefix}/host/{rank}") or "a host that never came",
+                read(f"{self._prefix}/place/{rank}"),
+            )
+            for rank in range(self.size)
+        }
 
 
 def whereabouts() -> str:
