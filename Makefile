@@ -41,6 +41,9 @@ soak: install  ## The long versions of the fault tests; results go to benchmarks
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
 	SOAK=1 $(BIN)/pytest tests/serve
 
+proto: install  ## Generate the stubs from proto/
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
+
 docs: install  ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
@@ -55,4 +58,4 @@ clean:  ## Remove the environment, caches and build products (runs/ and data/ st
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-cluster check lint soak docs image-check format clean
+.PHONY: help install demo test test-cluster check lint soak proto docs image-check format clean
