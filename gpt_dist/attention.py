@@ -58,13 +58,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -
     Returns:
         (B, H, T, D).
     """
-    if dropout and query.device.type == "cpu":
+    if dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
         mixed: Tensor = _cpu_attention(query, key, value, dropout)
         return mixed
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     dropped = dropped_share(dropout) if dropout else 0
     seed = int(torch.randint(2**63 - 1, ())) if dropped else 0

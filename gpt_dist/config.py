@@ -112,7 +112,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the matrix products; weights stay fp32. auto = bf16 where the device has it."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile; auto tries it on CUDA and falls back, saying why."""
+    """torch.compile of the blocks; auto tries it on CUDA and falls back, saying why."""
     init_from: str | None = None
     """Start from the weights of this checkpoint, run or Hugging Face directory."""
     eval_every: CountOrZero = 250
@@ -211,6 +211,11 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
             f"for example {near}"
         )
     parallel = config.parallel
+    if train.compile is True and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
+        problems.append(
+            "train.compile = true: not with parallel.zero_stage = 3, which gathers the weights "
+            "between the operations that would be fused; set it to false or use stage 0 to 2"
+        )
     if config.eval.hellaswag_every and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
         problems.append(
             "eval.hellaswag_every: not during training with parallel.zero_stage = 3; "

@@ -53,12 +53,11 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.rate:
             return x
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return cast(Tensor, _cpu_dropout(x, dropped_share(self.rate)))
         return F.dropout(x, self.rate)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _cpu_dropout(x: Tensor, dropped: int) -> Any:
     return _Dropout.apply(x, dropped)  # type: ignore[no-untyped-call]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from gpt_dist.checkpoint import empty_model, load_model, load_weights
 from gpt_dist.config import Config
 from gpt_dist.distributed import World
 from gpt_dist.engines import DDPEngine, Engine
-from gpt_dist.errors import UsageError
+from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.memory import keep_freed_memory
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
 from gpt_dist.tokenizers import Tokenizer
@@ -59,6 +61,36 @@ def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
     )
     load_weights(model, weights, config.train.init_from)
     return model
+
+
+def compile_blocks(model: GPT, setting: Literal["auto"] | bool, device: torch.device) -> str:
+    """Compile the blocks in place as ``train.compile`` says; one compilation serves all of them.
+
+    In place, because a wrapper would rename the parameters. Only the blocks: that starts in
+    seconds, and gradients are reduced while the backward pass goes on.
+
+    Returns:
+        What was done, and why where it was not: a word for the run's headline.
+
+    Raises:
+        GptDistError: compiling was demanded and failed.
+    """
+    if not setting or (setting == "auto" and device.type != "cuda") or not len(model.h):
+        return "eager"
+    for block in model.h:
+        block.compile()
+    try:  # compilation happens at the first call
+        width = model.config.n_embd
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            model.h[0](torch.zeros(1, min(16, model.config.context_length), width, device=device))
+    except Exception as error:  # compilers fail in many ways, all of them worth going on without
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+        if setting is True:
+            raise GptDistError(f"train.compile = true: {reason}") from error
+        for block in model.h:
+            block._compiled_call_impl = None
+        return f"eager (torch.compile failed: {reason})"
+    return "compiled"
 
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:

@@ -34,7 +34,13 @@ from gpt_dist.distributed import World
 from gpt_dist.engines import Engine, pick_dtype
 from gpt_dist.errors import GptDistError
 from gpt_dist.evaluation import Validation, validate
-from gpt_dist.initialization import count_steps, make_engine, pretrained, with_vocabulary
+from gpt_dist.initialization import (
+    compile_blocks,
+    count_steps,
+    make_engine,
+    pretrained,
+    with_vocabulary,
+)
 from gpt_dist.metrics import Row
 from gpt_dist.model import GPT
 from gpt_dist.monitor import Monitor, human, profiler
@@ -323,7 +329,9 @@ class Trainer:
         else:
             torch.manual_seed(config.seed)
             model = GPT(config.model)
-        engine = make_engine(model.to(world.device).train(), world, config, self.dtype)
+        model = model.to(world.device).train()
+        self.compiled = compile_blocks(model, config.train.compile, world.device)
+        engine = make_engine(model, world, config, self.dtype)
         if reader:
             engine.load_optimizer(reader)
         return engine
@@ -337,7 +345,7 @@ class Trainer:
             f"{human(config.train.batch_tokens)} tokens "
             f"({world.size} ranks x {self.accumulation} x {micro_batch} sequences of "
             f"{config.model.context_length}), {str(self.dtype).removeprefix('torch.')} on "
-            f"{world.device.type}\n"
+            f"{world.device.type}, {self.compiled}\n"
             f"data: {', '.join(config.data.path)} ({human(self.data.windows)} windows)   "
             f"run: {self.out_dir}"
         )

@@ -56,7 +56,8 @@ def library() -> ctypes.CDLL | None:
 def usable(x: Tensor) -> bool:
     """Whether the kernels take this tensor."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and not torch.compiler.is_compiling()
         and library() is not None
