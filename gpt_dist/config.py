@@ -211,6 +211,11 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
             f"for example {near}"
         )
     parallel = config.parallel
+    if optim.name == "muon" and parallel.strategy == "deepspeed":
+        problems.append(
+            "optim.name = muon: not with parallel.strategy = deepspeed, which cuts matrices into "
+            "flat pieces; use ddp or optim.name = adamw"
+        )
     if train.compile is True and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
         problems.append(
             "train.compile = true: not with parallel.zero_stage = 3, which gathers the weights "

@@ -14,6 +14,7 @@ from gpt_dist.config import Config
 from gpt_dist.data import Batch
 from gpt_dist.distributed import World
 from gpt_dist.model import GPT
+from gpt_dist.muon import MuonWithAdamW
 from gpt_dist.optim import global_norm, make_adamw
 
 Reader = Callable[[str], Tensor]
@@ -81,7 +82,11 @@ class DDPEngine:
         # Each rank's loss is a sum; DDP averages over ranks. Together: the mean over all tokens.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         self.fused = world.device.type in ("cpu", "cuda")
-        self.optimizer = make_adamw(model, config.optim, fused=self.fused)
+        self.optimizer: torch.optim.Optimizer
+        if config.optim.name == "muon":
+            self.optimizer = MuonWithAdamW(model, config.optim, fused=self.fused)
+        else:
+            self.optimizer = make_adamw(model, config.optim, fused=self.fused)
         self.ddp: torch.nn.Module = model
         if world.size > 1:
             self.ddp = DistributedDataParallel(
@@ -158,7 +163,10 @@ class DDPEngine:
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The optimizer's state of one parameter; made here where no update has made it yet."""
         state: dict[str, Tensor] = self.optimizer.state[parameter]
-        if not state:
+        matrices = self.optimizer.matrices if isinstance(self.optimizer, MuonWithAdamW) else []
+        if not state and any(parameter is matrix for matrix in matrices):
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        elif not state:
             state["step"] = torch.zeros((), device=parameter.device if self.fused else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)

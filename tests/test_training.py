@@ -141,10 +141,12 @@ def assert_same_run(quiet: Path, other: Path) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_from_an_older_checkpoint_drops_what_came_after(
-    tiny_config: Config, tmp_path: Path
+    tiny_config: Config, tmp_path: Path, optimizer: str
 ) -> None:
-    config, out = tiny_config(model={"dropout": 0.2}), tmp_path / "run"
+    config = tiny_config(model={"dropout": 0.2}, optim={"name": optimizer})
+    out = tmp_path / "run"
     run_train(config, out, "--train.keep_checkpoints", "5")
     before = read_rows(out, timing=False)
     weights = (out / "checkpoints/step-00000020/model.safetensors").read_bytes()
