@@ -98,7 +98,7 @@ class Process:
                 return line.split()[1]
         raise AssertionError(self.end(None))
 
-    def end(self, number: int | None = signal.SIGTERM, timeout: float = 30) -> tuple[int, str]:
+    def end(self, number: int | None = signal.SIGTERM, timeout: float = 120) -> tuple[int, str]:
         """Send a signal and wait; returns exit status and stderr."""
         if number is not None:
             self.process.send_signal(number)

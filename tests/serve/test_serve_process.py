@@ -104,7 +104,7 @@ def test_a_second_signal_ends_at_once(processes: StartProcess, run: Path) -> Non
         process.process.send_signal(signal.SIGTERM)
         process.process.send_signal(signal.SIGINT)
         process.process.send_signal(signal.SIGCONT)
-        status, _ = process.end(None, timeout=20)
+        status, _ = process.end(None)
     assert status == 0
 
 
@@ -159,7 +159,7 @@ def test_a_pickle_is_one_clear_line_and_never_healthy(
     shutil.copytree(run, copy)
     word = damage(copy / "checkpoints/step-00000100", "pickle")
     process = processes("--checkpoint", copy, "--port", 0)
-    status, errors = process.end(None, timeout=60)
+    status, errors = process.end(None)
     assert status == 1
     [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert word in line
