@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -219,6 +220,9 @@ class Loader:
     AHEAD = 1 << 12
     """Sequences whose order is computed at once: one costs about as much as many."""
 
+    TOGETHER = 1 << 15
+    """Tokens that are read at once, in several micro-batches where they are small."""
+
     def __init__(
         self,
         data: TrainingData,
@@ -234,7 +238,8 @@ class Loader:
         self.data, self.device = data, device
         self.consumed = self._planned = consumed
         self._sizes = batch_sequences, micro_batch, rank, world_size
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._ready: deque[Batch] = deque()
+        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
@@ -246,10 +251,12 @@ class Loader:
         """The micro-batches of the next optimizer step."""
         batch_sequences, micro_batch, _, world_size = self._sizes
         for _ in range(batch_sequences // (micro_batch * world_size)):
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            if not self._ready:
+                item = self._queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                self._ready.extend(item)
+            yield self._ready.popleft()
         self.consumed += batch_sequences
 
     def close(self) -> None:
@@ -261,28 +268,35 @@ class Loader:
                 continue
 
     def _fill(self) -> None:
-        item: Batch | BaseException
         try:
-            for indices in self._own_indices():
+            for sources, starts in self._own_indices():
                 if self._stop.is_set():
                     return
-                sources, starts = indices
-                self._queue.put(to_batch(self.data.gather(sources, starts), self.device))
+                tokens = self.data.gather(sources.reshape(-1), starts.reshape(-1))
+                batch = to_batch(tokens, self.device)
+                parts = (whole.split(starts.shape[1]) for whole in batch)
+                self._queue.put([Batch(*pair) for pair in zip(*parts, strict=True)])
         except BaseException as error:  # delivered to the training loop, which raises it
-            item = error
-            self._queue.put(item)
+            self._queue.put(error)
 
     def _own_indices(self) -> Iterator[tuple[Indices, Indices]]:
-        """This rank's share of each micro-step: rows rank * B … of every world-wide micro-batch."""
+        """Sources and starts (micro-batches, B) of this rank's share of the coming micro-steps.
+
+        That are the rows rank * B … of every world-wide micro-batch. As many micro-batches come
+        together as make ``TOGETHER`` tokens, because small ones cost more to ask for than to read.
+        """
         _, micro_batch, rank, world_size = self._sizes
         stride = micro_batch * world_size
-        ahead = max(1, self.AHEAD // stride) * stride
+        together = max(1, self.TOGETHER // (micro_batch * (self.data.context + 1)))
+        ahead = max(together, self.AHEAD // stride)
         while True:
-            every = np.arange(self._planned, self._planned + ahead, dtype=np.int64)
-            own = every.reshape(-1, world_size, micro_batch)[:, rank]
+            every = np.arange(self._planned, self._planned + ahead * stride, dtype=np.int64)
+            own = every.reshape(ahead, world_size, micro_batch)[:, rank]
             sources, starts = self.data.starts(own.reshape(-1))
-            yield from zip(sources.reshape(own.shape), starts.reshape(own.shape), strict=True)
-            self._planned += ahead
+            for first in range(0, ahead, together):
+                part = slice(first, first + together)
+                yield sources.reshape(own.shape)[part], starts.reshape(own.shape)[part]
+            self._planned += ahead * stride
 
 
 def validation_batches(
