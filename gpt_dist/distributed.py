@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,8 +139,6 @@ def start(device_name: str) -> Iterator[World]:
         if size == 1:
             raise
         problem = str(error)  # the other ranks must hear of it, else they would wait for this one
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
     # torchrun sets OMP_NUM_THREADS=1 by itself; only without it does the variable mean a wish.
     if device.type == "cpu" and (local_size > 1 or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(max(1, available_cpus() // local_size))
@@ -201,24 +195,3 @@ def check_interfaces() -> None:
             f"GLOO_SOCKET_IFNAME = {wanted}: {socket.gethostname()} has no interface "
             f"{missing[0]}; it has {', '.join(present)}"
         )
-
-
-def die_with_parent() -> None:
-    """End this process when the torchrun agent that started it is gone.
-
-    A killed agent otherwise leaves workers that go on stepping and writing.
-    """
-    parent = os.getppid()
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() == parent:
-            return
-        os._exit(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from conftest import LiveServer, SlowDecoder, StartServer
+from conftest import LiveServer, SlowDecoder, StartServer, errors
 
 from gpt_dist.decoding import Decoder
 from gpt_dist.model import GPT
@@ -115,7 +115,7 @@ def test_interrupted_calls_leave_nothing(
     # All the endings that were meant to happen did, and no others.
     assert set(codes) == {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
     assert min(codes.values()) > COUNT / 50, codes
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert errors(caplog) == []
     # And the server is as good as new.
     with grpc.insecure_channel(server.target) as channel:
         stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import CONTEXT, LiveServer, StartServer
+from conftest import CONTEXT, LiveServer, StartServer, errors
 
 from gpt_dist.decoding import Decoder
 from gpt_dist.model import GPT
@@ -122,7 +122,7 @@ def test_no_bytes_are_the_servers_fault(
     assert sum(codes.values()) == COUNT
     assert codes["INVALID_ARGUMENT"] > COUNT / 4, codes
     assert codes["OK"] > COUNT / 20, codes
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert errors(caplog) == []
     assert server.at_rest(30)
 
 

@@ -1,0 +1,48 @@
+"""Ending with the torchrun agent that started this process.
+
+A killed agent otherwise leaves workers that go on stepping and writing, or wait for minutes for a
+store that went with it. Imports nothing heavy, so that it can be called first of all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux' ``prctl``: the signal to get when the parent dies."""
+
+
+def die_with_agent() -> None:
+    """Tie this process to its parent, where that is a torchrun agent; elsewhere do nothing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The agent may have gone before that, and init adopted this process.
+        if os.getppid() != parent or (parent == 1 and not is_agent(parent)):
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def is_agent(process: int) -> bool:
+    """Whether a process was started as torchrun (``torchrun`` or ``-m torch.distributed.run``)."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torch" in command
