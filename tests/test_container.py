@@ -118,7 +118,6 @@ def test_what_compose_starts(tmp_path: Path) -> None:
         subprocess.run(train, cwd=tmp_path, env=environment(), check=True, timeout=120)
         assert (tmp_path / "runs/run/checkpoints/step-00000004").is_dir()
         with background(*tensorboard, cwd=tmp_path):
-            assert "gpt_dist_running" in fetch(f"http://127.0.0.1:{metrics}/metrics")
             client = ["entrypoint.sh", "client", "generate", "ROMEO:", "--max-new-tokens", "4"]
             end = time.monotonic() + 60
             while True:
@@ -131,6 +130,7 @@ def test_what_compose_starts(tmp_path: Path) -> None:
                 if reply.returncode == 0:
                     break
                 assert time.monotonic() < end, reply.stderr
+            assert "gpt_dist_running" in fetch(f"http://127.0.0.1:{metrics}/metrics")
             assert "train_loss" in fetch(f"http://127.0.0.1:{board}/data/plugin/scalars/tags")
 
 
