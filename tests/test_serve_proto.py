@@ -34,7 +34,9 @@ def buf() -> Path:
     binary = NODE / "node_modules/.bin/buf"
     if not binary.exists():
         npm = shutil.which("npm")
-        done = npm and subprocess.run([npm, "install", "--no-audit", "--no-package-lock"], cwd=NODE, capture_output=True)
+        done = npm and subprocess.run(
+            [npm, "install", "--no-audit", "--no-package-lock"], cwd=NODE, capture_output=True
+        )
         if not done or done.returncode:
             if os.environ.get("CI"):
                 pytest.fail(f"buf cannot be installed: {done and done.stderr.decode()}")

@@ -30,7 +30,12 @@ def node() -> list[str]:
             pytest.fail("Node.js is missing")
         pytest.skip("needs Node.js")
     if not (NODE / "node_modules/@grpc/grpc-js").exists():
-        done = subprocess.run([npm, "install", "--no-audit", "--no-package-lock"], cwd=NODE, capture_output=True, text=True)
+        done = subprocess.run(
+            [npm, "install", "--no-audit", "--no-package-lock"],
+            cwd=NODE,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             if os.environ.get("CI"):
                 pytest.fail(done.stderr)
