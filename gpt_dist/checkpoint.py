@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gpt_dist.config import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError, describe
-from gpt_dist.files import sync_directory
+from gpt_dist.files import file_sha256, sync_directory
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
-from gpt_dist.tensor_files import TensorFile, file_sha256, safetensors_chunks, write_file
+from gpt_dist.tensor_files import TensorFile, safetensors_chunks, write_file
 from gpt_dist.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def needing_directory(path: Path) -> Iterator[None]:
             if not directory.exists() or any(directory.iterdir()):
                 break
             directory.rmdir()
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_directory(directory: Path) -> None:

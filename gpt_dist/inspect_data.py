@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_dist.errors import GptDistError
+from gpt_dist.files import file_sha256
 from gpt_dist.shard_writing import fingerprint
 from gpt_dist.shards import Dataset, TokenStream, open_dataset
 
@@ -64,9 +65,8 @@ def _checksum_problems(dataset: Dataset) -> list[str]:
     for entry in dataset.info["splits"].values():
         for shard in entry["shards"]:
             path = dataset.directory / shard["file"]
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    problems.append(f"{path}: damaged (sha256 differs)")
+            if file_sha256(path) != shard["sha256"]:
+                problems.append(f"{path}: damaged (sha256 differs)")
     tokenizer = hashlib.sha256(dataset.tokenizer.to_json().encode()).hexdigest()
     if tokenizer != dataset.info["tokenizer"]["sha256"]:
         problems.append(f"{dataset.directory}/tokenizer.json: not the tokenizer of this data set")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt_dist.errors import GptDistError
+from gpt_dist.files import naming
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
@@ -25,21 +26,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
         OSError: with the file's name, which Python leaves out where a disk is full.
     """
     digest = hashlib.sha256()
-    try:
-        with path.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with naming(path), path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
