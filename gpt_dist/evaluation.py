@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from gpt_dist.config import Config
 from gpt_dist.data import validation_batches
@@ -22,6 +24,16 @@ class Validation(NamedTuple):
 
     loss: float
     bits_per_byte: float
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While entered, a model in training evaluates: no dropout."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def validate(
@@ -45,16 +57,13 @@ def validate(
     Returns:
         The scores, or None where some rank was asked to stop meanwhile.
     """
-    engine.model.eval()
-    try:
-        parts = []
+    parts = []
+    with evaluating(engine.model):
         for stream in streams:
             part = _validate_one(engine, stream, byte_lengths, config, world, stop)
             if part is None:
                 return None
             parts.append(part)
-    finally:
-        engine.model.train()
     shares = np.array(weights) / sum(weights)
     mean = shares @ np.array(parts)
     return Validation(float(mean[0]), float(mean[1]))

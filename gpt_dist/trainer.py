@@ -33,7 +33,7 @@ from gpt_dist.decoding import generate
 from gpt_dist.distributed import World
 from gpt_dist.engines import Engine, pick_dtype
 from gpt_dist.errors import GptDistError
-from gpt_dist.evaluation import Validation, validate
+from gpt_dist.evaluation import Validation, evaluating, validate
 from gpt_dist.initialization import (
     compile_blocks,
     count_steps,
@@ -234,16 +234,15 @@ class Trainer:
                 if improved and progress.step:
                     progress.best_loss = result.loss
         if due(config.eval.hellaswag_every, progress.step, last):
-            self.engine.model.eval()
-            scores = hellaswag(
-                self.engine.model,
-                self.tokenizer,
-                self.hellaswag,
-                styles=("completion",),
-                world=self.world,
-                dtype=self.dtype,
-            )
-            self.engine.model.train()
+            with evaluating(self.engine.model):
+                scores = hellaswag(
+                    self.engine.model,
+                    self.tokenizer,
+                    self.hellaswag,
+                    styles=("completion",),
+                    world=self.world,
+                    dtype=self.dtype,
+                )
             row |= {f"hellaswag_{name}": mean.value for name, mean in scores["completion"].items()}
         progress.evaluated = progress.step
         if self.monitor and len(row) > 1:
@@ -282,14 +281,15 @@ class Trainer:
         with self.engine.whole_weights():
             if self.monitor is None:
                 return
-            self.engine.model.eval()
-            sampling = SamplingParams(top_k=50, seed=key_of(self.config.seed, "sample", step) >> 1)
-            eot = self.tokenizer.eot_id
-            prompt = [self.data.first_token() if eot is None else eot]
-            room = self.config.model.context_length - len(prompt)
-            ids = generate(self.engine.model, prompt, sampling, min(SAMPLE_TOKENS, room))
-            self.monitor.sample(step, self.tokenizer.decode(ids))
-            self.engine.model.train()
+            with evaluating(self.engine.model):
+                sampling = SamplingParams(
+                    top_k=50, seed=key_of(self.config.seed, "sample", step) >> 1
+                )
+                eot = self.tokenizer.eot_id
+                prompt = [self.data.first_token() if eot is None else eot]
+                room = self.config.model.context_length - len(prompt)
+                ids = generate(self.engine.model, prompt, sampling, min(SAMPLE_TOKENS, room))
+                self.monitor.sample(step, self.tokenizer.decode(ids))
 
     def _save(self, *, best: bool) -> None:
         """Take a checkpoint; it is written while training goes on."""
