@@ -1,4 +1,4 @@
-"""What every measurement is recorded with: command, date, versions, machine."""
+"""What every measurement is recorded with: command, date, commit, versions, machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,16 +29,50 @@ def machine() -> str:
     return f"{os.cpu_count()}-core {name}{extra}, {memory:.0f} GB"
 
 
-def record(path: str | None, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
-    """Write a benchmark's results as JSON, where a file was asked for."""
+def commit() -> str:
+    """Of this checkout, with ``+`` where files differ from it; a copy without .git: $COMMIT."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        changed = subprocess.check_output(
+            [*git, "status", "--porcelain", "--", "../gpt_dist", "../serve", "."], text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "")
+    results = ("results/", "LOG.md")
+    return name + "+" * any(not any(r in line for r in results) for line in changed.splitlines())
+
+
+def version_in(python: str, package: str) -> str:
+    """Version of a package in another interpreter's environment."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.check_output([python, "-c", code], text=True).strip()
+
+
+def record(
+    path: str | None,
+    results: dict[str, Any],
+    packages: tuple[str, ...] = (),
+    peers: dict[str, str] | None = None,
+) -> None:
+    """Write a benchmark's results as JSON, where a file was asked for.
+
+    Args:
+        path: the file; None writes nothing.
+        results: what was measured.
+        packages: whose versions to record beside torch's.
+        peers: versions of packages in other environments.
+    """
     if not path:
         return
     document = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", *packages)},
+        | {package: version(package) for package in ("torch", *packages)}
+        | (peers or {}),
         **results,
     }
     Path(path).write_text(json.dumps(document, indent=1) + "\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import record
+from record import record, version_in
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -242,7 +242,10 @@ def main() -> None:
             engine.close()
     summary = summarise(figures, args.batches)
     show(summary, args.batches)
-    record(args.json, {**summary, "rounds": figures}, ("transformers",))
+    peers = {}
+    if not args.no_peers:
+        peers["ctranslate2"] = version_in(str(peer_environment()), "ctranslate2")
+    record(args.json, {**summary, "rounds": figures}, ("transformers",), peers)
 
 
 if __name__ == "__main__":

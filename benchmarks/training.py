@@ -1,6 +1,6 @@
 """Training speed beside transformers and litgpt: same shape, batch, data and machine, in one run.
 
-    python benchmarks/training.py --peers-python peers/bin/python --out results.json
+    python benchmarks/training.py --peers-python peers/bin/python --json results.json
     python benchmarks/training.py --device cuda --context 1024
 
 Each trainer lives in a process of its own (``peers.py``); they take turns, A B C A B C, so that a
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import record, version_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--eager", action="store_true", help="do not compile the peers")
     parser.add_argument("--verbose", action="store_true", help="show what the trainers print")
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--json", help="JSON file to write")
     parser.add_argument("--picture", help="PNG file to write")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -181,7 +181,8 @@ def main() -> None:
         "left_out": sorted(set(args.trainers) - set(names)),
         "results": results,
     }
-    record(args.out, document, tuple(n for n in names if n == "transformers"))
+    peers = {"litgpt": version_in(args.peers_python, "litgpt")} if "litgpt" in names else {}
+    record(args.json, document, tuple(n for n in names if n == "transformers"), peers)
     if args.picture:
         draw(results, args.picture)
 

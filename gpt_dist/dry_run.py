@@ -9,7 +9,7 @@ from gpt_dist.data import TrainingData, open_datasets
 from gpt_dist.distributed import env_world_size
 from gpt_dist.initialization import count_steps, with_vocabulary
 from gpt_dist.model import GPT
-from gpt_dist.monitor import human
+from gpt_dist.monitor import size
 
 
 def activation_bytes(config: Config, micro_batch: int) -> float:
@@ -55,9 +55,9 @@ def report(config: Config) -> str:
         f"{accumulation} micro-batches x {micro_batch} sequences x {config.model.context_length}",
         "tokens": f"{tokens:,} ({epochs:.2f} epochs)",
         "compute": f"{tokens * model.flops_per_token():.3g} FLOPs",
-        "memory": f"{human(state)}B weights, gradients and AdamW state + about "
-        f"{human(activations)}B activations on each rank (DDP)",
-        "checkpoint": f"{human(12 * parameters)}B each, {config.train.keep_checkpoints + 1} kept",
+        "memory": f"{size(state)} weights, gradients and AdamW state + about "
+        f"{size(activations)} activations on each rank (DDP)",
+        "checkpoint": f"{size(12 * parameters)} each, {config.train.keep_checkpoints + 1} kept",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_dist.config import Config
 from gpt_dist.data import Batch
 from gpt_dist.distributed import World
+from gpt_dist.linear import add_in_place
 from gpt_dist.model import GPT
 from gpt_dist.muon import MuonWithAdamW
 from gpt_dist.optim import global_norm, make_adamw
@@ -79,7 +80,8 @@ class DDPEngine:
     def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
         self.model, self.world, self.dtype = model, world, dtype
         self.grad_clip = config.optim.grad_clip
-        # Each rank's loss is a sum; DDP averages over ranks. Together: the mean over all tokens.
+        # Gradients are of each rank's summed loss, averaged over ranks by DDP. Only the update
+        # divides them by the tokens: no pass over them just for that.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         self.fused = world.device.type in ("cpu", "cuda")
         self.optimizer: torch.optim.Optimizer
@@ -88,6 +90,11 @@ class DDPEngine:
         else:
             self.optimizer = make_adamw(model, config.optim, fused=self.fused)
         self.ddp: torch.nn.Module = model
+        if world.size == 1 and world.device.type == "cpu":
+            add_in_place(model)
+        # Made before the first pass: what stays must not lie between what comes and goes.
+        for parameter in model.parameters():
+            self._state(parameter)
         if world.size > 1:
             self.ddp = DistributedDataParallel(
                 model,
@@ -113,7 +120,7 @@ class DDPEngine:
         with quiet:
             with self._autocast():
                 loss = self.ddp(batch.ids, batch.targets)
-            (loss * self.loss_scale).backward()
+            loss.backward()
         detached: Tensor = loss.detach()
         return detached
 
@@ -122,12 +129,12 @@ class DDPEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(gradients)
+        norm = global_norm(gradients) * self.loss_scale
         if self.fused:
-            guard_update(self.optimizer, norm, self.grad_clip)
+            guard_update(self.optimizer, norm, self.grad_clip, self.loss_scale)
             self.optimizer.step()
         elif norm.isfinite():
-            torch._foreach_div_(gradients, clip_divisor(norm, self.grad_clip))
+            torch._foreach_div_(gradients, clip_divisor(norm, self.grad_clip) / self.loss_scale)
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -184,13 +191,21 @@ def clip_divisor(norm: Tensor, grad_clip: float) -> Tensor:
     return ((norm + 1e-6) / grad_clip).clamp(min=1.0)
 
 
-def guard_update(optimizer: torch.optim.Optimizer, norm: Tensor, grad_clip: float) -> None:
+def guard_update(
+    optimizer: torch.optim.Optimizer, norm: Tensor, grad_clip: float, scale: float = 1.0
+) -> None:
     """Let the next step of a fused optimizer clip, and skip itself where the norm is not finite.
 
     The kernel divides by ``grad_scale`` and leaves all alone on ``found_inf``: clipping needs
     no pass over the gradients, and the host need not wait to learn of a NaN.
+
+    Args:
+        optimizer: a fused one.
+        norm: of the gradients times ``scale``.
+        grad_clip: largest norm; 0 = none.
+        scale: what the gradients are to be multiplied by.
     """
-    optimizer.grad_scale = clip_divisor(norm, grad_clip)  # type: ignore[attr-defined]
+    optimizer.grad_scale = clip_divisor(norm, grad_clip) / scale  # type: ignore[attr-defined]
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
 

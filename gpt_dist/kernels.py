@@ -207,9 +207,10 @@ def main() -> None:
     """
     reason = unavailable()
     if reason:
-        raise GptDistError(f"no CPU kernels here: {reason}; decoding runs in plain PyTorch")
+        raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")
     try:
-        print(f"CPU kernels: {build('decoder.cpp')}")
+        for source in ("decoder.cpp", "training.cpp"):
+            print(f"CPU kernels: {build(source)}")
     except subprocess.CalledProcessError as error:
         raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None
 

@@ -7,18 +7,26 @@ kept for the backward pass but the gradients of the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt_dist import training_kernels
+from gpt_dist.linear import add_product, in_place
 
 IGNORE = -1
 """Target of positions that do not count."""
 
 CHUNK_BYTES = 1 << 28
 """Upper bound of one chunk of logits."""
+
+CPU_CHUNK_BYTES = 1 << 26
+"""The same on a CPU, whose products are fast with fewer rows."""
+
+PIECE = 8192
+"""Rows of the head that a CPU converts at once."""
 
 CACHED_BYTES = 1 << 21
 """Upper bound of the fp32 scores that a CPU works on at once, so that they stay in its cache."""
@@ -41,8 +49,10 @@ def linear_cross_entropy(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
+    # Without gradients a Function's needs_input_grad still tells what the inputs alone require.
+    wanted = torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, vocab_size, dtype
+        hidden, weight, targets, vocab_size, dtype, wanted
     )
     return loss
 
@@ -76,6 +86,41 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, vocab_size: int) ->
     return losses
 
 
+class _Head:
+    """The output head in the dtype of its products; a CPU converts it piece by piece.
+
+    Args:
+        weight: (P, C).
+        dtype: of the products.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        piecewise = weight.device.type == "cpu" and weight.dtype != dtype
+        self.weight, self.dtype = weight if piecewise else weight.to(dtype), dtype
+        self.rows = PIECE if piecewise else len(weight)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.weight), self.rows):
+            rows = slice(start, start + self.rows)
+            yield rows, self.weight[rows].to(self.dtype)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(N, C) → (N, P)."""
+        logits = inputs.new_empty(len(inputs), len(self.weight))
+        for rows, piece in self.pieces():
+            torch.mm(inputs, piece.t(), out=logits[:, rows])
+        return logits
+
+    def backward(self, slopes: Tensor) -> Tensor:
+        """Gradients (N, P) of logits → gradients (N, C) of their inputs."""
+        total: Tensor | None = None
+        for rows, piece in self.pieces():
+            part = slopes[:, rows] @ piece
+            total = part if total is None else total.float().add_(part)
+        assert total is not None
+        return total
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,39 +130,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         vocab_size: int,
         dtype: torch.dtype,
+        wanted: bool,
     ) -> Tensor:
-        backward = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        backward = wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         device = hidden.device.type
-        padded = weight.shape[0]
-        rows = max(1, CHUNK_BYTES // (dtype.itemsize * padded))
-        head = weight.to(dtype)
+        most = CPU_CHUNK_BYTES if device == "cpu" else CHUNK_BYTES
+        rows = max(1, most // (dtype.itemsize * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if backward else None
         grad_weight = None
         with torch.no_grad(), torch.autocast(device, enabled=False):
+            head = _Head(weight, dtype)
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
                 inputs, labels = hidden[part].to(dtype), targets[part]
-                logits = inputs @ head.t()
+                logits = head.logits(inputs)
                 losses = _softmax_minus_one_hot_(logits, labels, vocab_size)
                 total += losses.sum()
                 if grad_hidden is None:
                     continue
-                torch.mm(logits, head, out=grad_hidden[part])
+                grad_hidden[part] = head.backward(logits)
+                if not ctx.needs_input_grad[1]:
+                    continue
+                if in_place(weight):
+                    add_product(weight, logits, inputs)
+                    continue
                 piece = logits.t() @ inputs
                 grad_weight = piece.float() if grad_weight is None else grad_weight.add_(piece)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.added, ctx.dtypes = in_place(weight), (hidden.dtype, weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        return (
-            grad_hidden.to(ctx.dtypes[0]) * scale,
-            grad_weight.to(ctx.dtypes[1]).mul_(scale),
-            None,
-            None,
-            None,
-        )
+        if ctx.added and scale != 1:
+            raise ValueError("gradients added in place are those of the sum: scale them, not it")
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(scale)
+        return grad_hidden.to(ctx.dtypes[0]) * scale, grad_weight, None, None, None, None

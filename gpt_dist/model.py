@@ -20,6 +20,7 @@ from gpt_dist import training_kernels
 from gpt_dist.attention import self_attention
 from gpt_dist.config import ModelConfig
 from gpt_dist.dropout import Dropout
+from gpt_dist.linear import Embedding, Linear
 from gpt_dist.loss import linear_cross_entropy
 
 PADDING = 128
@@ -30,35 +31,36 @@ VOCAB_PARAMETERS = ("wte.weight", "lm_head.weight")
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention, after an optional layer norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.n_embd
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.c_proj = nn.Linear(width, width, bias=config.bias)
+        self.c_attn = Linear(width, 3 * width, bias=qkv_bias)
+        self.c_proj = Linear(width, width, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = self_attention(self.c_attn(x), self.n_head, dropout)
+        mixed = self_attention(self.c_attn(x, before=norm), self.n_head, dropout)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU."""
+    """Two linear layers around a tanh GELU, after an optional layer norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.mlp_hidden or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.dropout(self.c_proj(gelu(self.c_fc(x)))))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        hidden = self.c_fc(x, before=norm)
+        return cast(Tensor, self.dropout(self.c_proj(hidden, before=gelu)))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -82,8 +84,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x))
-            return cast(Tensor, x + self.mlp(self.ln_2(x)))
+            x = x + self.attn(x, self.ln_1)
+            return cast(Tensor, x + self.mlp(x, self.ln_2))
         x = self.ln_1(x + self.attn(x))
         return cast(Tensor, self.ln_2(x + self.mlp(x)))
 
@@ -105,7 +107,7 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         padded = math.ceil(config.vocab_size / PADDING) * PADDING
-        self.wte = nn.Embedding(padded, config.n_embd)
+        self.wte = Embedding(padded, config.n_embd)
         self.lm_head = (
             None if config.tie_embeddings else nn.Linear(config.n_embd, padded, bias=False)
         )

@@ -261,6 +261,14 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def size(count: float) -> str:
+    """1990000000 bytes → ``1.99 GB``."""
+    for unit, bytes_ in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= bytes_:
+            return f"{count / bytes_:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
 def clock(seconds: float) -> str:
     """3725 → ``1:02:05``."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,0 +1,285 @@
+"""Build docs/performance.md from the recorded results.
+
+    python benchmarks/report.py            # writes docs/performance.md
+    python benchmarks/report.py --check    # exits with 1 where that would change it
+
+Every file of benchmarks/results must say by which command, on which machine, when, at which commit
+and with which versions it was measured; a comparison needs the peers' versions. A file that does
+not is refused by name, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt_dist.errors import GptDistError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/performance.md"
+NEEDED = ("command", "machine", "date", "commit", "versions")
+
+HEAD = """# Performance
+
+<!-- Made by benchmarks/report.py from benchmarks/results: change those. -->
+
+Every figure was measured by the command beneath it, which prints it again. Speeds of one table come
+from one run, in turns; they are medians with the lowest and the highest. What was tried and did not
+win is in `benchmarks/LOG.md`.
+"""
+
+Record = dict[str, Any]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, figures to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def training(found: Record) -> str:
+    rows = []
+    for result in found["results"]:
+        for name, values in result["trainers"].items():
+            rows.append(
+                [
+                    f"{name}, {result['micro_batch']} × {found['context']}, "
+                    f"{result['accumulate']} a step",
+                    f"{values['tokens_per_second']:,.0f} "
+                    f"({values['lowest']:,.0f}–{values['highest']:,.0f})",
+                    f"{values['of_peak']:.1%}",
+                    f"{values['peak_gb']:.2f} GB",
+                ]
+            )
+    ratios = [
+        f"{result['ratio_to_best_peer']:.2f}× the best peer at {result['accumulate']} a step"
+        for result in found["results"]
+        if "ratio_to_best_peer" in result
+    ]
+    return f"GPT-2 {found['shape']}, bf16, on {found['device']}: {', '.join(ratios)}.\n\n" + table(
+        ["trainer, micro-batch", "tokens/s", "of the bf16 matmul peak", "peak memory"], rows
+    )
+
+
+def serving(found: Record) -> str:
+    speeds = found["tokens_per_second"]
+    batches = list(next(iter(speeds.values())))
+    rows = [
+        [name]
+        + [
+            "{median:,.0f} ({lowest:,.0f}–{highest:,.0f})".format(**values[batch])
+            for batch in batches
+        ]
+        for name, values in speeds.items()
+    ]
+    rows += [
+        [f"**{name}**"] + [f"**{values[batch]:.2f}×**" for batch in batches]
+        for name, values in found["ratios"].items()
+    ]
+    shares = ", ".join(
+        f"{dtype} {facts['share_of_bandwidth']:.0%} of {facts['bandwidth_gb_per_second']:.0f} GB/s"
+        for dtype, facts in found["batch_1"].items()
+    )
+    return (
+        "Random 124M weights, 64-token prompts, 64 new tokens, top-k 50, tokens/s:\n\n"
+        + table(["engine", *(f"batch {batch}" for batch in batches)], rows)
+        + f"\n\nMemory bandwidth ÷ bytes of weights at batch 1: {shares}."
+    )
+
+
+def serving_rpc(found: Record) -> str:
+    if "median_share" in found:
+        shares = sorted(found["shares"])
+        return (
+            f"{found['streams']} concurrent streams through gRPC reach "
+            f"{found['median_share']:.1%} ({shares[0]:.1%}–{shares[-1]:.1%}) of the decoder called "
+            f"directly ({found['dtype']}; the load generator shares the cores)."
+        )
+    if "chunk_ms" in found:
+        return (
+            f"A {found['joining_prompt_tokens']}-token prompt joins {found['running_streams']} "
+            f"streams: gaps between their tokens of at most "
+            f"{found['gap_ms_while_joining']['max']:.0f} ms, where a chunk of "
+            f"{found['chunk_tokens']} tokens takes {found['chunk_ms']:.0f} ms alone, a step and a "
+            f"chunk {found['step_plus_chunk_ms']:.0f} ms and the whole prompt "
+            f"{found['whole_prompt_ms']:.0f} ms."
+        )
+    if "seconds_to_ready" in found:
+        return f"From the command to ready: {found['median']:.2f} s ({found['dtype']})."
+    memory = found["server_memory_mb"]
+    return (
+        f"{found['clients']} clients on a capacity of {found['capacity']} for "
+        f"{found['seconds']:.0f} s: {found['calls']}; a rejection takes "
+        f"{found['server_side_rejection_ms']['p99']:.2f} ms in the server at the 99th percentile; "
+        f"its memory goes from {memory['first']:.0f} to {memory['last']:.0f} MB."
+    )
+
+
+def data(found: Record) -> str:
+    rows = [
+        [
+            "prepare, 50 MB, beside tiktoken alone with as many threads",
+            f"{found['throughput']['ratio_median']:.2f}×",
+        ],
+        *(
+            [f"most memory on 5 GB, {kind}", f"{values['peak_megabytes']:.0f} MB"]
+            for kind, values in found["memory"]["kinds"].items()
+        ),
+        *(
+            [f"loader, {shape}", f"{values['median']:.0f} M tokens/s"]
+            for shape, values in found["loader"]["figures"].items()
+        ),
+    ]
+    return table(["what", "figure"], rows)
+
+
+def scaling(found: Record) -> str:
+    unit = next(iter(found["table"][0]))
+    rows = [
+        [str(row[unit]), f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.3f}"]
+        for row in found["table"]
+    ]
+    return table([unit, "tokens/s", "times"], rows)
+
+
+def checkpoint(found: Record) -> str:
+    costs = ", ".join(f"{cost:.2f}" for cost in found["cost_of_a_checkpoint_s"])
+    return (
+        f"A checkpoint of {found['checkpoint_GB']} GB adds {costs} s to steps of "
+        f"{found['step_s']} s: {found['every_10_steps']:.1%} every 10 steps, "
+        f"{found['every_100_steps']:.2%} every 100."
+    )
+
+
+def faults(found: Record) -> str:
+    rows = [
+        *([kind, str(count)] for kind, count in found["faults"].items()),
+        ["recoveries", str(found["recoveries"])],
+        ["most steps lost", f"{found['most_steps_lost']} of {found['checkpoint_interval']}"],
+        ["longest stall", f"{found['longest_stall_s']} s"],
+        ["files that differ from the quiet run", str(len(found["differences"]))],
+        ["processes left", str(len(found["processes_left"]))],
+    ]
+    return table(["fault", "count"], rows)
+
+
+def muon(found: Record) -> str:
+    rows = []
+    for name, values in found["optimizers"].items():
+        sweep = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in values["sweep"].items())
+        rows.append(
+            [
+                name,
+                str(values["steps"]),
+                f"{values['lr']:g}",
+                f"{values['mean']:.4f} ± {values['standard_deviation']:.4f}",
+                sweep,
+            ]
+        )
+    return f"{found['parameters']} parameters, {len(values['losses'])} seeds.\n\n" + table(
+        ["optimizer", "steps", "lr", "validation loss", "sweep on one seed"], rows
+    )
+
+
+def startup(found: Record) -> str:
+    names = {
+        "help_s": "`gpt_dist.train --help`",
+        "import_torch_s": "`import torch` alone, for comparison",
+        "command_to_first_step_s": "command to the end of the first step",
+        "resume_to_next_step_s": "command to the end of the next step, resuming",
+        "step_s": "a step",
+    }
+    rows = [[names[key], f"{values['median']:.2f} s"] for key, values in found["figures"].items()]
+    return f"`{found['config']}`:\n\n" + table(["what", "time"], rows)
+
+
+def shakespeare(found: Record) -> str:
+    losses = found["validation_loss_over_the_whole_split"]
+    return table(["preset", "validation loss"], [[n, f"{v:.4f}"] for n, v in losses.items()])
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
+    "training": ("Training beside other trainers", training, ("transformers", "litgpt")),
+    "muon": ("Muon beside AdamW", muon, ()),
+    "shakespeare": ("Losses on tinyshakespeare", shakespeare, ()),
+    "startup": ("Start-up", startup, ()),
+    "checkpoint": ("Checkpoints", checkpoint, ()),
+    "faults": ("Faults", faults, ()),
+    "scaling": ("Scaling", scaling, ()),
+    "data": ("Data", data, ("tiktoken",)),
+    "serving": ("Decoding beside other engines", serving, ("transformers", "ctranslate2")),
+    "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
+}
+"""Heading, text and peers by a file's name up to a hyphen; in the page's order."""
+
+
+def read(path: Path) -> Record:
+    """A record that says all that it must.
+
+    Raises:
+        GptDistError: it does not.
+    """
+    kind = path.stem.split("-")[0]
+    if kind not in SECTIONS:
+        raise GptDistError(f"{path}: no section for it; names begin with {', '.join(SECTIONS)}")
+    found: Record = json.loads(path.read_text())
+    for key in NEEDED:
+        if not found.get(key):
+            raise GptDistError(f"{path}: does not say {key!r}; measure it again")
+    missing = {"torch", *SECTIONS[kind][2]} - set(found["versions"])
+    if missing:
+        raise GptDistError(f"{path}: does not say the version of {', '.join(sorted(missing))}")
+    return found
+
+
+def page(results: Path) -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for kind, (heading, text, _) in SECTIONS.items():
+        paths = [p for p in sorted(results.glob("*.json")) if p.stem.split("-")[0] == kind]
+        if paths:
+            parts.append(f"## {heading}\n")
+        for path in paths:
+            found = read(path)
+            versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+            parts.append(text(found) + "\n")
+            picture = path.with_suffix(".png")
+            if picture.exists():
+                parts.append(f"![{heading}](images/{picture.name})\n")
+            parts.append(
+                f"`{found['command']}`  \n{found['machine']}, {found['date']}, "
+                f"commit {found['commit']}, {versions}\n"
+            )
+    for path in results.glob("*.json"):
+        read(path)
+    return "\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/report.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="the records")
+    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="the page")
+    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
+    arguments = parser.parse_args()
+    made = page(arguments.results)
+    if arguments.check:
+        same = arguments.out.exists() and arguments.out.read_text() == made
+        print("up to date" if same else f"{arguments.out} is not what the records say")
+        return 0 if same else 1
+    arguments.out.write_text(made)
+    for picture in sorted(arguments.results.glob("*.png")):
+        (arguments.out.parent / "images" / picture.name).write_bytes(picture.read_bytes())
+    print(f"written: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,113 @@
+"""What surrounds the steps: importing, the first step, resuming, saving, and --help.
+
+    python benchmarks/startup.py --json benchmarks/results/startup.json
+
+Each figure is the wall clock of fresh processes: a GPT-2 124M on this machine (--config for another
+preset), with the files in the page cache and the CPU kernels compiled before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import record
+
+from gpt_dist.errors import GptDistError, run_main
+
+
+def first_row(command: list[str], metrics: Path, log: Path) -> tuple[float, float]:
+    """Seconds from the command to its first new row of metrics, and to its end."""
+    before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    began = time.perf_counter()
+    first = 0.0
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if not first and metrics.exists() and metrics.read_bytes().count(b"\n") > before:
+                first = time.perf_counter() - began
+            time.sleep(0.005)
+    if process.returncode:
+        raise GptDistError(f"training failed:\n{log.read_text()[-2000:]}")
+    return first, time.perf_counter() - began
+
+
+def seconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    python = sys.executable
+    data, log = directory / "data", directory / "log"
+    prepare = [python, "-m", "gpt_dist.prepare", "shakespeare", "--tokenizer", "gpt2"]
+    subprocess.run([*prepare, "--out", str(data)], check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, list[float]] = {
+        "help_s": [],
+        "import_torch_s": [],
+        "command_to_first_step_s": [],
+        "resume_to_next_step_s": [],
+        "step_s": [],
+    }
+    for turn in range(arguments.rounds + 1):
+        found["help_s"].append(seconds([python, "-m", "gpt_dist.train", "--help"]))
+        found["import_torch_s"].append(seconds([python, "-c", "import torch"]))
+        out = directory / f"run-{turn}"
+        settings = {
+            "config": arguments.config,
+            "out_dir": out,
+            "data.path": data,
+            "model.context_length": arguments.context,
+            "train.batch_tokens": arguments.tokens,
+            "train.micro_batch_size": 4,
+            "optim.warmup_steps": 0,
+            "optim.schedule": "constant",
+            "train.eval_every": 0,
+            "train.sample_every": 0,
+            "train.checkpoint_every": 0,
+        }
+        flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+        command = [python, "-m", "gpt_dist.train", *flags, "--train.steps"]
+        metrics = out / "metrics.jsonl"
+        found["command_to_first_step_s"].append(first_row([*command, "3"], metrics, log)[0])
+        found["resume_to_next_step_s"].append(first_row([*command, "4"], metrics, log)[0])
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        found["step_s"].append(statistics.median(row["step_ms"] for row in rows[1:3]) / 1000)
+    # The first round filled the page cache.
+    return {
+        key: {"median": statistics.median(values[1:]), "runs": values[1:]}
+        for key, values in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/startup.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default="gpt2-124m", help="preset (gpt2-124m)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a step (1024)")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each (3)")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    arguments = parser.parse_args()
+    os.environ["CI"] = "1"  # no progress bars
+    with tempfile.TemporaryDirectory(prefix="startup-") as name:
+        result = measure(arguments, Path(name))
+    for key, values in result.items():
+        print(f"{key:26s} {values['median']:6.2f}")
+    record(arguments.json, {"config": arguments.config, "figures": result})
+
+
+if __name__ == "__main__":
+    run_main(main)

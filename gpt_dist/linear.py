@@ -1,0 +1,146 @@
+"""Linear layers and embeddings that add to their gradients in place.
+
+Autograd computes each micro-batch's gradient of a matrix as a new fp32 tensor and then adds it to
+the sum. Where nothing else waits for that tensor (one process, no hooks), the product can be
+added to the sum directly: less memory, and fewer passes over it. ``add_in_place`` says so for a
+model's parameters; without it these layers are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt_dist import training_kernels
+
+ROWS = 8192
+"""Most rows of a matrix whose gradient is computed at once; bounds the memory of the product."""
+
+
+def add_in_place(model: nn.Module) -> None:
+    """Let the model's matrices receive their gradients without autograd's accumulation.
+
+    Only for a single process: reducers of gradients wait for autograd's. The output head's is added
+    while its loss is computed, so only the loss itself can be differentiated, not a multiple.
+    """
+    for parameter in model.parameters():
+        parameter.in_place = True  # type: ignore[attr-defined]
+
+
+def in_place(parameter: Tensor) -> bool:
+    """Whether ``add_in_place`` was called for the model of this parameter."""
+    return getattr(parameter, "in_place", False) and not torch.compiler.is_compiling()
+
+
+@torch.no_grad()
+def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left.T @ right`` to a parameter's gradient.
+
+    Args:
+        parameter: (M, N), fp32.
+        left: (K, M); ``right``: (K, N).
+    """
+    fresh = parameter.grad is None
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    total = parameter.grad
+    for start in range(0, len(parameter), ROWS):
+        rows = slice(start, start + ROWS)
+        if left.dtype == total.dtype:
+            total[rows].addmm_(left[:, rows].t(), right, beta=0 if fresh else 1)
+            continue
+        product = left[:, rows].t() @ right
+        if fresh:
+            total[rows] = product
+        elif training_kernels.usable(product) and total.is_contiguous():
+            training_kernels.run("accumulate", total[rows], product, product.numel())
+        else:
+            total[rows] += product
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, with a cheap function of its input in front.
+
+    With ``in_place`` neither the matrix in the dtype of the product nor the function's result is
+    kept for the backward pass; both are computed again.
+    """
+
+    def forward(self, input: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(…, in) → (…, out) of ``before(input)``."""
+        if in_place(self.weight) and torch.is_grad_enabled():
+            dtype = input.dtype
+            if torch.is_autocast_enabled(input.device.type):
+                dtype = torch.get_autocast_dtype(input.device.type)
+            if before is None:
+                input = input.to(dtype)
+            y: Tensor = _Linear.apply(input, self.weight, self.bias, before, dtype)  # type: ignore[no-untyped-call]
+            return y
+        return F.linear(input if before is None else before(input), self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        before: Callable[[Tensor], Tensor] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(input)
+        # Not a saved tensor: recomputation (activation checkpointing) would hand out another one.
+        ctx.weight = weight
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.before, ctx.dtype = before, dtype
+        with torch.autocast(input.device.type, enabled=False):
+            x = input if before is None else before(input).to(dtype)
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (input,) = ctx.saved_tensors
+        x = input
+        if ctx.before is not None:
+            with torch.enable_grad():
+                input = input.detach().requires_grad_()
+                x = ctx.before(input).to(ctx.dtype)
+        grad = grad_outputs[0]
+        flat = grad.flatten(0, -2)
+        add_product(ctx.weight, flat, x.flatten(0, -2))
+        grad_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
+        grad_x = grad @ ctx.weight.to(grad.dtype)
+        if ctx.before is not None:
+            x.backward(grad_x)  # also reaches the function's own parameters
+            grad_x = input.grad
+        return grad_x, None, grad_bias, None, None
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding``; with ``in_place`` it adds only the rows that were looked up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if in_place(self.weight) and torch.is_grad_enabled():
+            return cast(Tensor, _Embedding.apply(input, self.weight))  # type: ignore[no-untyped-call]
+        return F.embedding(input, self.weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        rows = grad_outputs[0].flatten(0, -2).to(ctx.weight.dtype)
+        ctx.weight.grad.index_add_(0, ids.flatten(), rows)
+        return None, None
