@@ -99,13 +99,13 @@ def serving_rpc(found: Record) -> str:
             f"{found['median_share']:.1%} ({shares[0]:.1%}–{shares[-1]:.1%}) of the decoder called "
             f"directly ({found['dtype']}; the load generator shares the cores)."
         )
-    if "chunk_ms" in found:
+    if "slowest_chunk_ms" in found:
         return (
             f"A {found['joining_prompt_tokens']}-token prompt joins {found['running_streams']} "
             f"streams: gaps between their tokens of at most "
             f"{found['gap_ms_while_joining']['max']:.0f} ms, where a chunk of "
-            f"{found['chunk_tokens']} tokens takes {found['chunk_ms']:.0f} ms alone, a step and a "
-            f"chunk {found['step_plus_chunk_ms']:.0f} ms and the whole prompt "
+            f"{found['chunk_tokens']} tokens takes up to {found['slowest_chunk_ms']:.0f} ms alone, "
+            f"a step and a chunk {found['step_plus_chunk_ms']:.0f} ms and the whole prompt "
             f"{found['whole_prompt_ms']:.0f} ms."
         )
     if "seconds_to_ready" in found:
@@ -217,13 +217,18 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
 """Heading, text and peers by a file's name up to a hyphen; in the page's order."""
 
 
+def kind_of(path: Path) -> str:
+    """``muon-wikipedia.json`` → ``muon``."""
+    return path.stem.split("-")[0]
+
+
 def read(path: Path) -> Record:
     """A record that says all that it must.
 
     Raises:
         GptDistError: it does not.
     """
-    kind = path.stem.split("-")[0]
+    kind = kind_of(path)
     if kind not in SECTIONS:
         raise GptDistError(f"{path}: no section for it; names begin with {', '.join(SECTIONS)}")
     found: Record = json.loads(path.read_text())
@@ -238,13 +243,13 @@ def read(path: Path) -> Record:
 
 def page(results: Path) -> str:
     """The whole page."""
+    records = {path: read(path) for path in sorted(results.glob("*.json"))}
     parts = [HEAD]
     for kind, (heading, text, _) in SECTIONS.items():
-        paths = [p for p in sorted(results.glob("*.json")) if p.stem.split("-")[0] == kind]
-        if paths:
+        chosen = {path: found for path, found in records.items() if kind_of(path) == kind}
+        if chosen:
             parts.append(f"## {heading}\n")
-        for path in paths:
-            found = read(path)
+        for path, found in chosen.items():
             versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
             parts.append(text(found) + "\n")
             picture = path.with_suffix(".png")
@@ -254,8 +259,6 @@ def page(results: Path) -> str:
                 f"`{found['command']}`  \n{found['machine']}, {found['date']}, "
                 f"commit {found['commit']}, {versions}\n"
             )
-    for path in results.glob("*.json"):
-        read(path)
     return "\n".join(parts)
 
 

@@ -9,8 +9,10 @@ nothing else, and ``state.json`` lists the sha256 of the other files.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from gpt_dist.tensor_files import TensorFile, safetensors_chunks, write_file
 from gpt_dist.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
+NICENESS = 10
+"""Of the thread that writes: a ninth of a core at least, and whatever training leaves idle."""
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
 
 
@@ -143,6 +147,9 @@ class CheckpointWriter:
             self._thread.join()
 
     def _guarded(self, *args: Any) -> None:
+        # The step first: a niceness belongs to a thread on Linux, to the process elsewhere.
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self._write(*args)
         except BaseException as error:  # reported by the next check()

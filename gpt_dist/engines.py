@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_dist.config import Config
 from gpt_dist.data import Batch
 from gpt_dist.distributed import World
-from gpt_dist.linear import add_in_place
+from gpt_dist.linear import adding_in_place
 from gpt_dist.model import GPT
 from gpt_dist.muon import MuonWithAdamW
 from gpt_dist.optim import global_norm, make_adamw
@@ -90,8 +90,6 @@ class DDPEngine:
         else:
             self.optimizer = make_adamw(model, config.optim, fused=self.fused)
         self.ddp: torch.nn.Module = model
-        if world.size == 1 and world.device.type == "cpu":
-            add_in_place(model)
         # Made before the first pass: what stays must not lie between what comes and goes.
         for parameter in model.parameters():
             self._state(parameter)
@@ -113,11 +111,12 @@ class DDPEngine:
             self.optimizer.zero_grad()
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
-        # no_sync must enclose the forward pass too: DDP decides there whether to reduce.
-        quiet: AbstractContextManager[None] = nullcontext()
-        if isinstance(self.ddp, DistributedDataParallel) and not last:
-            quiet = self.ddp.no_sync()
-        with quiet:
+        with ExitStack() as settings:
+            # no_sync must enclose the forward pass too: DDP decides there whether to reduce.
+            if isinstance(self.ddp, DistributedDataParallel) and not last:
+                settings.enter_context(self.ddp.no_sync())
+            if self.world.device.type == "cpu" and (self.world.size == 1 or not last):
+                settings.enter_context(adding_in_place(self.model))
             with self._autocast():
                 loss = self.ddp(batch.ids, batch.targets)
             loss.backward()

@@ -1,14 +1,15 @@
 """Linear layers and embeddings that add to their gradients in place.
 
 Autograd computes each micro-batch's gradient of a matrix as a new fp32 tensor and then adds it to
-the sum. Where nothing else waits for that tensor (one process, no hooks), the product can be
-added to the sum directly: less memory, and fewer passes over it. ``add_in_place`` says so for a
-model's parameters; without it these layers are PyTorch's own.
+the sum. Where nothing else waits for that tensor (one process, or a micro-batch that is not the
+last of a step), the product can be added to the sum directly: less memory, and fewer passes over
+it. Outside of ``adding_in_place`` these layers are PyTorch's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -21,18 +22,25 @@ ROWS = 8192
 """Most rows of a matrix whose gradient is computed at once; bounds the memory of the product."""
 
 
-def add_in_place(model: nn.Module) -> None:
-    """Let the model's matrices receive their gradients without autograd's accumulation.
+@contextmanager
+def adding_in_place(model: nn.Module) -> Iterator[None]:
+    """Within, passes add the gradients of the model's matrices without autograd's accumulation.
 
-    Only for a single process: reducers of gradients wait for autograd's. The output head's is added
-    while its loss is computed, so only the loss itself can be differentiated, not a multiple.
+    Not for passes whose gradients a reducer waits for. The output head's are added while its loss
+    is computed, so only the loss itself can be differentiated, not a multiple.
     """
-    for parameter in model.parameters():
+    parameters = list(model.parameters())
+    for parameter in parameters:
         parameter.in_place = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.in_place = False  # type: ignore[attr-defined]
 
 
 def in_place(parameter: Tensor) -> bool:
-    """Whether ``add_in_place`` was called for the model of this parameter."""
+    """Whether this pass is within ``adding_in_place`` for the model of this parameter."""
     return getattr(parameter, "in_place", False) and not torch.compiler.is_compiling()
 
 

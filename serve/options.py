@@ -34,7 +34,7 @@ class Options:
     watch_interval: float = 5.0
     grace: float = 30.0
     stall_seconds: float = 30.0
-    stream_interval: float = 0.0
+    stream_interval: float = 0.05
     max_message_bytes: int = 4 << 20
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
@@ -116,7 +116,12 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "tls-ca", "demand client certificates of these authorities, PEM", **path)
     add(network, "auth-token-file", "demand one of these bearer tokens, one a line", **path)
     add(network, "max-message-bytes", "longest request", **count)
-    add(network, "stream-interval", "least time between two messages of a stream", **seconds)
+    add(
+        network,
+        "stream-interval",
+        "least time between two messages of a stream; 0 sends every token at once",
+        **seconds,
+    )
     add(network, "kserve", "offer the Open Inference Protocol as well", **on)
 
     running = made.add_argument_group("operation")

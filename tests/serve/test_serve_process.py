@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import grpc
 import pytest
-from conftest import TOKENIZER, Process, tiny_model, write_run
+import torch
+from conftest import CONTEXT, TOKENIZER, Process, tiny_model, write_run
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from torch.nn import functional as F
 
 from gpt_dist.decoding import generate
 from gpt_dist.errors import GptDistError, UsageError
@@ -346,3 +351,23 @@ def test_clients_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.slow
+def test_int8_tells_what_it_costs(processes: StartProcess, run: Path, model: GPT) -> None:
+    """The loss in fp32 that it prints is the model's, on the same beginning of Shakespeare."""
+    process = processes("--checkpoint", run, "--port", 0, "--dtype", "int8")
+    process.ready()
+    line = next(line for line in process.lines if line.startswith("int8:"))
+    found = re.search(r"loss ([\d.]+) against ([\d.]+) in fp32 \(([+-][\d.]+)\) on (\d+) tok", line)
+    assert found, line
+    rounded, exact, difference = map(float, found.groups()[:3])
+    asset = resources.files("gpt_dist") / "assets" / "shakespeare.txt.gz"
+    text = gzip.decompress(asset.read_bytes())[:4000].decode()
+    ids = torch.tensor([TOKENIZER.encode(text)[: int(found[4])]])
+    assert ids.shape[1] == CONTEXT
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids)[0, :-1].double(), ids[0, 1:]).item()
+    assert exact == pytest.approx(expected, abs=2e-4)
+    assert difference == pytest.approx(rounded - exact, abs=2e-4)
+    assert 0 < abs(difference) < 0.3

@@ -1,0 +1,71 @@
+"""What comes through gRPC against transformers' model with the same weights."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt_dist.model import GPT
+from serve.client import AsyncClient
+from tests.test_model import copy_to_transformers
+
+
+@pytest.fixture(scope="module")
+def reference(model: GPT) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        attn_implementation="eager",
+    )
+    other = GPT2LMHeadModel(config).eval()
+    copy_to_transformers(model, other)
+    return other
+
+
+def test_greedy_text_of_fifty_callers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
+    """Each token is the argmax of a full forward pass without any cache, or within 1e-4 of it."""
+    generator = np.random.default_rng(7)
+    prompts = [generator.integers(VOCABULARY, size=n).tolist() for n in range(1, 101, 2)]
+
+    async def ask(client: AsyncClient, prompt: list[int]) -> list[int]:
+        tokens: list[int] = []
+        async for piece in client.stream(
+            prompt, max_new_tokens=24, temperature=0.0, ignore_eos=True
+        ):
+            tokens += piece.token_ids
+        return tokens
+
+    async def ask_all() -> list[list[int]]:
+        async with AsyncClient(server.target) as client:
+            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
+
+    answers = asyncio.run(ask_all())
+    assert len(answers) == 50
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        assert len(tokens) == 24
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert float((logits.amax(1) - chosen).max()) < 1e-4
+
+
+def test_scores_are_transformers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
+    async def score(text: str) -> list[float]:
+        async with AsyncClient(server.target) as client:
+            response = await client.score(text)
+            return [token.logprob for token in response.tokens if token.HasField("logprob")]
+
+    for text in ("to be, or not to be", "Ünïcödé 👩‍🚀 text, to be", "not " * 20):
+        ids = torch.tensor([TOKENIZER.encode(text)])
+        with torch.no_grad():
+            logprobs = reference(ids).logits[0, :-1].double().log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, 1:, None])[:, 0].numpy()
+        np.testing.assert_allclose(asyncio.run(score(text)), expected, atol=1e-4)
