@@ -110,10 +110,11 @@ def serving_rpc(found: Record) -> str:
         )
     if "seconds_to_ready" in found:
         return f"From the command to ready: {found['median']:.2f} s ({found['dtype']})."
-    memory = found["server_memory_mb"]
+    memory, calls = found["server_memory_mb"], found["calls"]
     return (
         f"{found['clients']} clients on a capacity of {found['capacity']} for "
-        f"{found['seconds']:.0f} s: {found['calls']}; a rejection takes "
+        f"{found['seconds']:.0f} s: {calls['OK']:,} calls completed, "
+        f"{calls['RESOURCE_EXHAUSTED']:,} refused; a refusal takes "
         f"{found['server_side_rejection_ms']['p99']:.2f} ms in the server at the 99th percentile; "
         f"its memory goes from {memory['first']:.0f} to {memory['last']:.0f} MB."
     )
@@ -202,6 +203,40 @@ def shakespeare(found: Record) -> str:
     return table(["preset", "validation loss"], [[n, f"{v:.4f}"] for n, v in losses.items()])
 
 
+def gpu(found: Record) -> str:
+    match found.get("part"):
+        case "losses":
+            gaps = found["largest_relative_difference_to_fp32"]
+            rows = [
+                [name, f"{values[0]:.4f}", f"{values[-1]:.4f}", f"{gaps[name]:.2e}"]
+                for name, values in found["losses"].items()
+            ]
+            return table(["50 steps", "first loss", "last", "largest difference to fp32"], rows)
+        case "resume":
+            return (
+                f"A run continued from step 15: {found['equal_losses']} of {found['steps']} losses "
+                f"equal, largest relative difference {found['largest_relative_difference']:.1e}."
+            )
+        case "greedy":
+            return (
+                f"{found['tokens']} greedy tokens in fp32: at most "
+                f"{found['largest_gap_to_the_best_logit']:.1e} below the best logit of an uncached "
+                "forward pass."
+            )
+        case "decoding":
+            rows = [
+                [
+                    name.replace("_", " "),
+                    f"{values['tokens_per_second']:,.0f}",
+                    f"{values['of_the_bandwidth_limit']:.1%}",
+                ]
+                for name, values in found.items()
+                if name.startswith("batch_")
+            ]
+            return table(["decoding, bf16", "tokens/s", "of the memory-bandwidth limit"], rows)
+    return training(found)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "training": ("Training beside other trainers", training, ("transformers", "litgpt")),
     "muon": ("Muon beside AdamW", muon, ()),
@@ -213,6 +248,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "data": ("Data", data, ("tiktoken",)),
     "serving": ("Decoding beside other engines", serving, ("transformers", "ctranslate2")),
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
+    "gpu": ("One GPU", gpu, ()),
 }
 """Heading, text and peers by a file's name up to a hyphen; in the page's order."""
 
@@ -241,9 +277,15 @@ def read(path: Path) -> Record:
     return found
 
 
+def nested_commands(found: Record) -> list[str]:
+    """Commands of parts that were measured by other calls than the last."""
+    parts = [value for value in found.values() if isinstance(value, dict)]
+    return [part["command"] for part in parts if "command" in part]
+
+
 def page(results: Path) -> str:
     """The whole page."""
-    records = {path: read(path) for path in sorted(results.glob("*.json"))}
+    records = {path: read(path) for path in sorted(results.rglob("*.json"))}
     parts = [HEAD]
     for kind, (heading, text, _) in SECTIONS.items():
         chosen = {path: found for path, found in records.items() if kind_of(path) == kind}
@@ -255,9 +297,12 @@ def page(results: Path) -> str:
             picture = path.with_suffix(".png")
             if picture.exists():
                 parts.append(f"![{heading}](images/{picture.name})\n")
+            if "note" in found:
+                parts.append(f"{found['note']}\n")
+            commands = dict.fromkeys([*nested_commands(found), found["command"]])
+            parts.append("  \n".join(f"`{command}`" for command in commands) + "  ")
             parts.append(
-                f"`{found['command']}`  \n{found['machine']}, {found['date']}, "
-                f"commit {found['commit']}, {versions}\n"
+                f"{found['machine']}, {found['date']}, commit {found['commit']}, {versions}\n"
             )
     return "\n".join(parts)
 
@@ -278,8 +323,10 @@ def main() -> int:
         print("up to date" if same else f"{arguments.out} is not what the records say")
         return 0 if same else 1
     arguments.out.write_text(made)
-    for picture in sorted(arguments.results.glob("*.png")):
-        (arguments.out.parent / "images" / picture.name).write_bytes(picture.read_bytes())
+    for path in arguments.results.rglob("*.json"):
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            (arguments.out.parent / "images" / picture.name).write_bytes(picture.read_bytes())
     print(f"written: {arguments.out}")
     return 0
 

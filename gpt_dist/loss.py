@@ -22,9 +22,6 @@ IGNORE = -1
 CHUNK_BYTES = 1 << 28
 """Upper bound of one chunk of logits."""
 
-CPU_CHUNK_BYTES = 1 << 26
-"""The same on a CPU, whose products are fast with fewer rows."""
-
 PIECE = 8192
 """Rows of the head that a CPU converts at once."""
 
@@ -134,8 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         backward = wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         device = hidden.device.type
-        most = CPU_CHUNK_BYTES if device == "cpu" else CHUNK_BYTES
-        rows = max(1, most // (dtype.itemsize * weight.shape[0]))
+        rows = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if backward else None
         grad_weight = None

@@ -45,7 +45,7 @@ def test_equal_to_autograd(
 ) -> None:
     if chunks == "several":
         monkeypatch.setattr(linear, "ROWS", 24)
-        monkeypatch.setattr(loss_module, "CPU_CHUNK_BYTES", 4 * 128 * 10)
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 128 * 10)
         monkeypatch.setattr(loss_module, "PIECE", 48)
     settings = settings | {"activation_checkpointing": recompute}
     own, plain = gradients(True, **settings), gradients(False, **settings)
