@@ -8,7 +8,7 @@ it. Outside of ``adding_in_place`` these layers are PyTorch's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -71,61 +71,37 @@ def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, with a cheap function of its input in front.
+    """``nn.Linear``; with ``in_place`` its matrix is cast twice, not kept in two dtypes."""
 
-    With ``in_place`` neither the matrix in the dtype of the product nor the function's result is
-    kept for the backward pass; both are computed again.
-    """
-
-    def forward(self, input: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(…, in) → (…, out) of ``before(input)``."""
+    def forward(self, input: Tensor) -> Tensor:
         if in_place(self.weight) and torch.is_grad_enabled():
             dtype = input.dtype
             if torch.is_autocast_enabled(input.device.type):
                 dtype = torch.get_autocast_dtype(input.device.type)
-            if before is None:
-                input = input.to(dtype)
-            y: Tensor = _Linear.apply(input, self.weight, self.bias, before, dtype)  # type: ignore[no-untyped-call]
+            y: Tensor = _Linear.apply(input.to(dtype), self.weight, self.bias)  # type: ignore[no-untyped-call]
             return y
-        return F.linear(input if before is None else before(input), self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        before: Callable[[Tensor], Tensor] | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input)
         # Not a saved tensor: recomputation (activation checkpointing) would hand out another one.
         ctx.weight = weight
         ctx.bias = None if bias is None else bias.dtype
-        ctx.before, ctx.dtype = before, dtype
+        dtype = input.dtype
         with torch.autocast(input.device.type, enabled=False):
-            x = input if before is None else before(input).to(dtype)
-            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (input,) = ctx.saved_tensors
-        x = input
-        if ctx.before is not None:
-            with torch.enable_grad():
-                input = input.detach().requires_grad_()
-                x = ctx.before(input).to(ctx.dtype)
         grad = grad_outputs[0]
         flat = grad.flatten(0, -2)
-        add_product(ctx.weight, flat, x.flatten(0, -2))
+        add_product(ctx.weight, flat, input.flatten(0, -2))
         grad_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
-        grad_x = grad @ ctx.weight.to(grad.dtype)
-        if ctx.before is not None:
-            x.backward(grad_x)  # also reaches the function's own parameters
-            grad_x = input.grad
-        return grad_x, None, grad_bias, None, None
+        return grad @ ctx.weight.to(grad.dtype), None, grad_bias
 
 
 class Embedding(nn.Embedding):

@@ -31,7 +31,7 @@ VOCAB_PARAMETERS = ("wte.weight", "lm_head.weight")
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, after an optional layer norm."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class Attention(nn.Module):
         self.c_proj = Linear(width, width, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = self_attention(self.c_attn(x, before=norm), self.n_head, dropout)
+        mixed = self_attention(self.c_attn(x), self.n_head, dropout)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU, after an optional layer norm."""
+    """Two linear layers around a tanh GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,9 +58,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        hidden = self.c_fc(x, before=norm)
-        return cast(Tensor, self.dropout(self.c_proj(hidden, before=gelu)))
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.dropout(self.c_proj(gelu(self.c_fc(x)))))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -84,8 +83,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.attn(x, self.ln_1)
-            return cast(Tensor, x + self.mlp(x, self.ln_2))
+            x = x + self.attn(self.ln_1(x))
+            return cast(Tensor, x + self.mlp(self.ln_2(x)))
         x = self.ln_1(x + self.attn(x))
         return cast(Tensor, self.ln_2(x + self.mlp(x)))
 

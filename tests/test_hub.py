@@ -38,9 +38,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.asked.append(f"{self.command} {path}")
         if path.startswith("/api/models/"):
-            name = path.removeprefix("/api/models/").partition("/revision/")[0]
-            files = [{"rfilename": f.name} for f in sorted((self.root / name).glob("*"))]
-            info = {"id": name, "modelId": name, "sha": "c" * 40, "siblings": files}
+            name, tree, _ = path.removeprefix("/api/models/").partition("/tree/")
+            name = name.partition("/revision/")[0]
+            files = sorted((self.root / name).glob("*"))
+            info: object = {
+                "id": name,
+                "modelId": name,
+                "sha": "c" * 40,
+                "siblings": [{"rfilename": file.name} for file in files],
+            }
+            if tree:
+                info = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                    for file in files
+                ]
             self.answer(200 if files else 404, json.dumps(info).encode())
             return
         name, _, rest = path.removeprefix("/").partition("/resolve/")
@@ -62,6 +73,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_names_of_the_hub_are_fetched(tmp_path: Path, good: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(good, models / "someone" / "gpt2-tiny")
