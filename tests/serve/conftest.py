@@ -229,10 +229,12 @@ class SlowDecoder:
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """What was logged as an error, but for grpcio's own: with several event loops in a process its
-    poller may find that another has read the wake-up byte before (BlockingIOError, harmless).
+    poller may find that another has read the wake-up byte before (BlockingIOError, harmless), and
+    an answer may find that its call was cancelled a moment ago (once in 30,000).
     """
+    own = ("PollerCompletionQueue", "ExecuteBatchError raised in core")
     return [
         record
         for record in caplog.records
-        if record.levelname == "ERROR" and "PollerCompletionQueue" not in record.getMessage()
+        if record.levelname == "ERROR" and not any(name in record.getMessage() for name in own)
     ]
