@@ -112,11 +112,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step (8192)")
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences (4)")
-    parser.add_argument("--saves", type=int, default=2, help="checkpoints to measure (2)")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints to measure (3)")
     parser.add_argument(
-        "--quiet-steps", type=int, default=2, help="more steps before each save (2)"
+        "--quiet-steps", type=int, default=1, help="more steps before each save (1)"
     )
-    parser.add_argument("--busy-steps", type=int, default=2, help="steps a save may slow down (2)")
+    parser.add_argument("--busy-steps", type=int, default=5, help="steps a save may slow down (5)")
     parser.add_argument("--directory", metavar="DIR", help="where checkpoints go (temporary)")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()

@@ -352,7 +352,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("good"), make_model(tokenizer), tokenizer)
 
 
-@pytest.mark.parametrize(("file", "damage", "kind", "message"), BROKEN, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("file", "damage", "kind", "message"), BROKEN, ids=lambda v: getattr(v, "__name__", str(v))[:30]
+)
 def test_broken_directories(
     tmp_path: Path, good: Path, file: str, damage: Damage, kind: type[GptDistError], message: str
 ) -> None:
