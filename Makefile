@@ -24,7 +24,7 @@ demo: install  ## Prepare text, train on 2 ranks, sample, serve, call: under 6 m
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
 	bash tests/cluster/setup.sh

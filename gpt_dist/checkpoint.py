@@ -31,7 +31,9 @@ from gpt_dist.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 NICENESS = 10
-"""Of the thread that writes: a ninth of a core at least, and whatever training leaves idle."""
+"""Of a thread that writes much: a ninth of a core at least, and whatever training leaves idle."""
+LARGE = 100_000_000
+"""Bytes of a checkpoint that takes more than a step to write; smaller ones are in nobody's way."""
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
 
 
@@ -146,12 +148,12 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def _guarded(self, *args: Any) -> None:
+    def _guarded(self, snapshot: dict[str, Tensor], *args: Any) -> None:
         # The step first: a niceness belongs to a thread on Linux, to the process elsewhere.
-        if sys.platform == "linux":
+        if sys.platform == "linux" and sum(t.nbytes for t in snapshot.values()) > LARGE:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
-            self._write(*args)
+            self._write(snapshot, *args)
         except BaseException as error:  # reported by the next check()
             self._error = error
 

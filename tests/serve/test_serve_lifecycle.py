@@ -356,7 +356,7 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
         with pytest.raises(grpc.RpcError):
             client.generate([1])
         slow.go.set()
-        while server.scheduler.waiting > 1:
+        while len(server.scheduler.running) < 2:
             time.sleep(0.001)
         slow.go.clear()
         time.sleep(0.02)

@@ -7,9 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer
+from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, StartServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt_dist.decoding import Decoder
 from gpt_dist.model import GPT
 from serve.client import AsyncClient
 from tests.test_model import copy_to_transformers
@@ -28,6 +29,11 @@ def reference(model: GPT) -> GPT2LMHeadModel:
     other = GPT2LMHeadModel(config).eval()
     copy_to_transformers(model, other)
     return other
+
+
+@pytest.fixture(scope="module")
+def server(start: StartServer, model: GPT) -> LiveServer:
+    return start(Decoder(model, max_slots=8, dtype="fp32"))
 
 
 def test_greedy_text_of_fifty_callers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
