@@ -167,15 +167,9 @@ def stall(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
         return quiet[8:], disturbed, firsts
 
     flags = (
-        "--dtype",
-        arguments.dtype,
-        "--log-level",
-        "warning",
-        "--max-slots",
-        "16",
-        "--stream-interval",
-        "0",
-    )
+        "--dtype", arguments.dtype, "--log-level", "warning", "--max-slots", "16",
+        "--stream-interval", "0",
+    )  # fmt: skip
     with server(directory, *flags) as (address, _):
         asyncio.run(run(address))
         quiet, disturbed, firsts = asyncio.run(run(address))

@@ -24,8 +24,8 @@ from record import record
 from gpt_dist.errors import GptDistError, run_main
 
 
-def first_row(command: list[str], metrics: Path, log: Path) -> tuple[float, float]:
-    """Seconds from the command to its first new row of metrics, and to its end."""
+def first_row(command: list[str], metrics: Path, log: Path) -> float:
+    """Seconds from the command to its first new row of metrics; returns when it has ended."""
     before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     began = time.perf_counter()
     first = 0.0
@@ -37,7 +37,7 @@ def first_row(command: list[str], metrics: Path, log: Path) -> tuple[float, floa
             time.sleep(0.005)
     if process.returncode:
         raise GptDistError(f"training failed:\n{log.read_text()[-2000:]}")
-    return first, time.perf_counter() - began
+    return first
 
 
 def seconds(command: list[str]) -> float:
@@ -78,8 +78,8 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
         command = [python, "-m", "gpt_dist.train", *flags, "--train.steps"]
         metrics = out / "metrics.jsonl"
-        found["command_to_first_step_s"].append(first_row([*command, "3"], metrics, log)[0])
-        found["resume_to_next_step_s"].append(first_row([*command, "4"], metrics, log)[0])
+        found["command_to_first_step_s"].append(first_row([*command, "3"], metrics, log))
+        found["resume_to_next_step_s"].append(first_row([*command, "4"], metrics, log))
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         found["step_s"].append(statistics.median(row["step_ms"] for row in rows[1:3]) / 1000)
     # The first round filled the page cache.

@@ -16,7 +16,7 @@ from gpt_dist.distributed import World
 from gpt_dist.linear import adding_in_place
 from gpt_dist.model import GPT
 from gpt_dist.muon import MuonWithAdamW
-from gpt_dist.optim import global_norm, make_adamw
+from gpt_dist.optim import global_norm, make_adamw, make_adamw_state
 
 Reader = Callable[[str], Tensor]
 """Name → full tensor on the host, as ``Engine.full_state`` yields them."""
@@ -84,15 +84,14 @@ class DDPEngine:
         # divides them by the tokens: no pass over them just for that.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         self.fused = world.device.type in ("cpu", "cuda")
+        # With its state before the first pass: what stays must not lie between what comes and goes.
         self.optimizer: torch.optim.Optimizer
         if config.optim.name == "muon":
             self.optimizer = MuonWithAdamW(model, config.optim, fused=self.fused)
         else:
-            self.optimizer = make_adamw(model, config.optim, fused=self.fused)
+            self.optimizer = adamw = make_adamw(model, config.optim, fused=self.fused)
+            make_adamw_state(adamw, fused=self.fused)
         self.ddp: torch.nn.Module = model
-        # Made before the first pass: what stays must not lie between what comes and goes.
-        for parameter in model.parameters():
-            self._state(parameter)
         if world.size > 1:
             self.ddp = DistributedDataParallel(
                 model,
@@ -149,7 +148,7 @@ class DDPEngine:
             yield f"model.{name}", parameter.detach()
         step = torch.zeros(())
         for name, parameter in self.model.named_parameters():
-            for key, value in self._state(parameter).items():
+            for key, value in self.optimizer.state[parameter].items():
                 if key == "step":
                     step = value
                 else:
@@ -160,23 +159,11 @@ class DDPEngine:
     def load_optimizer(self, reader: Reader) -> None:
         step = reader("optimizer.step")
         for name, parameter in self.model.named_parameters():
-            for key, value in self._state(parameter).items():
+            for key, value in self.optimizer.state[parameter].items():
                 value.copy_(step if key == "step" else reader(f"optimizer.{key}.{name}"))
 
     def whole_weights(self) -> AbstractContextManager[object]:
         return nullcontext()
-
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The optimizer's state of one parameter; made here where no update has made it yet."""
-        state: dict[str, Tensor] = self.optimizer.state[parameter]
-        matrices = self.optimizer.matrices if isinstance(self.optimizer, MuonWithAdamW) else []
-        if not state and any(parameter is matrix for matrix in matrices):
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        elif not state:
-            state["step"] = torch.zeros((), device=parameter.device if self.fused else "cpu")
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
 
     def _autocast(self) -> AbstractContextManager[object]:
         enabled = self.dtype != torch.float32

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_dist.config import OptimConfig
+from gpt_dist.optim import make_adamw_state
 
 MOMENTUM = 0.95
 
@@ -56,6 +57,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(list(named.values()), {"lr": config.lr})
         self.param_groups = self.adamw.param_groups + self.muon.param_groups
 
+        make_adamw_state(self.adamw, fused=fused)
+        for matrix in self.matrices:
+            self.muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         for owner, parameters in ((self.adamw, rest), (self.muon, self.matrices)):
             for parameter in parameters:
                 self.state[parameter] = owner.state[parameter]

@@ -30,6 +30,17 @@ def make_adamw(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.o
     )
 
 
+def make_adamw_state(optimizer: torch.optim.AdamW, *, fused: bool) -> None:
+    """Make AdamW's state of every parameter now, which it would make at its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     """Learning rate of update ``step`` (0-based) in a run of ``steps`` updates."""
     if step < config.warmup_steps:
