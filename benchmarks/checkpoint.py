@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flags import as_flags
 from record import record
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
@@ -45,7 +46,7 @@ def settings(arguments: argparse.Namespace, data: Path) -> list[str]:
         "train.sample_every": 0,
         "train.checkpoint_every": period,
     }
-    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+    return as_flags(values)
 
 
 def row_times(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_texts import EOT, SEPARATOR, first, read_documents, reference, write_large, written_as
+from flags import as_flags
 from record import record
 
 from gpt_dist import prepare
@@ -257,7 +258,7 @@ def loader(args: argparse.Namespace, documents: list[str], place: Path) -> dict[
     for context, batch in ((64, 12), (64, 64), (256, 64), (1024, 16), (1024, 64)):
         flags = {"data.path": place / "data", "model.context_length": context}
         flags |= {"train.batch_tokens": context * batch}
-        argv = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        argv = as_flags(flags)
         config, _ = load(argv)
         data = TrainingData(config, [open_dataset(place / "data")])
         speeds = []

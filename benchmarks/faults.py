@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from flags import as_flags
 from record import record
 
 from gpt_dist.checkpoint import complete_checkpoints
@@ -77,7 +78,7 @@ def flags(data: Path, steps: int) -> list[str]:
         "train.sample_every": 0,
         "parallel.timeout": TIMEOUT,
     }
-    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return as_flags(settings)
 
 
 @dataclass

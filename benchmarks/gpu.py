@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import as_flags
 from record import record
 from training import SHAPES
 
@@ -54,7 +55,7 @@ def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[d
         **{f"model.{key}": value for key, value in shape.items()},
     }
     command = [sys.executable, "-m", "gpt_dist.train", *flags]
-    command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    command += as_flags(settings)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise GptDistError(f"training failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")

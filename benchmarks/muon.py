@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flags import as_flags
 from record import record
 
 from gpt_dist.distributed import available_cpus
@@ -92,7 +93,7 @@ class Lab:
             "train.checkpoint_every": 0,
             "train.sample_every": 0,
         }
-        flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+        flags = as_flags(settings)
         done = subprocess.run(
             [sys.executable, "-m", "gpt_dist.train", *flags],
             env=os.environ | {"OMP_NUM_THREADS": str(max(1, available_cpus() // arguments.jobs))},
@@ -184,9 +185,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="seeds (3)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step (4096)")
     parser.add_argument("--context", type=int, default=128, help="tokens of a sequence (128)")
-    parser.add_argument("--n_layer", type=int, default=4, help="blocks (4)")
-    parser.add_argument("--n_head", type=int, default=4, help="heads (4)")
-    parser.add_argument("--n_embd", type=int, default=128, help="width (128)")
+    parser.add_argument("--n-layer", type=int, default=4, help="blocks (4)")
+    parser.add_argument("--n-head", type=int, default=4, help="heads (4)")
+    parser.add_argument("--n-embd", type=int, default=128, help="width (128)")
     parser.add_argument("--warmup", type=int, default=30, help="steps of warm-up (30)")
     parser.add_argument("--eval-tokens", type=int, default=131072, help="validation (131072)")
     parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once (cores)")

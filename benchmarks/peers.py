@@ -33,11 +33,14 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
     from gpt_dist.data import Batch
     from gpt_dist.distributed import World
     from gpt_dist.initialization import make_engine
+    from gpt_dist.memory import keep_freed_memory
     from gpt_dist.model import GPT
 
     shape, context = settings["shape"], settings["context"]
     engines: dict[int, Any] = {}
     world = World(0, 1, 0, 1, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     dtype = torch.float32 if settings.get("fp32") else torch.bfloat16
 

@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 import scaling_model
+from flags import as_flags
 from record import record
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
@@ -81,7 +82,7 @@ def flags_for(arguments: argparse.Namespace, ranks: int) -> list[str]:
         "train.sample_every": 0,
         "train.checkpoint_every": 0,
     }
-    own = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    own = as_flags(settings)
     return own + shlex.split(arguments.train)
 
 

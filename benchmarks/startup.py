@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flags import as_flags
 from record import record
 
 from gpt_dist.errors import GptDistError, run_main
@@ -75,7 +76,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
             "train.sample_every": 0,
             "train.checkpoint_every": 0,
         }
-        flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+        flags = as_flags(settings)
         command = [python, "-m", "gpt_dist.train", *flags, "--train.steps"]
         metrics = out / "metrics.jsonl"
         found["command_to_first_step_s"].append(first_row([*command, "3"], metrics, log))

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--micro-batch", type=int, nargs="*", help="sizes to try (default: 4; cuda: 8 to 64)"
     )
-    parser.add_argument("--accumulate", type=int, nargs="*", default=[8, 1])
+    parser.add_argument("--accumulate", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trainers", nargs="*", default=["gpt_dist", "transformers", "litgpt"])
     parser.add_argument("--peers-python", help="interpreter that has litgpt installed")
@@ -154,7 +154,8 @@ def main() -> None:
             try:
                 for trainer in trainers:  # compile and settle, one after the other
                     trainer.run(1, 3)
-                for accumulate in args.accumulate:
+                # Ascending: a process keeps what it freed, and peaks are to be those of a setting.
+                for accumulate in sorted(args.accumulate):
                     steps = max(1, 6 // accumulate) * (5 if args.device == "cuda" else 1)
                     peak = matmul_flops(device, 4096), matmul_flops(device, 1024)
                     tokens = micro_batch * args.context

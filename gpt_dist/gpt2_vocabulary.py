@@ -53,3 +53,10 @@ def encoding() -> tiktoken.Encoding:
         mergeable_ranks=merge_ranks(),
         special_tokens={END_OF_TEXT: EOT_ID},
     )
+
+
+def byte_characters() -> list[str]:
+    """The character that GPT-2 (encoder.py of openai/gpt-2) writes for each byte, 0 to 255."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.gpt2_vocabulary import byte_characters
 from gpt_dist.tokenizers import (
     END_OF_TEXT,
     BpeTokenizer,
     CharTokenizer,
     Gpt2Tokenizer,
     Tokenizer,
-    _byte_characters,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str]
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], Merges]:
     """Byte-level BPE vocabulary and merges of a gpt2 or char tokenizer."""
-    spell = _byte_characters()
+    spell = byte_characters()
     table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
     vocab = {"".join(spell[byte] for byte in piece): token for token, piece in enumerate(table)}
     if isinstance(tokenizer, Gpt2Tokenizer):
@@ -107,7 +107,7 @@ def _recover_merges(ranks: dict[bytes, int]) -> Merges:
     A token's rule is the pair of tokens that is left of its bytes when only the rules before it
     are applied.
     """
-    letters = _byte_characters()
+    letters = byte_characters()
     spelled = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
     merges = []
     for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -200,7 +200,7 @@ def _special_tokens(directory: Path) -> tuple[str | None, str | None]:
 
 def _characters(backend: tokenizers.Tokenizer, vocab_size: int | None, eot: str | None) -> str:
     """The characters of a char tokenizer, or nothing: every id of the model is one character."""
-    letters = {character: byte for byte, character in enumerate(_byte_characters())}
+    letters = {character: byte for byte, character in enumerate(byte_characters())}
     size = vocab_size or backend.get_vocab_size()
     characters: list[str] = []
     for token in range(size):

@@ -11,7 +11,6 @@ from gpt_dist.config import Config
 from gpt_dist.distributed import World
 from gpt_dist.engines import DDPEngine, Engine
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.memory import keep_freed_memory
 from gpt_dist.model import GPT, VOCAB_PARAMETERS
 from gpt_dist.tokenizers import Tokenizer
 
@@ -95,8 +94,6 @@ def compile_blocks(model: GPT, setting: Literal["auto"] | bool, device: torch.de
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:
     """The engine that ``parallel.strategy`` names."""
-    if world.device.type == "cpu":
-        keep_freed_memory()
     if config.parallel.strategy == "deepspeed":
         from gpt_dist.deepspeed_engine import DeepSpeedEngine  # seconds to import
 

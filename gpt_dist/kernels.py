@@ -125,7 +125,9 @@ def _compiler() -> str | None:
 def build(source: str) -> Path:
     """Path of the shared library of a source; compiles it if it has not been compiled before."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    key = hashlib.sha256(sources + repr((_compiler(), FLAGS)).encode()).hexdigest()
+    options = _options(source)
+    settings = _compiler(), FLAGS, options, torch.__version__
+    key = hashlib.sha256(sources + repr(settings).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,10 +138,21 @@ def build(source: str) -> Path:
         _log.info("compiling the CPU kernels, once, into %s", path)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [str(_compiler()), *FLAGS, str(SOURCES / source), "-o", str(built)]
+            command = [str(_compiler()), *FLAGS, str(SOURCES / source), *options, "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             built.replace(path)
     return path
+
+
+def _options(source: str) -> list[str]:
+    """What a source needs beside ``FLAGS``: the allocator is one of PyTorch's classes."""
+    if source != "allocator.cpp":
+        return []
+    home = Path(torch.__file__).parent
+    folder = home / "lib"
+    return [
+        "-std=c++20", f"-I{home / 'include'}", f"-L{folder}", "-lc10", f"-Wl,-rpath,{folder}",
+    ]  # fmt: skip
 
 
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -209,7 +222,7 @@ def main() -> None:
     if reason:
         raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")
     try:
-        for source in ("decoder.cpp", "training.cpp"):
+        for source in ("decoder.cpp", "training.cpp", "allocator.cpp"):
             print(f"CPU kernels: {build(source)}")
     except subprocess.CalledProcessError as error:
         raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None

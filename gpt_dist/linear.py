@@ -65,7 +65,7 @@ def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
         if fresh:
             total[rows] = product
         elif training_kernels.usable(product) and total.is_contiguous():
-            training_kernels.run("accumulate", total[rows], product, product.numel())
+            training_kernels.run("add", total[rows], product, total[rows], product.numel())
         else:
             total[rows] += product
 
@@ -75,21 +75,49 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if in_place(self.weight) and torch.is_grad_enabled():
-            dtype = input.dtype
-            if torch.is_autocast_enabled(input.device.type):
-                dtype = torch.get_autocast_dtype(input.device.type)
-            y: Tensor = _Linear.apply(input.to(dtype), self.weight, self.bias)  # type: ignore[no-untyped-call]
-            return y
+            return self._in_place(input, False)
         return F.linear(input, self.weight, self.bias)
+
+    def _in_place(self, input: Tensor, of_gelu: bool) -> Tensor:
+        dtype = input.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+        y: Tensor = _Linear.apply(input.to(dtype), self.weight, self.bias, of_gelu)  # type: ignore[no-untyped-call]
+        return y
+
+
+class GeluLinear(Linear):
+    """A linear layer of the tanh GELU of its input.
+
+    With ``in_place``, the GELU's output is computed again where its gradient is, not kept.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if in_place(self.weight) and torch.is_grad_enabled() and training_kernels.usable(input):
+            return self._in_place(input, True)
+        return super().forward(gelu(input))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh GELU (arXiv:1606.08415), elementwise."""
+    if training_kernels.usable(x):
+        y: Tensor = training_kernels.Gelu.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return F.gelu(x, approximate="tanh")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool
+    ) -> Tensor:
         ctx.save_for_backward(input)
         # Not a saved tensor: recomputation (activation checkpointing) would hand out another one.
         ctx.weight = weight
         ctx.bias = None if bias is None else bias.dtype
+        ctx.of_gelu = of_gelu
+        if of_gelu:
+            input = training_kernels.gelu(input)
         dtype = input.dtype
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -98,10 +126,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (input,) = ctx.saved_tensors
         grad = grad_outputs[0]
+        grad_input = grad @ ctx.weight.to(grad.dtype)
+        if ctx.of_gelu:
+            y = torch.empty_like(input)
+            grad_input = training_kernels.gelu_backward(input, grad_input, y)
+            input = y
         flat = grad.flatten(0, -2)
         add_product(ctx.weight, flat, input.flatten(0, -2))
         grad_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
-        return grad @ ctx.weight.to(grad.dtype), None, grad_bias
+        return grad_input, None, grad_bias, None
 
 
 class Embedding(nn.Embedding):

@@ -20,7 +20,7 @@ from gpt_dist import training_kernels
 from gpt_dist.attention import self_attention
 from gpt_dist.config import ModelConfig
 from gpt_dist.dropout import Dropout
-from gpt_dist.linear import Embedding, Linear
+from gpt_dist.linear import Embedding, GeluLinear, Linear
 from gpt_dist.loss import linear_cross_entropy
 
 PADDING = 128
@@ -55,19 +55,30 @@ class MLP(nn.Module):
         super().__init__()
         hidden = config.mlp_hidden or 4 * config.n_embd
         self.c_fc = Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_proj = GeluLinear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.dropout(self.c_proj(gelu(self.c_fc(x)))))
+        return cast(Tensor, self.dropout(self.c_proj(self.c_fc(x))))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """tanh GELU (arXiv:1606.08415)."""
-    if training_kernels.usable(x):
-        y: Tensor = training_kernels.Gelu.apply(x)  # type: ignore[no-untyped-call]
-        return y
-    return F.gelu(x, approximate="tanh")
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm``; on a CPU under bf16 autocast its output is bf16 at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        if autocast == torch.bfloat16 and training_kernels.usable(x, torch.float32):
+            y: Tensor = training_kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+            return y
+        return super().forward(x)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; an fp32 residual stream takes bf16 without a copy in fp32."""
+    if x.dtype == torch.float32 and training_kernels.usable(y):
+        total: Tensor = training_kernels.Add.apply(x, y)  # type: ignore[no-untyped-call]
+        return total
+    return x + y
 
 
 class Block(nn.Module):
@@ -76,15 +87,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        # After the residual sum a norm's output is the residual stream, which stays fp32.
+        norm = LayerNorm if self.pre_norm else nn.LayerNorm
+        self.ln_1 = norm(config.n_embd, bias=config.bias)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x))
-            return cast(Tensor, x + self.mlp(self.ln_2(x)))
+            x = add(x, self.attn(self.ln_1(x)))
+            return add(x, self.mlp(self.ln_2(x)))
         x = self.ln_1(x + self.attn(x))
         return cast(Tensor, self.ln_2(x + self.mlp(x)))
 
@@ -116,7 +129,7 @@ class GPT(nn.Module):
             self.drop = Dropout(config.dropout)
         self.ln_f: nn.Module = nn.Identity()
         if config.n_layer and config.norm == "pre":
-            self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+            self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
         # Remembered, because ZeRO-3 leaves each rank only a part of every parameter.
         self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}

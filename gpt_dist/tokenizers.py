@@ -22,7 +22,14 @@ import numpy as np
 
 from gpt_dist.errors import UsageError
 from gpt_dist.files import write_atomically
-from gpt_dist.gpt2_vocabulary import END_OF_TEXT, EOT_ID, VOCAB_SIZE, encoding, merge_ranks
+from gpt_dist.gpt2_vocabulary import (
+    END_OF_TEXT,
+    EOT_ID,
+    VOCAB_SIZE,
+    byte_characters,
+    encoding,
+    merge_ranks,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -288,7 +295,7 @@ class BpeTokenizer(Tokenizer):
 
     @cached_property
     def _table(self) -> Sequence[bytes]:
-        to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+        to_byte = {character: byte for byte, character in enumerate(byte_characters())}
         added = self._backend.get_added_tokens_decoder()
         table = [b""] * self.vocab_size
         for piece, token in self._backend.get_vocab().items():
@@ -308,13 +315,6 @@ class BpeTokenizer(Tokenizer):
             "eot": self._eot,
             **({} if self._pad is None else {"pad": self._pad}),
         }
-
-
-def _byte_characters() -> list[str]:
-    """The character that GPT-2 (encoder.py of openai/gpt-2) writes for each byte, 0 to 255."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def check_vocab_size(size: int, what: str, least: int = 1) -> None:

@@ -41,6 +41,7 @@ from gpt_dist.initialization import (
     pretrained,
     with_vocabulary,
 )
+from gpt_dist.memory import keep_freed_memory
 from gpt_dist.metrics import Row
 from gpt_dist.model import GPT
 from gpt_dist.monitor import Monitor, human, profiler
@@ -316,6 +317,8 @@ class Trainer:
         """Model and optimizer, with the state to start from."""
         config, start, world = self.config, self.start, self.world
         self.dtype = pick_dtype(config.train.precision, world.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         reader = None
         if start is not None:
             state = read_state(start)

@@ -1,4 +1,4 @@
-"""Attention, GELU and cross-entropy of the training step, in ``native/training.cpp``.
+"""Pieces of the training step in ``native/training.cpp``: attention, layer norm, GELU and others.
 
 For bf16 on CPUs with AVX-512 BF16. Where they cannot be built, or with ``GPT_DIST_KERNELS=0``,
 training runs on PyTorch's own, which is slower; the arithmetic is the same but for rounding.
@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 import subprocess
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -26,10 +26,16 @@ _ARGUMENTS = {
     "attention_backward": [
         c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int,
     ],
+    "layer_norm": [
+        c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int,
+    ],
+    "layer_norm_backward": [
+        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int,
+    ],
     "gelu": [c_void_p, c_void_p, c_int64, c_int],
-    "gelu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_int],
+    "gelu_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int],
-    "accumulate": [c_void_p, c_void_p, c_int64, c_int],
+    "add": [c_void_p, c_void_p, c_void_p, c_int64, c_int],
 }  # fmt: skip
 
 
@@ -53,13 +59,12 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels take this tensor."""
+def usable(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the kernels take this tensor, which must be of a dtype."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and not torch.compiler.is_compiling()
+        and x.dtype == dtype
         and library() is not None
     )
 
@@ -93,23 +98,79 @@ class Attention(torch.autograd.Function):
         return grad, None
 
 
+BLOCK = 64
+"""Rows that ``layer_norm_backward`` sums together."""
+
+
+class LayerNorm(torch.autograd.Function):
+    """Layer norm of the last dimension: fp32 (..., C) → bf16 (..., C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        y = torch.empty_like(x, dtype=torch.bfloat16)
+        stats = torch.empty(rows, 2)
+        run("layer_norm", x, weight, bias, rows, width, eps, y, stats)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        rows, width = len(stats), x.shape[-1]
+        grad_x = torch.empty_like(x)
+        sums = torch.empty(-(-rows // BLOCK), 2, width)
+        upstream = grad_outputs[0].contiguous()
+        run("layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, sums)
+        grad_weight, grad_bias = sums.sum(0)
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
+
+
 class Gelu(torch.autograd.Function):
     """tanh GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x)
-        y = torch.empty_like(x)
-        run("gelu", x, y, x.numel())
-        return y
+        return gelu(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        grad = torch.empty_like(x)
-        run("gelu_backward", x, grad_outputs[0].contiguous(), grad, x.numel())
-        return grad
+        return gelu_backward(x, grad_outputs[0])
+
+
+class Add(torch.autograd.Function):
+    """fp32 + bf16 of the same shape → fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.contiguous(), y.contiguous()
+        total = torch.empty_like(x)
+        run("add", x, y, total, x.numel())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return grad_outputs[0], grad_outputs[0].bfloat16()
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh GELU, elementwise."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    run("gelu", x, y, x.numel())
+    return y
+
+
+def gelu_backward(x: Tensor, grad: Tensor, y: Tensor | None = None) -> Tensor:
+    """Gradients of the outputs → those of the inputs; the outputs go to ``y`` once more."""
+    x = x.contiguous()
+    grad_x = torch.empty_like(x)
+    run("gelu_backward", x, grad.contiguous(), grad_x, y, x.numel())
+    return grad_x
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:

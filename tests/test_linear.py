@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt_dist import linear
+from gpt_dist import kernels, linear
 from gpt_dist import loss as loss_module
 from gpt_dist.config import ModelConfig
-from gpt_dist.linear import adding_in_place
+from gpt_dist.linear import GeluLinear, Linear, adding_in_place, gelu
 from gpt_dist.model import GPT
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 61}
@@ -64,6 +64,23 @@ def test_no_less_exact_in_bf16(tie: bool) -> None:
         return float(sum((a - b).norm() ** 2 for a, b in zip(found[1:], exact[1:], strict=True)))
 
     assert error(own) < 1.05 * error(plain)
+
+
+@pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
+def test_a_recomputed_gelu_changes_no_bit() -> None:
+    found = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        layer, x = GeluLinear(48, 32), torch.randn(4, 9, 48).bfloat16().requires_grad_()
+        with adding_in_place(layer), torch.autocast("cpu", torch.bfloat16):
+            y = layer(x) if recompute else Linear.forward(layer, gelu(x))
+        kept = sum(t.numel() for t in y.grad_fn.saved_tensors)
+        y.backward(torch.randn_like(y))
+        assert layer.bias is not None
+        found.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    assert kept == x.numel()
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_micro_batches_of_both_kinds_add_up() -> None:

@@ -15,7 +15,7 @@ from gpt_dist.distributed import World
 from gpt_dist.engines import DDPEngine
 from gpt_dist.initialization import compile_blocks
 from gpt_dist.model import GPT
-from gpt_dist.optim import learning_rate, parameter_groups
+from gpt_dist.optim import global_norm, learning_rate, parameter_groups
 
 WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -144,6 +144,13 @@ def test_padding_stays_zero_under_updates() -> None:
             engine.step(1e-2)
         assert not engine.model.wte.weight[11:].any()
         assert not engine.model.head_weight[11:].any()
+
+
+def test_the_norm_of_an_embedding_is_exact() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(50_304, 768), torch.randn(768), torch.randn(3, 5)]
+    exact = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert float(global_norm(gradients)) == pytest.approx(exact, rel=1e-5)
 
 
 def test_decay_groups() -> None:

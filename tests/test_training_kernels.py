@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from gpt_dist import kernels, training_kernels
 from gpt_dist.attention import self_attention
 from gpt_dist.config import ModelConfig
-from gpt_dist.model import GPT, gelu
+from gpt_dist.linear import gelu
+from gpt_dist.model import GPT, add
 
 pytestmark = pytest.mark.skipif(
     kernels.unavailable() is not None, reason=f"no CPU kernels: {kernels.unavailable()}"
@@ -80,6 +81,53 @@ def test_gelu() -> None:
     check(own, plain, exact)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (63, 16), (130, 40), (300, 768)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(rows: int, width: int, bias: bool) -> None:
+    """Output and all gradients; rows far from zero, where a naive variance would cancel."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, width) * 3 + 50
+    weight, shift = torch.randn(width), torch.randn(width) if bias else None
+    upstream = torch.randn(rows, width).bfloat16()
+
+    def results(dtype: torch.dtype, own: bool) -> list[Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, shift) if t is not None]
+        if own:
+            y = training_kernels.LayerNorm.apply(*inputs, *[None] * (not bias), 1e-5)  # type: ignore[no-untyped-call]
+            assert y.dtype == torch.bfloat16
+        else:
+            y = F.layer_norm(inputs[0], (width,), *inputs[1:], eps=1e-5)
+            y = y if dtype == torch.float64 else y.bfloat16()
+        gradients = torch.autograd.grad(y, inputs, upstream.to(y.dtype))
+        return [y.detach().double(), *(g.double() for g in gradients)]
+
+    exact = results(torch.float64, False)
+    for mine, right in zip(results(torch.float32, True), exact, strict=True):
+        assert mine.shape == right.shape
+    own, plain = results(torch.float32, True), results(torch.float32, False)
+    check(own[:1], plain[:1], exact[:1])  # bf16
+    for mine, right in zip(own[1:], exact[1:], strict=True):
+        assert (mine - right).norm() < 1e-5 * right.norm()
+
+
+def test_add_keeps_the_residual_stream_in_fp32() -> None:
+    x, y = torch.randn(7, 33, requires_grad=True), torch.randn(7, 33).bfloat16().requires_grad_()
+    total = add(x, y)
+    assert torch.equal(total, x + y.float())
+    upstream = torch.randn(7, 33)
+    for_x, for_y = torch.autograd.grad(total, [x, y], upstream)
+    assert torch.equal(for_x, upstream)
+    assert torch.equal(for_y, upstream.bfloat16())
+
+
+def test_gelu_once_more() -> None:
+    """What the backward pass computes again is what the forward pass had, bit for bit."""
+    x = (torch.randn(5000) * 4).bfloat16()
+    again = torch.empty_like(x)
+    training_kernels.gelu_backward(x, torch.ones_like(x), again)
+    assert torch.equal(again, training_kernels.gelu(x))
+
+
 def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of a bf16 model against its float64 twin, with the kernels and without."""
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=96, vocab_size=300)
@@ -104,13 +152,20 @@ def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_results_do_not_depend_on_the_threads() -> None:
     qkv = torch.randn(2, 70, 3 * 64).bfloat16()
+    rows, weight = torch.randn(300, 64), torch.randn(64, requires_grad=True)
     threads = torch.get_num_threads()
     upstream = torch.randn(2, 70, 64)
+
+    def results() -> list[Tensor]:
+        y = training_kernels.LayerNorm.apply(rows, weight, None, 1e-5)  # type: ignore[no-untyped-call]
+        (of_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+        return [*errors(lambda x: self_attention(x, 4), qkv, upstream), y, of_weight]
+
     try:
         torch.set_num_threads(1)
-        one = errors(lambda x: self_attention(x, 4), qkv, upstream)
+        one = results()
         torch.set_num_threads(2)
-        two = errors(lambda x: self_attention(x, 4), qkv, upstream)
+        two = results()
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -34,13 +34,17 @@ Vec exp(Vec x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// x * (1 + tanh(u)) / 2 = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-Vec gelu(Vec x) {
+// The share s of x that tanh GELU lets through: x (1 + tanh(u)) / 2 = x s, s = 1 / (1 + e^(-2u)),
+// u = sqrt(2 / pi) (x + 0.044715 x^3).
+Vec gelu_gate(Vec x) {
     Vec cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
     Vec u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
     Vec e = exp(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.7978845608f)));
-    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1)));
+    const Vec one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(e, one));
 }
+
+Vec gelu(Vec x) { return _mm512_mul_ps(x, gelu_gate(x)); }
 
 // The threads of one parallel region. Work comes in phases; a phase's items are handed out one by
 // one and the next phase begins when all are done, so that a thread that the system has paused
