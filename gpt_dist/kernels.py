@@ -1,9 +1,9 @@
-"""Build and bind ``native/``: the decoder's forward pass for CPUs with AVX-512 BF16 and VNNI.
+"""Build ``native/``, and bind the decoder's forward pass for CPUs with AVX-512 BF16 and VNNI.
 
-It is compiled once, by the C++ compiler that is there, in a few seconds, and kept in the user's
-cache directory; ``python -m gpt_dist.kernels`` does that ahead of time. Without a compiler or on
-other CPUs the decoder runs in plain PyTorch, which is several times slower. ``GPT_DIST_KERNELS=0``
-asks for that too.
+Each part is compiled once, by the C++ compiler that is there, in a few seconds, and kept in the
+user's cache directory; ``python -m gpt_dist.kernels`` does that ahead of time. Without a compiler
+or on other CPUs everything runs in plain PyTorch, which is slower, several times so in decoding.
+``GPT_DIST_KERNELS=0`` asks for that too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -31,10 +32,11 @@ _log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("native")
 FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
-FLAGS = [
+FLAGS = ["-O3", "-fPIC", "-shared"]
+VECTORS = [
     # Multiplications and additions fuse only where the source says so: the same in every tile.
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=off", "-mfma", *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
+    "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+    "-mfma", *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 ]  # fmt: skip
 MAX_HEAD_SIZE = 4096
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -93,26 +95,47 @@ class Draw(Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; the reason is logged once."""
-    if os.environ.get("GPT_DIST_KERNELS") == "0":
+    if disabled():
         return None
-    reason = unavailable()
-    if not reason:
-        try:
-            return _bind(ctypes.CDLL(str(build("decoder.cpp"))))
-        except (OSError, subprocess.SubprocessError) as error:
-            details = getattr(error, "stderr", None) or str(error)
-            reason = f"building them failed: {details.strip().splitlines()[0]}"
-    _log.warning("decoding without the CPU kernels, which is slower: %s", reason)
-    return None
+    try:
+        return _bind(load("decoder.cpp"))
+    except GptDistError as error:
+        _log.warning("decoding without the CPU kernels, which is slower: %s", error)
+        return None
 
 
-def unavailable() -> str | None:
+def disabled() -> bool:
+    """Whether plain PyTorch was asked for."""
+    return os.environ.get("GPT_DIST_KERNELS") == "0"
+
+
+def load(source: str, features: Sequence[str] = FEATURES) -> ctypes.CDLL:
+    """The shared library of a source, compiled now if it has not been before.
+
+    Args:
+        source: a file of ``native/``.
+        features: what it needs of the CPU.
+
+    Raises:
+        GptDistError: it cannot be had here; says why in one line.
+    """
+    reason = unavailable(features)
+    if reason:
+        raise GptDistError(reason)
+    try:
+        return ctypes.CDLL(str(build(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        details = getattr(error, "stderr", None) or str(error)
+        raise GptDistError(f"building {source} failed: {details.strip().splitlines()[0]}") from None
+
+
+def unavailable(features: Sequence[str] = FEATURES) -> str | None:
     """Why this machine cannot build or run the kernels; None where it can."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
         flags = []
-    missing = [feature for feature in FEATURES if feature not in flags]
+    missing = [feature for feature in features if feature not in flags]
     if missing:
         return f"this CPU has no {missing[0]}"
     return None if _compiler() else "there is no C++ compiler (g++)"
@@ -125,8 +148,8 @@ def _compiler() -> str | None:
 def build(source: str) -> Path:
     """Path of the shared library of a source; compiles it if it has not been compiled before."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    options = _options(source)
-    settings = _compiler(), FLAGS, options, torch.__version__
+    before, after = _options(source)
+    settings = _compiler(), before, after, torch.__version__
     key = hashlib.sha256(sources + repr(settings).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
     try:
@@ -135,24 +158,25 @@ def build(source: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="gpt_dist-"))
     path = folder / f"{Path(source).stem}-{key[:16]}.so"
     if not path.exists():
-        _log.info("compiling the CPU kernels, once, into %s", path)
+        _log.info("compiling %s, once, into %s", source, path)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [str(_compiler()), *FLAGS, str(SOURCES / source), *options, "-o", str(built)]
+            command = [str(_compiler()), *before, str(SOURCES / source), *after, "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             built.replace(path)
     return path
 
 
-def _options(source: str) -> list[str]:
-    """What a source needs beside ``FLAGS``: the allocator is one of PyTorch's classes."""
+def _options(source: str) -> tuple[list[str], list[str]]:
+    """The compiler's options before and after the source."""
     if source != "allocator.cpp":
-        return []
-    home = Path(torch.__file__).parent
-    folder = home / "lib"
-    return [
-        "-std=c++20", f"-I{home / 'include'}", f"-L{folder}", "-lc10", f"-Wl,-rpath,{folder}",
-    ]  # fmt: skip
+        return [*FLAGS, *VECTORS], []
+    home = Path(torch.__file__).parent  # the allocator is one of PyTorch's classes
+    libraries = home / "lib"
+    return (
+        [*FLAGS, "-std=c++20", f"-I{home / 'include'}"],
+        [f"-L{libraries}", "-lc10", f"-Wl,-rpath,{libraries}"],
+    )
 
 
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -222,10 +246,14 @@ def main() -> None:
     if reason:
         raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")
     try:
-        for source in ("decoder.cpp", "training.cpp", "allocator.cpp"):
+        for source in ("decoder.cpp", "training.cpp"):
             print(f"CPU kernels: {build(source)}")
     except subprocess.CalledProcessError as error:
         raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None
+    try:
+        print(f"allocator: {build('allocator.cpp')}")
+    except subprocess.CalledProcessError as error:
+        print(f"no allocator, training takes a little more memory:\n{error.stderr}")
 
 
 if __name__ == "__main__":

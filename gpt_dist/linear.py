@@ -1,9 +1,9 @@
-"""Linear layers and embeddings that add to their gradients in place.
+"""Linear layers, GELU and embeddings; those with weights add to their gradients in place.
 
 Autograd computes each micro-batch's gradient of a matrix as a new fp32 tensor and then adds it to
 the sum. Where nothing else waits for that tensor (one process, or a micro-batch that is not the
 last of a step), the product can be added to the sum directly: less memory, and fewer passes over
-it. Outside of ``adding_in_place`` these layers are PyTorch's own.
+it. Outside of ``adding_in_place`` autograd does as always.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Linear(torch.autograd.Function):
         grad = grad_outputs[0]
         grad_input = grad @ ctx.weight.to(grad.dtype)
         if ctx.of_gelu:
-            y = torch.empty_like(input)
+            y = torch.empty_like(input, memory_format=torch.contiguous_format)
             grad_input = training_kernels.gelu_backward(input, grad_input, y)
             input = y
         flat = grad.flatten(0, -2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import subprocess
 import sys
 from functools import cache
 
 from gpt_dist import kernels
+from gpt_dist.errors import GptDistError
 
 _log = logging.getLogger(__name__)
 
@@ -25,32 +25,32 @@ def keep_freed_memory() -> None:
     each anew, and the system clears its pages one fault at a time: 204,000 faults and a quarter of
     a second for a 124M step of 1,024 tokens. PyTorch's large tensors get an allocator of ours,
     where there is a compiler for it (``native/allocator.cpp``); everything else is left to the C
-    library, told to keep what it has. Other C libraries than glibc are left as they are.
+    library, which is told to keep what it has if it is glibc.
     """
     if sys.platform != "linux":
         return
-    use_region(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if not kernels.disabled():
+        try:
+            # Of no more than there is: what cannot fit is refused at once, by the C library.
+            use_region(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except GptDistError as error:
+            _log.warning("training takes a little more memory than it could: %s", error)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def use_region(size: int) -> bool:
+def use_region(size: int) -> None:
     """Take PyTorch's large CPU tensors from one region of addresses, from now on.
 
     Args:
         size: of the region in bytes; only what tensors have touched is memory.
 
-    Returns:
-        Whether that could be had.
+    Raises:
+        GptDistError: that cannot be had; says why.
     """
-    if os.environ.get("GPT_DIST_KERNELS") == "0" or kernels.unavailable():
-        return False
-    try:
-        install = ctypes.CDLL(str(kernels.build("allocator.cpp"))).install
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.info("tensors are left to the C library: %s", error)
-        return False
+    install = kernels.load("allocator.cpp", features=()).install
     install.argtypes = [ctypes.c_size_t]
-    return bool(install(size))
+    if not install(size):
+        raise GptDistError(f"the system gives no {size} bytes of addresses")

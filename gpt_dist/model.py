@@ -1,4 +1,4 @@
-"""GPT-2 as OpenAI published it, in plain PyTorch; the same weights train and decode.
+"""GPT-2 as OpenAI published it; the same weights train and decode.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; layout as in
 openai/gpt-2 ``model.py``: pre-LN blocks, tanh GELU, learned positions, output head tied to the
@@ -129,7 +129,8 @@ class GPT(nn.Module):
             self.drop = Dropout(config.dropout)
         self.ln_f: nn.Module = nn.Identity()
         if config.n_layer and config.norm == "pre":
-            self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+            # PyTorch's: in fp32 the gradients of its output bear to be scaled.
+            self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
         # Remembered, because ZeRO-3 leaves each rank only a part of every parameter.
         self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}

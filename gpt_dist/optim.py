@@ -59,7 +59,7 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
 @torch.no_grad()
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors together, a scalar on their device."""
-    if tensors[0].device.type != "cpu":
+    if not tensors or tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
     # PyTorch's sum over 38M numbers at once was off by a thousandth; over a row it is not.
     rows = [torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors]

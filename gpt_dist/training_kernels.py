@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import subprocess
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt_dist import kernels
+from gpt_dist.errors import GptDistError
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,8 @@ _ARGUMENTS = {
         c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int,
     ],
     "layer_norm_backward": [
-        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int,
+        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int,
+        c_int,
     ],
     "gelu": [c_void_p, c_void_p, c_int64, c_int],
     "gelu_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int],
@@ -42,21 +42,17 @@ _ARGUMENTS = {
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; the reason is logged once."""
-    if os.environ.get("GPT_DIST_KERNELS") == "0":
+    if kernels.disabled():
         return None
-    reason = kernels.unavailable()
-    if not reason:
-        try:
-            lib = ctypes.CDLL(str(kernels.build("training.cpp")))
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = f"building them failed: {getattr(error, 'stderr', None) or error}"
-        else:
-            for name, arguments in _ARGUMENTS.items():
-                function = getattr(lib, name)
-                function.argtypes, function.restype = arguments, None
-            return lib
-    _log.warning("training without the CPU kernels, which is slower: %s", reason.splitlines()[0])
-    return None
+    try:
+        lib = kernels.load("training.cpp")
+    except GptDistError as error:
+        _log.warning("training without the CPU kernels, which is slower: %s", error)
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
+    return lib
 
 
 def usable(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -99,7 +95,7 @@ class Attention(torch.autograd.Function):
 
 
 BLOCK = 64
-"""Rows that ``layer_norm_backward`` sums together."""
+"""Rows that ``layer_norm_backward`` sums together: sums do not depend on the number of threads."""
 
 
 class LayerNorm(torch.autograd.Function):
@@ -121,10 +117,13 @@ class LayerNorm(torch.autograd.Function):
         x, weight, stats = ctx.saved_tensors
         rows, width = len(stats), x.shape[-1]
         grad_x = torch.empty_like(x)
-        sums = torch.empty(-(-rows // BLOCK), 2, width)
+        sums, total = torch.empty(-(-rows // BLOCK), 2, width), torch.empty(2, width)
         upstream = grad_outputs[0].contiguous()
-        run("layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, sums)
-        grad_weight, grad_bias = sums.sum(0)
+        run(
+            "layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, sums, total,
+            BLOCK,
+        )  # fmt: skip
+        grad_weight, grad_bias = total
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
 
 

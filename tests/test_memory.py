@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-import pytest
-
-from gpt_dist import kernels
-
-pytestmark = pytest.mark.skipif(
-    kernels.unavailable() is not None, reason=f"no CPU kernels: {kernels.unavailable()}"
-)
+from tests.conftest import read_rows, run_train
 
 
-def run(program: str) -> str:
+def run(program: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300,
+        env=os.environ | environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -28,7 +26,7 @@ def test_tensors_never_overlap() -> None:
 import random, threading
 import torch
 from gpt_dist.memory import use_region
-assert use_region(1 << 32)
+use_region(1 << 32)
 torch.set_num_threads(1)
 wrong = []
 
@@ -68,7 +66,7 @@ def test_holes_are_filled_and_merged() -> None:
     program = """
 import torch
 from gpt_dist.memory import use_region
-assert use_region(1 << 30)
+use_region(1 << 30)
 make = lambda megabytes: torch.zeros(megabytes << 20, dtype=torch.uint8)
 a, b, c, d = make(3), make(3), make(5), make(1)
 at = a.data_ptr()
@@ -99,7 +97,7 @@ def test_a_full_region_leaves_tensors_to_the_c_library() -> None:
 import torch
 from gpt_dist.memory import use_region
 before = torch.arange(100_000)  # from the C library; goes back there
-assert use_region(8 << 20)
+use_region(8 << 20)
 tensors = [torch.full((500_000,), number) for number in range(10)]  # 4 MB each
 assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
 low = tensors[0].data_ptr()
@@ -110,25 +108,67 @@ print(inside, torch.ones(500_000).data_ptr() == low)
     assert run(program) == "2 True"
 
 
-@pytest.mark.parametrize("allowed", ["1", "0"])
-def test_a_step_finds_the_memory_of_the_step_before(allowed: str) -> None:
-    """From the third step on nothing is mapped anew; page faults stay below a tenth of a step's.
-
-    Also with the C library alone (GPT_DIST_KERNELS=0).
-    """
-    program = f"""
-import os, resource
-os.environ["GPT_DIST_KERNELS"] = "{allowed}"
+STEPS = """
+import resource
 import torch
 from gpt_dist.memory import keep_freed_memory
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-counts = []
+places, counts = [], []
 for step in range(6):
     start = faults()
     kept = [torch.ones(1_000_000 + 1_000 * layer) for layer in range(20)]
+    places.append([tensor.data_ptr() for tensor in kept])
     del kept
     counts.append(faults() - start)
-print(max(counts[2:]) < 2_000)  # of 20,000 pages
+sizes = [-(-4 * (1_000_000 + 1_000 * layer) // 64) * 64 for layer in range(20)]
+adjacent = all(b - a == size for a, b, size in zip(places[0], places[0][1:], sizes))
+print(adjacent, len(set(map(tuple, places))) == 1, max(counts[2:]) < 2_000)  # of 20,000 pages
 """
-    assert run(program) == "True"
+
+
+def test_a_step_finds_the_memory_of_the_step_before() -> None:
+    """Side by side without headers, at the same addresses in each step, and nothing mapped anew."""
+    assert run(STEPS) == "True True True"
+
+
+def test_without_the_allocator_the_c_library_keeps_what_it_has(tmp_path: Path) -> None:
+    assert run(STEPS, GPT_DIST_KERNELS="0").split()[::2] == ["False", "True"]
+    (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2; echo more >&2; exit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    broken = "import logging; logging.basicConfig(format='%(message)s', stream=sys.stdout)"
+    cache = str(tmp_path / "cache")
+    lines = run(
+        f"import sys; {broken}\n{STEPS}", CXX=str(tmp_path / "g++"), XDG_CACHE_HOME=cache
+    ).splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("building allocator.cpp failed: out of order")
+    assert lines[1].split()[::2] == ["False", "True"]
+
+
+def test_a_tensor_larger_than_the_machine_is_refused_and_the_process_goes_on() -> None:
+    program = """
+import os, torch
+from gpt_dist.memory import keep_freed_memory
+keep_freed_memory()
+size = 5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+try:
+    torch.empty(size, dtype=torch.uint8)
+except RuntimeError as error:
+    print("you tried to allocate" in str(error), float(torch.ones(1_000_000).sum()))
+"""
+    assert run(program) == "True 1000000.0"
+
+
+def test_a_run_asks_for_it_and_goes_on_without(
+    tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2; exit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    out = tmp_path / "run"
+    broken = {"CXX": str(tmp_path / "g++"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    flags = ["--train.steps", "2", "--optim.warmup_steps", "0"]
+    done = run_train(tiny_config(), out, *flags, env=os.environ | broken)
+    said = done.stdout + done.stderr
+    assert said.count("building allocator.cpp failed: out of order") == 1, said
+    assert len(read_rows(out)) >= 2

@@ -152,20 +152,22 @@ def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_results_do_not_depend_on_the_threads() -> None:
     qkv = torch.randn(2, 70, 3 * 64).bfloat16()
-    rows, weight = torch.randn(300, 64), torch.randn(64, requires_grad=True)
+    rows = torch.randn(2048, 768, requires_grad=True)
+    weight = torch.randn(768, requires_grad=True)
     threads = torch.get_num_threads()
-    upstream = torch.randn(2, 70, 64)
+    upstream, slopes = torch.randn(2, 70, 64), torch.randn(2048, 768).bfloat16()
 
     def results() -> list[Tensor]:
         y = training_kernels.LayerNorm.apply(rows, weight, None, 1e-5)  # type: ignore[no-untyped-call]
-        (of_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
-        return [*errors(lambda x: self_attention(x, 4), qkv, upstream), y, of_weight]
+        gradients = torch.autograd.grad(y, (rows, weight), slopes)
+        return [*errors(lambda x: self_attention(x, 4), qkv, upstream), y, *gradients]
 
+    outcomes = []
     try:
-        torch.set_num_threads(1)
-        one = results()
-        torch.set_num_threads(2)
-        two = results()
+        for count in (1, 2, 5, 16):
+            torch.set_num_threads(count)
+            outcomes.append(results())
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))

@@ -5,13 +5,13 @@
 // The region is in huge pages where the system has them.
 
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 
+#include <pthread.h>
 #include <sys/mman.h>
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
-#include <new>
 #include <set>
 #include <unordered_map>
 
@@ -63,6 +63,8 @@ class Region {
         add(at, size);
     }
 
+    std::mutex mutex;
+
   private:
     using Holes = std::map<char*, size_t>;
 
@@ -93,7 +95,6 @@ class Region {
     Holes holes;                                 // sizes by address
     std::set<std::pair<size_t, char*>> by_size;  // the same; of one size the lowest first
     std::unordered_map<char*, size_t> taken;
-    std::mutex mutex;
 };
 
 Region* region;  // lives as long as the process: tensors may outlive everything else
@@ -102,13 +103,13 @@ void release(void* p) {
     if (region->owns(p))
         region->give((char*)p);
     else
-        free(p);
+        c10::free_cpu(p);
 }
 
 struct Allocator final : c10::Allocator {
     c10::DataPtr allocate(size_t size) override {
         void* p = size >= LARGE ? region->take(size) : nullptr;
-        if (!p && size && posix_memalign(&p, ALIGNMENT, size)) throw std::bad_alloc();
+        if (!p) p = c10::alloc_cpu(size);  // PyTorch's own, with its error message
         return {p, p, &release, c10::Device(c10::DeviceType::CPU)};
     }
 
@@ -121,8 +122,8 @@ struct Allocator final : c10::Allocator {
 
 }  // namespace
 
-// Reserve `size` bytes of addresses and take tensors from there from now on; 0 where the system
-// refuses. Further calls change nothing.
+// Reserve `size` bytes of addresses and take tensors from there from now on; 0 where the system or
+// PyTorch refuses. Further calls change nothing.
 extern "C" int install(size_t size) {
     if (region) return 1;
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE,
@@ -130,6 +131,10 @@ extern "C" int install(size_t size) {
     if (start == MAP_FAILED) return 0;
     madvise(start, size, MADV_HUGEPAGE);
     region = new Region((char*)start, size);
-    c10::SetCPUAllocator(new Allocator, 1);
-    return 1;
+    auto lock = [] { region->mutex.lock(); };
+    auto unlock = [] { region->mutex.unlock(); };
+    pthread_atfork(lock, unlock, unlock);  // a child must not inherit it locked by another thread
+    auto* allocator = new Allocator;
+    c10::SetCPUAllocator(allocator, 1);
+    return c10::GetCPUAllocator() == allocator;
 }

@@ -75,16 +75,17 @@ void layer_norm(const float* x, const float* weight, const float* bias, int rows
     }
 }
 
-// Gradients of the outputs → those of the inputs, and `sums` (blocks of 64 rows, 2, width) of the
-// gradients of weight and bias: blocks, so that sums do not depend on the number of threads.
+// Gradients of the outputs → those of the inputs, and `total` (2, width) those of weight and bias,
+// by way of `sums` (blocks of rows, 2, width).
 void layer_norm_backward(const float* x, const float* weight, const float* stats, const Half* grad,
-                         int rows, int width, float* grad_x, float* sums, int threads) {
+                         int rows, int width, float* grad_x, float* sums, float* total, int block,
+                         int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int first = 0; first < rows; first += 64) {
-        float* of_weight = sums + (int64_t)(first / 64) * 2 * width;
+    for (int first = 0; first < rows; first += block) {
+        float* of_weight = sums + (int64_t)(first / block) * 2 * width;
         float* of_bias = of_weight + width;
         std::fill_n(of_weight, 2 * width, 0.0f);
-        for (int r = first; r < std::min(first + 64, rows); r++) {
+        for (int r = first; r < std::min(first + block, rows); r++) {
             int64_t start = (int64_t)r * width;
             const Vec mean = _mm512_set1_ps(stats[2 * r]);
             const Vec inverse = _mm512_set1_ps(stats[2 * r + 1]);
@@ -114,6 +115,9 @@ void layer_norm_backward(const float* x, const float* weight, const float* stats
             }
         }
     }
+    std::fill_n(total, 2 * width, 0.0f);
+    for (int first = 0; first < rows; first += block)
+        for (int j = 0; j < 2 * width; j++) total[j] += sums[(int64_t)(first / block) * 2 * width + j];
 }
 
 // tanh GELU of bf16 numbers.
