@@ -199,8 +199,9 @@ def startup(found: Record) -> str:
 
 
 def shakespeare(found: Record) -> str:
-    losses = found["validation_loss_over_the_whole_split"]
-    return table(["preset", "validation loss"], [[n, f"{v:.4f}"] for n, v in losses.items()])
+    losses, steps = found["validation_loss_over_the_whole_split"], found["steps"]
+    rows = [[name, str(steps[name]), f"{loss:.4f}"] for name, loss in losses.items()]
+    return table(["preset", "steps", "validation loss"], rows)
 
 
 def gpu(found: Record) -> str:
