@@ -146,7 +146,7 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
         }
     result["share_of_steps"] = arguments.share
     result["reached"] = means["muon"] <= means["adamw"]
-    result["parameters"] = lab.parameters
+    result["parameters"], result["data"] = lab.parameters, Path(arguments.data).name
     return result
 
 

@@ -181,7 +181,8 @@ def muon(found: Record) -> str:
                 sweep,
             ]
         )
-    return f"{found['parameters']} parameters, {len(values['losses'])} seeds.\n\n" + table(
+    model, seeds = found["parameters"], len(values["losses"])
+    return f"{found['data']}, {model} parameters, {seeds} seeds:\n\n" + table(
         ["optimizer", "steps", "lr", "validation loss", "sweep on one seed"], rows
     )
 
