@@ -40,13 +40,14 @@ def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[d
         prepare = ["gpt_dist.prepare", "shakespeare", "--tokenizer", "gpt2", "--out", str(data)]
         subprocess.run([sys.executable, "-m", *prepare], check=True, stdout=subprocess.DEVNULL)
     shape = SHAPES[arguments.shape]
+    sequences = 32 if arguments.device == "cuda" else 4  # a CPU only tries the suite out
     settings = {
         "device": arguments.device,
         "data.path": data,
         "data.stride": 64,
         "model.context_length": arguments.context,
-        "train.batch_tokens": 32 * arguments.context,
-        "train.micro_batch_size": 16,
+        "train.batch_tokens": sequences * arguments.context,
+        "train.micro_batch_size": sequences // 2,
         "optim.warmup_steps": 10,
         "optim.schedule": "constant",
         "train.eval_every": 0,

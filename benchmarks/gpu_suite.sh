@@ -4,6 +4,7 @@
 #
 #   benchmarks/gpu_suite.sh                     # in an environment that has gpt_dist installed
 #   WHEELS=wheels benchmarks/gpu_suite.sh       # a bare machine: torch 2.11 or newer, no network
+#   DEVICE=cpu benchmarks/gpu_suite.sh          # tries it out without a GPU, on a tiny model
 #
 # WHEELS is a directory of wheels, filled where there is a network by
 #   pip download --dest wheels -c constraints.txt . transformers && rm -f wheels/torch-* wheels/nvidia*
