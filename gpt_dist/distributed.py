@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from gpt_dist.peers import RollCall
 from gpt_dist.rendezvous import connect, meet
 
 T = TypeVar("T")
+
+LINGER = 1.0
+"""Seconds that the ranks beside torchrun's store stay behind the others at the end of a run."""
 
 STARTUP_TIMEOUT = 1800.0
 """Seconds a collective may take before the first steps: compiling and opening data take long."""
@@ -167,6 +171,10 @@ def start(device_name: str) -> Iterator[World]:
         # A rank that fails must not wait for the others here: torchrun ends them.
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+            if size > local_size and os.environ.get("GPT_DIST_LEAVE_LAST"):
+                # torchrun's agent here holds the store that the others still ask at their end;
+                # one that finds it gone logs a traceback after a good run.
+                time.sleep(LINGER)
 
 
 def is_communication_error(error: RuntimeError) -> bool:

@@ -57,10 +57,7 @@ def test_time_limit_checkpoints_requeues_and_finishes(
     assert (final["JobState"], final["Restarts"]) == ("COMPLETED", "1"), log
     assert "start 1: 2 nodes (node[1-2])" in log
     assert f"continuing {checkpoint}" in log
-    # torchrun's agents leave together; one whose store is gone a moment early logs that at length,
-    # in lines of its own, after the ranks have ended well.
-    traces = [line for line in log.splitlines() if "Traceback" in line]
-    assert not [line for line in traces if "elastic/agent/server/api.py" not in line], log
+    assert "Traceback" not in log
 
     quiet = slurm.sbatch(
         NO_GPUS, TRAIN, "--config", str(config), "--out_dir", str(tmp_path / "quiet"), cwd=tmp_path
