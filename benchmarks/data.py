@@ -258,8 +258,7 @@ def loader(args: argparse.Namespace, documents: list[str], place: Path) -> dict[
     for context, batch in ((64, 12), (64, 64), (256, 64), (1024, 16), (1024, 64)):
         flags = {"data.path": place / "data", "model.context_length": context}
         flags |= {"train.batch_tokens": context * batch}
-        argv = as_flags(flags)
-        config, _ = load(argv)
+        config, _ = load(as_flags(flags))
         data = TrainingData(config, [open_dataset(place / "data")])
         speeds = []
         for _ in range(args.rounds):

@@ -55,8 +55,7 @@ def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[d
         "train.checkpoint_every": 0,
         **{f"model.{key}": value for key, value in shape.items()},
     }
-    command = [sys.executable, "-m", "gpt_dist.train", *flags]
-    command += as_flags(settings)
+    command = [sys.executable, "-m", "gpt_dist.train", *flags, *as_flags(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise GptDistError(f"training failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")

@@ -82,8 +82,7 @@ def flags_for(arguments: argparse.Namespace, ranks: int) -> list[str]:
         "train.sample_every": 0,
         "train.checkpoint_every": 0,
     }
-    own = as_flags(settings)
-    return own + shlex.split(arguments.train)
+    return as_flags(settings) + shlex.split(arguments.train)
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -50,6 +50,6 @@ def make_backend(
 ) -> Backend:
     """The fastest arithmetic that this machine has for the device."""
     small = model.config.n_embd // model.config.n_head <= kernels.MAX_HEAD_SIZE
-    if device.type == "cpu" and small and kernels.library() is not None:
+    if device.type == "cpu" and small and kernels.decoder_library() is not None:
         return CpuBackend(model, slots, context, dtype)
     return TorchBackend(model, slots, context, device, dtype, deterministic)

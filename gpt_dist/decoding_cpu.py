@@ -37,7 +37,7 @@ class CpuBackend:
     """The interface of `gpt_dist.decoding_torch.TorchBackend`, with which it agrees."""
 
     def __init__(self, model: GPT, slots: int, context: int, dtype: str) -> None:
-        library = kernels.library()
+        library = kernels.decoder_library()
         assert library is not None
         self._library, self.dtype = library, dtype
         self.threads = torch.get_num_threads()

@@ -93,8 +93,8 @@ class Draw(Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had; the reason is logged once."""
+def decoder_library() -> ctypes.CDLL | None:
+    """The decoder's kernels, or None where they cannot be had; the reason is logged once."""
     if disabled():
         return None
     try:
@@ -207,7 +207,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: str, keep: list[Any]) -> Linear:
     """Pack a (outputs, inputs) matrix as the kernels read it; ``keep`` owns the memory."""
-    lib = library()
+    lib = decoder_library()
     assert lib is not None
     weight = weight.detach().to("cpu", torch.float32).contiguous()
     outputs, inputs = weight.shape

@@ -29,8 +29,7 @@ _ARGUMENTS = {
         c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int,
     ],
     "layer_norm_backward": [
-        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int,
-        c_int,
+        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
     "gelu": [c_void_p, c_void_p, c_int64, c_int],
     "gelu_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int],
@@ -94,10 +93,6 @@ class Attention(torch.autograd.Function):
         return grad, None
 
 
-BLOCK = 64
-"""Rows that ``layer_norm_backward`` sums together: sums do not depend on the number of threads."""
-
-
 class LayerNorm(torch.autograd.Function):
     """Layer norm of the last dimension: fp32 (..., C) → bf16 (..., C)."""
 
@@ -117,12 +112,9 @@ class LayerNorm(torch.autograd.Function):
         x, weight, stats = ctx.saved_tensors
         rows, width = len(stats), x.shape[-1]
         grad_x = torch.empty_like(x)
-        sums, total = torch.empty(-(-rows // BLOCK), 2, width), torch.empty(2, width)
+        total = torch.empty(2, width)
         upstream = grad_outputs[0].contiguous()
-        run(
-            "layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, sums, total,
-            BLOCK,
-        )  # fmt: skip
+        run("layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, total)
         grad_weight, grad_bias = total
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
 

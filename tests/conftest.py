@@ -84,6 +84,14 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def break_compiler(directory: Path) -> Path:
+    """A ``g++`` in a directory that complains and fails."""
+    compiler = directory / "g++"
+    compiler.write_text("#!/bin/sh\necho out of order >&2; echo more >&2; exit 1\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
 def train_command(config: Path, out: Path, *flags: str, ranks: int = 1) -> list[str]:
     """The command line of a training run; more than one rank through torchrun."""
     start = [sys.executable, "-m"]

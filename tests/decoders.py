@@ -26,8 +26,8 @@ SHAPES = {
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let decoders made from here on run on one arithmetic."""
     monkeypatch.setenv("GPT_DIST_KERNELS", "1" if name == "kernels" else "0")
-    kernels.library.cache_clear()
-    if name == "kernels" and kernels.library() is None:
+    kernels.decoder_library.cache_clear()
+    if name == "kernels" and kernels.decoder_library() is None:
         pytest.skip("this machine has no AVX-512 BF16 and VNNI, or no C++ compiler")
 
 

@@ -19,6 +19,7 @@ from gpt_dist.decoding_torch import TorchBackend
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model import GPT
 from gpt_dist.sampling import SamplingParams
+from tests.conftest import break_compiler
 from tests.decoders import BACKENDS, SHAPES, small_model, use_backend
 
 GREEDY = SamplingParams(temperature=0)
@@ -28,7 +29,7 @@ GREEDY = SamplingParams(temperature=0)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     use_backend(request.param, monkeypatch)
     yield request.param
-    kernels.library.cache_clear()
+    kernels.decoder_library.cache_clear()
 
 
 def random_prompts(model: GPT, count: int, longest: int, seed: int = 0) -> list[list[int]]:
@@ -353,13 +354,12 @@ def test_without_a_compiler_the_decoder_says_so_and_runs(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     if compiler == "broken":
-        (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2; exit 1\n")
-        (tmp_path / "g++").chmod(0o755)
-    kernels.library.cache_clear()
+        break_compiler(tmp_path)
+    kernels.decoder_library.cache_clear()
     model = small_model()
     assert_greedy(model, [1], list(generate(model, [1], GREEDY, 5)))
     list(generate(model, [1], GREEDY, 5))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert ("out of order" if compiler == "broken" else "no C++ compiler") in caplog.text
     assert not list(tmp_path.glob("cache/**/*.so"))
-    kernels.library.cache_clear()
+    kernels.decoder_library.cache_clear()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import read_rows, run_train
+from tests.conftest import break_compiler, read_rows, run_train
 
 
 def run(program: str, **environment: str) -> str:
@@ -134,12 +134,10 @@ def test_a_step_finds_the_memory_of_the_step_before() -> None:
 
 def test_without_the_allocator_the_c_library_keeps_what_it_has(tmp_path: Path) -> None:
     assert run(STEPS, GPT_DIST_KERNELS="0").split()[::2] == ["False", "True"]
-    (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2; echo more >&2; exit 1\n")
-    (tmp_path / "g++").chmod(0o755)
     broken = "import logging; logging.basicConfig(format='%(message)s', stream=sys.stdout)"
     cache = str(tmp_path / "cache")
     lines = run(
-        f"import sys; {broken}\n{STEPS}", CXX=str(tmp_path / "g++"), XDG_CACHE_HOME=cache
+        f"import sys; {broken}\n{STEPS}", CXX=str(break_compiler(tmp_path)), XDG_CACHE_HOME=cache
     ).splitlines()
     assert len(lines) == 2
     assert lines[0].endswith("building allocator.cpp failed: out of order")
@@ -163,10 +161,8 @@ except RuntimeError as error:
 def test_a_run_asks_for_it_and_goes_on_without(
     tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "g++").write_text("#!/bin/sh\necho out of order >&2; exit 1\n")
-    (tmp_path / "g++").chmod(0o755)
     out = tmp_path / "run"
-    broken = {"CXX": str(tmp_path / "g++"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    broken = {"CXX": str(break_compiler(tmp_path)), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     flags = ["--train.steps", "2", "--optim.warmup_steps", "0"]
     done = run_train(tiny_config(), out, *flags, env=os.environ | broken)
     said = done.stdout + done.stderr

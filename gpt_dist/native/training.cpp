@@ -75,16 +75,16 @@ void layer_norm(const float* x, const float* weight, const float* bias, int rows
     }
 }
 
-// Gradients of the outputs → those of the inputs, and `total` (2, width) those of weight and bias,
-// by way of `sums` (blocks of rows, 2, width).
+// Gradients of the outputs → those of the inputs, and `total` (2, width) those of weight and bias:
+// summed by blocks of rows, so that they do not depend on the number of threads.
 void layer_norm_backward(const float* x, const float* weight, const float* stats, const Half* grad,
-                         int rows, int width, float* grad_x, float* sums, float* total, int block,
-                         int threads) {
+                         int rows, int width, float* grad_x, float* total, int threads) {
+    constexpr int block = 64;
+    std::vector<float> sums((int64_t)(rows + block - 1) / block * 2 * width);
 #pragma omp parallel for num_threads(threads)
     for (int first = 0; first < rows; first += block) {
-        float* of_weight = sums + (int64_t)(first / block) * 2 * width;
+        float* of_weight = sums.data() + (int64_t)(first / block) * 2 * width;
         float* of_bias = of_weight + width;
-        std::fill_n(of_weight, 2 * width, 0.0f);
         for (int r = first; r < std::min(first + block, rows); r++) {
             int64_t start = (int64_t)r * width;
             const Vec mean = _mm512_set1_ps(stats[2 * r]);
