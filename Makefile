@@ -36,6 +36,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 soak: install  ## The long versions of the fault tests; results go to benchmarks/results
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json

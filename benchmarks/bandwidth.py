@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gpt_dist import kernels
+from gpt_dist.inference import cpu_kernels as kernels
 
 SIZE = 256 << 20
 SOURCE = """

@@ -36,10 +36,11 @@ from flags import as_flags
 from record import record
 
 from gpt_dist import prepare
-from gpt_dist.command_line import load
-from gpt_dist.data import Loader, TrainingData
+from gpt_dist.config.command_line import load
+from gpt_dist.data.loader import Loader
+from gpt_dist.data.order import TrainingData
+from gpt_dist.data.shards import open_dataset
 from gpt_dist.errors import UsageError, run_main
-from gpt_dist.shards import open_dataset
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
-from gpt_dist.gpt2_vocabulary import merge_ranks
+from gpt_dist.text.gpt2_vocabulary import merge_ranks
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = f"\n{END_OF_TEXT}\n"

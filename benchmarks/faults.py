@@ -35,7 +35,7 @@ import psutil
 from flags import as_flags
 from record import record
 
-from gpt_dist.checkpoint import complete_checkpoints
+from gpt_dist.checkpoints.checkpoint import complete_checkpoints
 from gpt_dist.errors import GptDistError, UsageError, run_main
 
 INTERVAL = 10

@@ -26,11 +26,11 @@ from flags import as_flags
 from record import record
 from training import SHAPES
 
-from gpt_dist.config import ModelConfig
-from gpt_dist.decoding import Decoder, generate_many
+from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, run_main
-from gpt_dist.model import GPT
-from gpt_dist.sampling import SamplingParams
+from gpt_dist.inference.decoder import Decoder, generate_many
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
 
 
 def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[dict[str, Any]]:

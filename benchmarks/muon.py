@@ -27,8 +27,8 @@ from typing import Any
 from flags import as_flags
 from record import record
 
-from gpt_dist.distributed import available_cpus
 from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.parallel.world import available_cpus
 
 FIRST_RATES = {"adamw": [1e-3, 2e-3, 4e-3], "muon": [2e-3, 4e-3, 8e-3]}
 """Where each sweep begins."""

@@ -29,12 +29,12 @@ Step = Callable[[Tensor, int], float]
 
 def make_own(settings: dict[str, Any], device: torch.device) -> Step:
     """This project's engine, as the training loop drives it."""
-    from gpt_dist.config import Config
-    from gpt_dist.data import Batch
-    from gpt_dist.distributed import World
-    from gpt_dist.initialization import make_engine
-    from gpt_dist.memory import keep_freed_memory
-    from gpt_dist.model import GPT
+    from gpt_dist.config.settings import Config
+    from gpt_dist.data.loader import Batch
+    from gpt_dist.model.gpt import GPT
+    from gpt_dist.parallel.world import World
+    from gpt_dist.training.memory import keep_freed_memory
+    from gpt_dist.training.setup import make_engine
 
     shape, context = settings["shape"], settings["context"]
     engines: dict[int, Any] = {}

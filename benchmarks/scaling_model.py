@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt_dist.command_line import build, presets, read_config_file
-from gpt_dist.config import Config
-from gpt_dist.dry_run import activation_bytes
-from gpt_dist.loss import CHUNK_BYTES
-from gpt_dist.model import GPT
+from gpt_dist.config.command_line import build, presets, read_config_file
+from gpt_dist.config.settings import Config
+from gpt_dist.model.gpt import GPT
+from gpt_dist.ops.loss import CHUNK_BYTES
+from gpt_dist.training.dry_run import activation_bytes
 
 
 @dataclass(frozen=True)

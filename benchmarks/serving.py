@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gpt_dist.checkpoint import write_checkpoint
-from gpt_dist.config import Config
-from gpt_dist.model import GPT, VOCAB_PARAMETERS
-from gpt_dist.tokenizers import load_tokenizer
+from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.config.settings import Config
+from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.text.tokenizers import load_tokenizer
 
 HERE = Path(__file__).parent
 VOCABULARY = 50257

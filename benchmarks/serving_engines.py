@@ -32,9 +32,9 @@ def make_own(settings: dict[str, Any]) -> Run:
     import torch
     from bandwidth import bandwidth
 
-    from gpt_dist.checkpoint import load_model
-    from gpt_dist.decoding import Decoder
-    from gpt_dist.sampling import SamplingParams
+    from gpt_dist.checkpoints.checkpoint import load_model
+    from gpt_dist.inference.decoder import Decoder
+    from gpt_dist.inference.sampling import SamplingParams
 
     began = time.perf_counter()
     model, _, _ = load_model(settings["checkpoint"])

@@ -34,12 +34,12 @@ import psutil
 import torch
 from record import record
 
-from gpt_dist.checkpoint import write_checkpoint
-from gpt_dist.config import ModelConfig
-from gpt_dist.decoding import Decoder, generate_many
-from gpt_dist.model import GPT
-from gpt_dist.sampling import SamplingParams
-from gpt_dist.tokenizers import load_tokenizer
+from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.inference.decoder import Decoder, generate_many
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
+from gpt_dist.text.tokenizers import load_tokenizer
 from serve import bench
 from serve.client import AsyncClient, Client
 

@@ -24,9 +24,9 @@ from record import record, version_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpt_dist.config import ModelConfig
-from gpt_dist.distributed import available_cpus
-from gpt_dist.model import GPT
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.model.gpt import GPT
+from gpt_dist.parallel.world import available_cpus
 
 PEERS = Path(__file__).with_name("peers.py")
 SHAPES = {

@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from gpt_dist.orphans import die_with_agent
-
 
 class GptDistError(Exception):
     """Something went wrong while running: exit status 1."""
@@ -31,7 +29,6 @@ def run_main(main: Callable[[], int | None]) -> None:
     wait a little before they exit, because torchrun kills all workers as soon as one fails and
     the message must be out by then.
     """
-    die_with_agent()
     try:
         status = main() or 0
     except KeyboardInterrupt:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gpt_dist.errors import UsageError, run_main
+from gpt_dist.parallel.watchdog import die_with_agent
 
 if TYPE_CHECKING:
-    from gpt_dist.distributed import World
+    from gpt_dist.parallel.world import World
 
 TASKS = ("hellaswag", "lambada", "perplexity")
 
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check(args)
 
-    from gpt_dist.checkpoint import load_model, resolve
-    from gpt_dist.distributed import start
+    from gpt_dist.checkpoints.checkpoint import load_model, resolve
+    from gpt_dist.parallel.world import start
 
     directory = resolve(args.checkpoint)
     with start(args.device) as world:
@@ -119,7 +120,7 @@ def read(args: argparse.Namespace, world: World) -> Any:
     """The task's data; from the hub, rank 0 of the world downloads it first."""
     from pathlib import Path
 
-    from gpt_dist import tasks
+    from gpt_dist.evaluation import tasks
 
     if args.task == "perplexity":
         return tasks.read_source(Path(args.source))
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any, world: 
     """The task's results, the same on every rank."""
     import torch
 
-    from gpt_dist import tasks
+    from gpt_dist.evaluation import tasks
 
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     scoring = {"batch_size": args.batch_size, "world": world, "dtype": dtype}
@@ -202,4 +203,5 @@ def print_results(task: str, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    die_with_agent()
     run_main(main)

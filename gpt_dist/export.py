@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from gpt_dist.errors import UsageError, run_main
 
 if TYPE_CHECKING:
-    from gpt_dist.model import GPT
-    from gpt_dist.tokenizers import Tokenizer
+    from gpt_dist.model.gpt import GPT
+    from gpt_dist.text.tokenizers import Tokenizer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from gpt_dist.checkpoint import load_model, resolve
+    from gpt_dist.checkpoints.checkpoint import load_model, resolve
 
     directory = resolve(args.checkpoint)
     model, tokenizer, state = load_model(directory)
@@ -91,8 +91,8 @@ def export_llmc(model: GPT, out: Path, dtype: Any) -> None:
     Raises:
         UsageError: llm.c has no such model.
     """
-    from gpt_dist.llmc import to_llmc
-    from gpt_dist.tensor_files import write_file
+    from gpt_dist.checkpoints.tensor_files import write_file
+    from gpt_dist.formats.llmc import to_llmc
 
     chunks = to_llmc(model, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +119,11 @@ def export_hf(
     Raises:
         UsageError: ``out`` is taken, or transformers has no such architecture.
     """
+    from gpt_dist.checkpoints.tensor_files import safetensors_chunks, write_file
     from gpt_dist.files import new_directory
-    from gpt_dist.hf import to_hf_config, to_hf_weights
-    from gpt_dist.hf_tokenizers import tokenizer_files
-    from gpt_dist.model_card import model_card
-    from gpt_dist.tensor_files import safetensors_chunks, write_file
+    from gpt_dist.formats.hf import to_hf_config, to_hf_weights
+    from gpt_dist.formats.hf_tokenizers import tokenizer_files
+    from gpt_dist.formats.model_card import model_card
 
     config = model.config
     data = to_hf_config(config, tokenizer.eot_id, dtype)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gpt_dist.errors import UsageError, run_main
 
 if TYPE_CHECKING:
-    from gpt_dist.tokenizers import Tokenizer
+    from gpt_dist.text.tokenizers import Tokenizer
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             name = option.replace("_", "-")
             raise UsageError(f"--{name} {getattr(args, option)}: must be at least {least}")
 
-    from gpt_dist.sampling import SamplingParams
+    from gpt_dist.inference.sampling import SamplingParams
 
     sampling = [
         SamplingParams(
@@ -111,9 +111,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from dataclasses import replace
 
-    from gpt_dist.checkpoint import load_model
-    from gpt_dist.decoding import Decoder, generate_many
-    from gpt_dist.distributed import pick_device
+    from gpt_dist.checkpoints.checkpoint import load_model
+    from gpt_dist.inference.decoder import Decoder, generate_many
+    from gpt_dist.parallel.world import pick_device
 
     device = pick_device(args.device, 0)
     model, tokenizer, _ = load_model(args.checkpoint)
@@ -162,7 +162,7 @@ def show(
     from rich.panel import Panel
     from rich.text import Text
 
-    from gpt_dist.tokenizers import StreamDecoder
+    from gpt_dist.text.tokenizers import StreamDecoder
 
     def put(text: str) -> None:
         sys.stdout.write(text)

@@ -19,8 +19,8 @@ from gpt_dist.errors import GptDistError, UsageError, run_main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gpt_dist.config import ModelConfig
-    from gpt_dist.tokenizers import Tokenizer
+    from gpt_dist.config.settings import ModelConfig
+    from gpt_dist.text.tokenizers import Tokenizer
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_FILES = [
@@ -88,9 +88,9 @@ def open_source(
     source: str, tokenizer_name: str | None
 ) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
     """Configuration, weights one at a time, and tokenizer of whatever ``source`` names."""
-    from gpt_dist.hf import load_pretrained
-    from gpt_dist.llmc import is_llmc_file, read_llmc
-    from gpt_dist.tokenizers import load_tokenizer
+    from gpt_dist.formats.hf import load_pretrained
+    from gpt_dist.formats.llmc import is_llmc_file, read_llmc
+    from gpt_dist.text.tokenizers import load_tokenizer
 
     path = Path(source)
     if not path.is_file():
@@ -123,7 +123,7 @@ def download(name: str) -> Path:
         UsageError: not a name that the hub could have, or not a GPT-2.
         GptDistError: the hub cannot be reached, or has no such model.
     """
-    from gpt_dist.hf import from_hf_config
+    from gpt_dist.formats.hf import from_hf_config
 
     if not HUB_NAME.fullmatch(name):
         raise UsageError(f"{name}: no such directory or file, nor a name on the Hugging Face hub")
@@ -160,7 +160,7 @@ def write(
     source: str,
 ) -> None:
     """Fill an empty directory with a checkpoint of step 0 (without optimizer state)."""
-    from gpt_dist.checkpoint import write_checkpoint
+    from gpt_dist.checkpoints.checkpoint import write_checkpoint
 
     tensors = {f"model.{name}": tensor for name, tensor in weights}
     state = {"step": 0, "config": {"model": config.model_dump()}, "imported_from": source}

@@ -23,21 +23,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt_dist.data_names import default_directory
-from gpt_dist.errors import GptDistError, UsageError, describe, run_main
-from gpt_dist.files import needing_directory
-from gpt_dist.prepare_options import parse
-from gpt_dist.progress import WorkProgress
-from gpt_dist.shard_writing import (
+from gpt_dist.data.catalog import default_directory
+from gpt_dist.data.preparation.options import parse
+from gpt_dist.data.preparation.progress import WorkProgress
+from gpt_dist.data.preparation.shard_writing import (
     DatasetWriter,
     read_journal,
     remove_data_set,
     remove_journal,
 )
-from gpt_dist.shards import DATASET_FILE, JOURNAL_FILE, Split, open_dataset, read_dataset_file
-from gpt_dist.sources import FileInput, Source, is_remote, open_source, split_by_characters
-from gpt_dist.tokenize_pool import Cursor, Input, read_chunks, tokenize
-from gpt_dist.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from gpt_dist.data.preparation.sources import (
+    FileInput,
+    Source,
+    is_remote,
+    open_source,
+    split_by_characters,
+)
+from gpt_dist.data.preparation.tokenize_pool import Cursor, Input, read_chunks, tokenize
+from gpt_dist.data.shards import DATASET_FILE, JOURNAL_FILE, Split, open_dataset, read_dataset_file
+from gpt_dist.errors import GptDistError, UsageError, describe, run_main
+from gpt_dist.files import needing_directory
+from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 COMMIT_SECONDS = 5.0
 """Between two entries in the journal: about what a kill can cost."""
@@ -48,7 +54,7 @@ BPE_TRAINING_CHARACTERS = 1 << 28
 def main() -> int:
     args = parse(sys.argv[1:])
     if args.command == "inspect":
-        from gpt_dist.inspect_data import inspect
+        from gpt_dist.data.preparation.inspect import inspect
 
         return inspect(Path(args.directory))
     given = None if args.tokenizer in ("char", "bpe") else load_tokenizer(args.tokenizer)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import sys
 
-from gpt_dist.command_line import load
+from gpt_dist.config.command_line import load
 from gpt_dist.errors import run_main
+from gpt_dist.parallel.watchdog import die_with_agent
 
 
 def main() -> None:
     config, dry_run = load(sys.argv[1:])
     if dry_run:
-        from gpt_dist.dry_run import report
+        from gpt_dist.training.dry_run import report
 
         print(report(config))
         return
-    from gpt_dist.trainer import train  # torch takes a second to import: --help does without
+    from gpt_dist.training.trainer import (
+        train,  # torch takes a second to import: --help does without
+    )
 
     train(config)
 
 
 if __name__ == "__main__":
+    die_with_agent()
     run_main(main)

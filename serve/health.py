@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from serve.status import StatusError
+from serve.api.status import StatusError
 
 OVERALL = ""
 """The server as a whole."""

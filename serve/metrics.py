@@ -16,8 +16,8 @@ from prometheus_client import (
     start_http_server,
 )
 
-from serve.jobs import Finish
-from serve.scheduler import Scheduler
+from serve.engine.jobs import Finish
+from serve.engine.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, describe
-from serve.status import DETAILS, StatusError
+from serve.api.status import DETAILS, StatusError
 
 log = logging.getLogger("serve")
 

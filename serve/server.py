@@ -14,20 +14,20 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from gpt_dist.checkpoint import resolve
+from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.errors import GptDistError, describe
 from gpt_dist.v1 import generation_service_pb2 as api
-from serve.engine import Engine
+from serve.api.kserve import InferenceService
+from serve.api.rpc import generic_handler
+from serve.api.service import GenerationService, describe_model
+from serve.engine.engine import Engine
+from serve.engine.loading import Loaded, load, load_next
+from serve.engine.scheduler import Scheduler
 from serve.health import Health
 from serve.inference import grpc_service_pb2 as kserve_pb
-from serve.kserve import InferenceService
-from serve.loading import Loaded, load, load_next
 from serve.metrics import Metrics
 from serve.options import Options
-from serve.rpc import generic_handler
-from serve.scheduler import Scheduler
 from serve.security import Certificates, TokenFile, TokenInterceptor, check_exposure
-from serve.service import GenerationService, describe_model
 
 log = logging.getLogger("serve")
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gpt_dist.shards import write_shard
-from gpt_dist.tokenizers import CharTokenizer
+from gpt_dist.data.shards import write_shard
+from gpt_dist.text.tokenizers import CharTokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 BIN = Path(sys.executable).parent

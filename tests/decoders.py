@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpt_dist import kernels
-from gpt_dist.config import ModelConfig
-from gpt_dist.model import GPT, VOCAB_PARAMETERS
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.inference import cpu_kernels as kernels
+from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 
 BACKENDS = ["kernels", "torch"]
 

@@ -11,11 +11,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from gpt_dist import distributed
-from gpt_dist.command_line import load
+from gpt_dist.config.command_line import load
 from gpt_dist.errors import run_main
-from gpt_dist.signals import StopSignal
-from gpt_dist.trainer import Trainer
+from gpt_dist.parallel import world as distributed
+from gpt_dist.training.signals import StopSignal
+from gpt_dist.training.trainer import Trainer
 
 
 def main() -> None:

@@ -12,7 +12,13 @@ import runpy
 import sys
 from pathlib import Path
 
-PRELOAD = ["torch", "numpy", "safetensors.torch", "gpt_dist.trainer", "gpt_dist.decoding"]
+PRELOAD = [
+    "torch",
+    "numpy",
+    "safetensors.torch",
+    "gpt_dist.training.trainer",
+    "gpt_dist.inference.decoder",
+]
 
 
 def _run(module: str, arguments: list[str], cwd: str, log: str, search: list[str]) -> None:

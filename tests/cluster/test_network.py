@@ -9,7 +9,7 @@ from subprocess import Popen
 
 import pytest
 
-from gpt_dist.checkpoint import complete_checkpoints
+from gpt_dist.checkpoints.checkpoint import complete_checkpoints
 from tests.cluster.conftest import last_step, processes_with, wait_until
 from tests.cluster.two_hosts import TwoHosts
 from tests.conftest import BIN, read_rows, run_train

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gpt_dist.checkpoint import complete_checkpoints
-from gpt_dist.shards import write_shard
+from gpt_dist.checkpoints.checkpoint import complete_checkpoints
+from gpt_dist.data.shards import write_shard
 from tests.cluster.conftest import ROOT, last_step, processes_with, wait_until
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.conftest import read_rows, run_train

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_dist.checkpoint import write_checkpoint
-from gpt_dist.config import ModelConfig
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
-from gpt_dist.tokenizers import BpeTokenizer, Tokenizer
-from serve.loading import Loaded
+from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
+from gpt_dist.text.tokenizers import BpeTokenizer, Tokenizer
+from serve.engine.loading import Loaded
+from serve.engine.scheduler import Scheduler
 from serve.options import Options
-from serve.scheduler import Scheduler
 from serve.server import Server
 
 CONTEXT = 160

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import SlowDecoder, StartServer
 
-from gpt_dist.decoding import Decoder
 from gpt_dist.errors import UsageError
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from serve.bench import Record, lengths, main, percentile, report
 
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from conftest import LiveServer, SlowDecoder, StartServer, errors
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import build_request

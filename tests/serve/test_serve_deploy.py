@@ -15,12 +15,12 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.engine.scheduler import Scheduler
 from serve.metrics import Metrics
 from serve.options import PREFIX, Options
-from serve.scheduler import Scheduler
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from conftest import CONTEXT, LiveServer, StartServer, errors
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.client import Client, build_request
 from serve.inference import grpc_service_pb2 as kserve_pb

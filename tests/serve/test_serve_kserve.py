@@ -12,8 +12,8 @@ import grpc
 import pytest
 from conftest import SlowDecoder, StartServer
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from serve.inference import grpc_service_pb2 as pb
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import SlowDecoder, StartServer
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from serve.client import Client
 
 NODE = Path(__file__).parents[2] / "examples/node"

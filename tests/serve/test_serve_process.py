@@ -24,13 +24,13 @@ from conftest import CONTEXT, TOKENIZER, Process, tiny_model, write_run
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch.nn import functional as F
 
-from gpt_dist.decoding import generate
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.model import GPT
-from gpt_dist.sampling import SamplingParams
+from gpt_dist.inference.decoder import generate
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
 from serve.__main__ import main
 from serve.client import Client
-from serve.loading import load
+from serve.engine.loading import load
 from serve.options import Options, parse
 
 StartProcess = Callable[..., Process]
@@ -362,7 +362,7 @@ def test_int8_tells_what_it_costs(processes: StartProcess, run: Path, model: GPT
     found = re.search(r"loss ([\d.]+) against ([\d.]+) in fp32 \(([+-][\d.]+)\) on (\d+) tok", line)
     assert found, line
     rounded, exact, difference = map(float, found.groups()[:3])
-    asset = resources.files("gpt_dist") / "assets" / "shakespeare.txt.gz"
+    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
     text = gzip.decompress(asset.read_bytes())[:4000].decode()
     ids = torch.tensor([TOKENIZER.encode(text)[: int(found[4])]])
     assert ids.shape[1] == CONTEXT

@@ -10,8 +10,8 @@ import torch
 from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, StartServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from serve.client import AsyncClient
 from tests.test_model import copy_to_transformers
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import CONTEXT, VOCABULARY, tiny_model  # type: ignore[import-not-found]
 
-from gpt_dist.decoding import Decoder, generate
-from gpt_dist.model import GPT
-from gpt_dist.sampling import SamplingParams
-from serve.jobs import (
+from gpt_dist.inference.decoder import Decoder, generate
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
+from serve.engine.jobs import (
     Ended,
     Event,
     Expired,
@@ -26,7 +26,7 @@ from serve.jobs import (
     Started,
     Token,
 )
-from serve.scheduler import Scheduler
+from serve.engine.scheduler import Scheduler
 
 GREEDY = SamplingParams(temperature=0)
 MakeDecoder = Callable[..., Decoder]

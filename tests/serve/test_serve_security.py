@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from gpt_dist.decoding import Decoder
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from serve.client import Client
 from serve.security import Certificates, TokenFile, check_exposure, is_loopback
 

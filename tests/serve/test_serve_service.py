@@ -17,14 +17,14 @@ from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, SlowDecoder, St
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from gpt_dist.decoding import Decoder
-from gpt_dist.model import GPT
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.api.generation import Call
+from serve.api.parsing import parse_generation
 from serve.client import AsyncClient, Client, build_request
-from serve.generation import Call
-from serve.jobs import Finish
-from serve.parsing import parse_generation
+from serve.engine.jobs import Finish
 
 DETAILS = (
     error_details_pb2.ErrorInfo,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_dist.tokenizers import load_tokenizer
-from serve.text import TextAssembler
+from gpt_dist.text.tokenizers import load_tokenizer
+from serve.api.text import TextAssembler
 
 GPT2 = load_tokenizer("gpt2")
 EMOJI = GPT2.encode("héllo 👩‍🚀 wörld ")  # tokens of half characters

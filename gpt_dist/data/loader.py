@@ -1,0 +1,177 @@
+"""From the data order to batches on the device, and the fixed stretch that validation reads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpt_dist.config.settings import Config
+from gpt_dist.data.order import Indices, TrainingData
+from gpt_dist.data.shards import Dataset, TokenStream, open_dataset
+from gpt_dist.errors import GptDistError
+
+IGNORE = -1
+"""Target of a position that does not count."""
+
+
+class Batch(NamedTuple):
+    """``ids`` and ``targets``: (B, T) int64; the targets are the ids one position further."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+def to_batch(tokens: NDArray[np.uint16], device: torch.device) -> Batch:
+    """Tokens (n, T + 1) as a batch on the device; the copy to a GPU does not block."""
+    whole = torch.from_numpy(tokens.astype(np.int64))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return Batch(whole[:, :-1], whole[:, 1:])
+
+
+class Loader:
+    """One rank's micro-batches, prefetched by a thread.
+
+    Args:
+        data: the training data.
+        batch_sequences: sequences of one step over all ranks.
+        micro_batch: sequences of one micro-batch on this rank.
+        rank: this rank; ``world_size``: how many there are.
+        consumed: sequences that earlier steps used up (the loader's whole state).
+    """
+
+    AHEAD = 1 << 12
+    """Sequences whose order is computed at once: one costs about as much as many."""
+
+    TOGETHER = 1 << 15
+    """Tokens that are read at once, in several micro-batches where they are small."""
+
+    def __init__(
+        self,
+        data: TrainingData,
+        *,
+        batch_sequences: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        consumed: int = 0,
+        prefetch: int = 4,
+    ) -> None:
+        self.data, self.device = data, device
+        self.consumed = self._planned = consumed
+        self._sizes = batch_sequences, micro_batch, rank, world_size
+        self._ready: deque[Batch] = deque()
+        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+        self._thread.start()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"sequences": self.consumed}
+
+    def step(self) -> Iterator[Batch]:
+        """The micro-batches of the next optimizer step."""
+        batch_sequences, micro_batch, _, world_size = self._sizes
+        for _ in range(batch_sequences // (micro_batch * world_size)):
+            if not self._ready:
+                item = self._queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                self._ready.extend(item)
+            yield self._ready.popleft()
+        self.consumed += batch_sequences
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _fill(self) -> None:
+        try:
+            for sources, starts in self._own_indices():
+                if self._stop.is_set():
+                    return
+                tokens = self.data.gather(sources.reshape(-1), starts.reshape(-1))
+                batch = to_batch(tokens, self.device)
+                parts = (whole.split(starts.shape[1]) for whole in batch)
+                self._queue.put([Batch(*pair) for pair in zip(*parts, strict=True)])
+        except BaseException as error:  # delivered to the training loop, which raises it
+            self._queue.put(error)
+
+    def _own_indices(self) -> Iterator[tuple[Indices, Indices]]:
+        """Sources and starts (micro-batches, B) of this rank's share of the coming micro-steps.
+
+        That are the rows rank * B … of every world-wide micro-batch. As many micro-batches come
+        together as make ``TOGETHER`` tokens, because small ones cost more to ask for than to read.
+        """
+        _, micro_batch, rank, world_size = self._sizes
+        stride = micro_batch * world_size
+        together = max(1, self.TOGETHER // (micro_batch * (self.data.context + 1)))
+        ahead = max(together, self.AHEAD // stride)
+        while True:
+            every = np.arange(self._planned, self._planned + ahead * stride, dtype=np.int64)
+            own = every.reshape(ahead, world_size, micro_batch)[:, rank]
+            sources, starts = self.data.starts(own.reshape(-1))
+            for first in range(0, ahead, together):
+                part = slice(first, first + together)
+                yield sources.reshape(own.shape)[part], starts.reshape(own.shape)[part]
+            self._planned += ahead * stride
+
+
+def validation_batches(
+    stream: TokenStream,
+    *,
+    context: int,
+    tokens: int | None,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's part of a fixed stretch of the validation split.
+
+    The first ``tokens`` predictions (null: all) in windows that do not overlap, so each token is
+    predicted once whatever the number of ranks; a shorter last window is filled with ``IGNORE``.
+    """
+    predictions = min(tokens or len(stream), len(stream) - 1)
+    starts = np.arange(0, predictions, context, dtype=np.int64)[rank::world_size]
+    for first in range(0, len(starts), micro_batch):
+        chosen = starts[first : first + micro_batch]
+        whole = chosen + context <= predictions
+        rows = np.zeros((len(chosen), context + 1), dtype=np.uint16)
+        if whole.any():
+            rows[whole] = stream.gather(chosen[whole], context + 1)
+        ids, targets = to_batch(rows, device)
+        for row in np.flatnonzero(~whole):
+            length = predictions - int(chosen[row])
+            piece = torch.from_numpy(stream.read(int(chosen[row]), length + 1).astype(np.int64))
+            ids, targets = ids.clone(), targets.clone()
+            ids[row, :length] = piece[:-1].to(device)
+            targets[row] = IGNORE
+            targets[row, :length] = piece[1:].to(device)
+        yield Batch(ids, targets)
+
+
+def open_datasets(config: Config) -> list[Dataset]:
+    """Open every data set of the mixture; all must share one tokenizer."""
+    datasets = [open_dataset(path, config.data.tokenizer) for path in config.data.path]
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.tokenizer.to_dict() != first.tokenizer.to_dict():
+            raise GptDistError(
+                f"{other.directory}: its tokenizer ({other.tokenizer.name}) is not that of "
+                f"{first.directory} ({first.tokenizer.name}); a mixture needs one tokenizer"
+            )
+    return datasets

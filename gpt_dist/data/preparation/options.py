@@ -1,0 +1,233 @@
+"""The command line of ``gpt_dist.prepare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from typing import NoReturn
+
+from gpt_dist.data.catalog import VARIANTS
+from gpt_dist.errors import UsageError
+from gpt_dist.text.tokenizers import MAX_VOCAB_SIZE
+
+EPILOG = """\
+examples:
+  python -m gpt_dist.prepare shakespeare --tokenizer char
+  python -m gpt_dist.prepare tinystories --workers 8
+  python -m gpt_dist.prepare fineweb-edu --variant sample-10BT
+  python -m gpt_dist.prepare text books/ --split files --tokenizer bpe --vocab-size 8192
+  python -m gpt_dist.prepare jsonl 'crawl/*.jsonl.gz' --field text --out data/crawl
+  python -m gpt_dist.prepare hf allenai/c4 --subset en --out data/c4
+  python -m gpt_dist.prepare inspect data/shakespeare-char
+
+Each source has its own help: python -m gpt_dist.prepare fineweb-edu --help.
+A machine without internet: bring the files and give --source DIR.
+The same command after a kill goes on where it stopped."""
+
+MAX_SHARD_TOKENS = 2**31 - 1
+"""The header's count is an int32."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse and check a command line.
+
+    Raises:
+        UsageError: what is wrong, in one line.
+        SystemExit: after printing ``--help``.
+    """
+    args = make_parser().parse_args(argv)
+    if args.command == "inspect":
+        return args
+    if args.tokenizer != "bpe" and args.vocab_size is not None:
+        raise UsageError("--vocab-size: only for --tokenizer bpe")
+    if args.vocab_size is None:
+        args.vocab_size = 8192
+    if not 258 <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise UsageError(
+            f"--vocab-size {args.vocab_size}: valid are 258 (the bytes and two special tokens) to "
+            f"{MAX_VOCAB_SIZE} (shards hold 16-bit ids)"
+        )
+    if not 0 <= args.val_fraction < 1:
+        raise UsageError(f"--val-fraction {args.val_fraction}: valid are 0 (none) to below 1")
+    if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
+        raise UsageError(f"--shard-tokens {args.shard_tokens}: valid are 1 to {MAX_SHARD_TOKENS}")
+    if not 1 <= args.workers <= 1024:
+        raise UsageError(f"--workers {args.workers}: valid are 1 to 1024")
+    if not 0 <= args.seed < 2**31:
+        raise UsageError(f"--seed {args.seed}: valid are 0 to {2**31 - 1}")
+    if args.command in VARIANTS and not re.fullmatch(
+        r"sample-[0-9]+BT|CC-MAIN-[0-9]{4}-[0-9]{2}", args.variant
+    ):
+        raise UsageError(
+            f"--variant {args.variant}: valid are sample-10BT, sample-100BT, sample-350BT and the "
+            "names of dumps, such as CC-MAIN-2024-10"
+        )
+    # Both libraries that tokenise take their number of threads from here.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All sources as subcommands."""
+    parser = Parser(
+        prog="gpt_dist.prepare",
+        description="Turn text into token shards that gpt_dist.train reads.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sources = parser.add_subparsers(dest="command", metavar="SOURCE", required=True)
+
+    def add(name: str, help: str, val_fraction: float, where: str) -> argparse.ArgumentParser:
+        source = sources.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+        )
+        source.set_defaults(variant=None)
+        _common(source, val_fraction, where)
+        return source
+
+    add("shakespeare", "nine plays, 1 MB, shipped with the package", 0.1, "another text file")
+    add(
+        "tinyshakespeare",
+        "Karpathy's 1.1 MB of Shakespeare, split as in nanoGPT",
+        0.1,
+        "the file input.txt, or the URL of a mirror's",
+    )
+    hub = "a directory laid out as on the hub, or the URL of a mirror of the hub"
+    stories = add(
+        "tinystories",
+        "stories in the words of a four-year-old (2 GB), with a validation split of their own",
+        0.01,
+        f"a file, {hub}",
+    )
+    stories.add_argument(
+        "--variant", choices=["v2", "v1"], help="v2 (by GPT-4 only; the default) or v1"
+    )
+    for name, what in (("fineweb", "the web, filtered"), ("fineweb-edu", "its educational part")):
+        web = add(
+            name,
+            f"FineWeb: {what}; sample-10BT is 10 billion tokens (about 28 GB to fetch)",
+            0.005,
+            hub,
+        )
+        web.add_argument(
+            "--variant",
+            default=VARIANTS[name],
+            metavar="NAME",
+            help="sample-10BT (default), sample-100BT, sample-350BT or a dump, CC-MAIN-2024-10",
+        )
+    files = "more files: a path, pattern or URL"
+    text = add("text", "text files (UTF-8, may be packed: .gz .bz2 .zst .lz4)", 0.01, files)
+    _paths(text)
+    text.add_argument(
+        "--split",
+        choices=["files", "lines", "eot"],
+        default="files",
+        help="what a document is: a file (default), a line, or what stands between <|endoftext|>. "
+        "A single file that is one document is split by characters, as in nanoGPT",
+    )
+    jsonl = add("jsonl", "JSON lines: an object on each line", 0.01, files)
+    _paths(jsonl)
+    jsonl.add_argument(
+        "--field", default="text", help="key of the text (default text); a.b looks inside objects"
+    )
+    parquet = add("parquet", "parquet files", 0.01, files)
+    _paths(parquet)
+    parquet.add_argument("--column", default="text", help="column of the text (default text)")
+    hf = add(
+        "hf",
+        "any data set of the Hugging Face hub, streamed",
+        0.01,
+        "a local copy of it, or the URL of a mirror of the hub",
+    )
+    hf.add_argument("name", metavar="NAME", help="such as allenai/c4, or a local directory")
+    hf.add_argument("--subset", help="configuration of the data set")
+    hf.add_argument("--hf-split", default="train", help="its split to read (default train)")
+    hf.add_argument("--field", default="text", help="field of the text (default text)")
+
+    inspect = sources.add_parser(
+        "inspect",
+        help="verify a data set: checksums, counts, and a sample of its text",
+        description="Verify the checksums of a data set and show its counts and a decoded sample.",
+    )
+    inspect.add_argument("directory", metavar="DIR")
+    return parser
+
+
+def _paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="file, directory, quoted pattern or URL"
+    )
+
+
+def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) -> None:
+    parser.add_argument("--source", metavar="PATH_OR_URL", help=f"where the data is: {where}")
+    parser.add_argument(
+        "--out", metavar="DIR", help="data set to write (default data/SOURCE[-VARIANT][-TOKENIZER])"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="gpt2|char|bpe|PATH",
+        help="gpt2 (default); char: one token a character; bpe: trained on this text; "
+        "or a tokenizer.json",
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="of bpe (default 8192)")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=val_fraction,
+        metavar="F",
+        help=f"share of the documents for validation (default {val_fraction}); 0 = none",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=_count,
+        default=100_000_000,
+        metavar="N",
+        help="tokens in each shard (default 100M)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        metavar="N",
+        help="threads that tokenise (default: all cores); the result does not depend on it",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1337, help="chooses the validation documents (default 1337)"
+    )
+    parser.add_argument(
+        "--downloads",
+        default="data/downloads",
+        metavar="DIR",
+        help="where downloaded files are kept (default data/downloads)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the data set that is in --out"
+    )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what this process may use, as under Slurm; not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count(text: str) -> int:
+    """A whole number; 100M is one hundred million."""
+    match = re.fullmatch(r"([0-9_]+)([kKmMgGbB]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 100M")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[match[2].lower()]
+    return int(match[1]) * scale

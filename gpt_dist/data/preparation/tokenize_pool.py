@@ -1,0 +1,159 @@
+"""Tokenise a stream of pieces on all cores, in order, with bounded memory.
+
+Threads are enough: tiktoken and Hugging Face tokenizers let go of Python's lock, and one copy of
+the vocabulary serves all. A chunk of many documents is one call into the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from gpt_dist.data.preparation.documents import START, Piece, Position
+from gpt_dist.data.shards import Split
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gpt_dist.text.tokenizers import Tokenizer
+
+CHUNK_CHARACTERS = 1 << 19
+
+
+class Input(Protocol):
+    """One file, or whatever else documents are read from."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def split(self) -> Split | None:
+        """Where its documents go; None: to be chosen document by document."""
+
+    @property
+    def size(self) -> int:
+        """Weight of this input in the progress, for example bytes."""
+
+    def read(self, at: Position) -> Iterator[Piece]:
+        """The documents, from a position on."""
+
+    def prefetch(self) -> None:
+        """This input is read next: begin to fetch it, if it is far away."""
+
+
+class Cursor(NamedTuple):
+    """Where reading all the inputs goes on."""
+
+    input: int = 0
+    position: Position = START
+    documents: int = 0
+    """Documents begun so far."""
+
+
+@dataclass
+class Run:
+    """Texts that go to the same split, one after the other."""
+
+    split: Split
+    texts: list[str] = field(default_factory=list)
+    starts: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class Chunk:
+    """Work for one thread: runs of texts, and where reading goes on after them."""
+
+    runs: list[Run]
+    after: Cursor | None
+    """None where reading cannot go on from here."""
+    done: float
+    """Share of all inputs that has been read, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised run."""
+
+    split: Split
+    ids: NDArray[np.uint16]
+    documents: int
+    bytes: int
+    """Of text, in UTF-8."""
+
+
+def read_chunks(
+    inputs: Sequence[Input], at: Cursor, choose: Callable[[int], Split]
+) -> Iterator[Chunk]:
+    """Read inputs one after the other, in chunks of about half a million characters.
+
+    Args:
+        at: where to begin.
+        choose: split of the document of an index, for inputs that leave it open.
+    """
+    documents = at.documents
+    total = sum(source.size for source in inputs) or 1
+    before = sum(source.size for source in inputs[: at.input])
+    runs: list[Run] = []
+    characters = 0
+    after, done = None, 0.0
+    for index in range(at.input, len(inputs)):
+        source = inputs[index]
+        if index + 1 < len(inputs):
+            inputs[index + 1].prefetch()
+        for piece in source.read(at.position if index == at.input else START):
+            documents += piece.starts
+            split = source.split or choose(documents - 1)
+            if not runs or runs[-1].split != split:
+                runs.append(Run(split))
+            runs[-1].texts.append(piece.text)
+            runs[-1].starts.append(piece.starts)
+            characters += len(piece.text)
+            after = Cursor(index, piece.next, documents) if piece.next else None
+            done = (before + source.size * piece.done) / total
+            if characters >= CHUNK_CHARACTERS:
+                yield Chunk(runs, after, done)
+                runs, characters = [], 0
+        before += source.size
+    if runs:
+        yield Chunk(runs, after, done)
+
+
+def tokenize(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Chunk, list[Tokens]]]:
+    """Tokenise chunks on ``workers`` threads; results come in the order of the chunks.
+
+    Raises:
+        UsageError: a text has a character that the tokenizer cannot express.
+    """
+
+    def work(chunk: Chunk) -> list[Tokens]:
+        return [
+            Tokens(
+                run.split,
+                tokenizer.encode_documents(run.texts, run.starts),
+                sum(run.starts),
+                sum(len(text.encode()) for text in run.texts),
+            )
+            for run in chunk.runs
+        ]
+
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[tuple[Chunk, Future[list[Tokens]]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(work, chunk)))
+            # A few more than there are threads, so that none waits for the reading.
+            if len(pending) > 2 * workers + 2:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

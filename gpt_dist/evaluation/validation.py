@@ -1,0 +1,105 @@
+"""Validation loss over a fixed stretch of text, the same value whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import IGNORE, validation_batches
+from gpt_dist.data.shards import TokenStream
+from gpt_dist.parallel.engine import Engine
+from gpt_dist.parallel.world import World
+
+
+class Validation(NamedTuple):
+    """``loss`` in nats a token, ``bits_per_byte`` of text (so that tokenizers compare)."""
+
+    loss: float
+    bits_per_byte: float
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While entered, a model in training evaluates: no dropout."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def validate(
+    engine: Engine,
+    streams: list[TokenStream],
+    weights: list[float],
+    byte_lengths: np.ndarray,
+    config: Config,
+    world: World,
+    stop: Callable[[], bool],
+) -> Validation | None:
+    """Mean loss over the validation splits; of several data sets, their weighted mean.
+
+    Args:
+        engine: evaluates a batch; switched to evaluation mode meanwhile.
+        streams: validation splits.
+        weights: the mixture's weights, as many.
+        byte_lengths: (vocabulary,) bytes of text that each token stands for.
+        stop: whether this rank was asked to stop.
+
+    Returns:
+        The scores, or None where some rank was asked to stop meanwhile.
+    """
+    parts = []
+    with evaluating(engine.model):
+        for stream in streams:
+            part = _validate_one(engine, stream, byte_lengths, config, world, stop)
+            if part is None:
+                return None
+            parts.append(part)
+    shares = np.array(weights) / sum(weights)
+    mean = shares @ np.array(parts)
+    return Validation(float(mean[0]), float(mean[1]))
+
+
+def _validate_one(
+    engine: Engine,
+    stream: TokenStream,
+    byte_lengths: np.ndarray,
+    config: Config,
+    world: World,
+    stop: Callable[[], bool],
+) -> Validation | None:
+    context = config.model.context_length
+    micro_batch, _ = config.micro_batch(world.size)
+    predictions = min(config.train.eval_tokens or len(stream), len(stream) - 1)
+    windows = math.ceil(predictions / context)
+    batches = validation_batches(
+        stream,
+        context=context,
+        tokens=predictions,
+        micro_batch=micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
+    exact = torch.float32 if world.device.type == "mps" else torch.float64
+    lengths = torch.from_numpy(byte_lengths.astype(np.int32)).to(world.device)
+    totals = torch.zeros(2, dtype=exact, device=world.device)
+    # Every rank makes the same number of rounds, so that they can agree to stop in any of them.
+    for _ in range(math.ceil(windows / (micro_batch * world.size))):
+        if world.any(stop()):
+            return None
+        batch = next(batches, None)
+        if batch is not None:
+            totals[0] += engine.evaluate(batch)
+            counted = batch.targets[batch.targets != IGNORE]
+            totals[1] += lengths[counted].sum()
+    nats, length = world.all_reduce(totals).tolist()
+    return Validation(nats / predictions, nats / math.log(2) / max(1.0, length))

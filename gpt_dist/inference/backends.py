@@ -1,0 +1,55 @@
+"""The arithmetic behind a decoder, and which of it runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt_dist.inference import cpu_kernels as kernels
+from gpt_dist.inference.cpu_backend import CpuBackend
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.inference.torch_backend import TorchBackend
+from gpt_dist.model.gpt import GPT
+
+DType = Literal["auto", "fp32", "bf16", "int8"]
+Ids = Sequence[int] | np.ndarray
+
+
+class Backend(Protocol):
+    """The arithmetic: what `gpt_dist.inference.torch_backend.TorchBackend` documents."""
+
+    cache_bytes: int
+
+    def load(self, model: GPT) -> Any: ...
+    def set(self, slot: int, params: SamplingParams, ids: Ids) -> None: ...
+    def copy(self, source: int, target: int, length: int) -> None: ...
+    def prefill(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> None: ...
+    def logits(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> Tensor: ...
+    def step(
+        self, weights: Any, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
+        generated: np.ndarray,
+    ) -> list[np.ndarray]: ...  # fmt: skip
+
+
+def resolve_dtype(dtype: DType, device: torch.device) -> str:
+    """What "auto" means on a device: bf16 where it computes with it, else fp32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def make_backend(
+    model: GPT, slots: int, context: int, device: torch.device, dtype: str, deterministic: bool
+) -> Backend:
+    """The fastest arithmetic that this machine has for the device."""
+    small = model.config.n_embd // model.config.n_head <= kernels.MAX_HEAD_SIZE
+    if device.type == "cpu" and small and kernels.decoder_library() is not None:
+        return CpuBackend(model, slots, context, dtype)
+    return TorchBackend(model, slots, context, device, dtype, deterministic)

@@ -1,0 +1,175 @@
+"""The decoder's arithmetic by the kernels for AVX-512 CPUs (`gpt_dist.ops.build`).
+
+fp32 weights have an fp32 cache, others a bf16 one; the residual stream, layer norms, softmax and
+logits are fp32 always. int8 quantises weights with a scale for each output and activations, as
+they come, with a scale for each 64 of a token's. A token's result never depends on what else is
+computed beside it, so that decoding is always deterministic here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt_dist.inference import cpu_kernels as kernels
+from gpt_dist.inference.sampling import MAX_LOGPROBS, SamplingParams
+from gpt_dist.model.gpt import GPT, Block
+
+PREFILL = 128
+"""Tokens of one prompt that go through the model together."""
+
+
+@dataclass(frozen=True)
+class CpuWeights:
+    """Packed weights and the memory that they point into."""
+
+    model: kernels.Model
+    keep: list[Any]
+
+
+class CpuBackend:
+    """The interface of `gpt_dist.inference.torch_backend.TorchBackend`, with which it agrees."""
+
+    def __init__(self, model: GPT, slots: int, context: int, dtype: str) -> None:
+        library = kernels.decoder_library()
+        assert library is not None
+        self._library, self.dtype = library, dtype
+        self.threads = torch.get_num_threads()
+        config = model.config
+        head_size = config.n_embd // config.n_head
+        context = -(-context // 16) * 16  # keys lie in tiles of 16 positions
+        sizes = -(-head_size // 2) * 2, -(-head_size // 16) * 16
+        stored = torch.float32 if dtype == "fp32" else torch.bfloat16
+        heads = config.n_layer * slots * config.n_head
+        self._keys, self._values = (
+            kernels.buffer(heads * context * size * stored.itemsize)
+            .view(stored)
+            .view(config.n_layer, slots, config.n_head, context * size)
+            for size in sizes
+        )
+        self._sizes = sizes
+        self.cache_bytes = self._keys.nbytes + self._values.nbytes
+        self._cache = kernels.Cache(self._keys.data_ptr(), self._values.data_ptr(), slots, context)
+        self._rows = max(slots, PREFILL)
+        self._inputs = np.zeros((3, self._rows), np.int32)
+        self._stride = -(-model.vocab_size // 64) * 64
+        self._vocab_size = model.vocab_size
+        self._logits = torch.zeros(slots, self._stride)
+        self._draws = (kernels.Draw * slots)()
+        self._history = np.zeros((slots, context + 1), np.int32)
+        self._tables: list[list[np.ndarray]] = [[] for _ in range(slots)]
+        self._tokens = np.zeros(slots, np.int32)
+        self._logprobs = np.zeros((slots, 1 + MAX_LOGPROBS), np.float32)
+        self._top_ids = np.zeros((slots, MAX_LOGPROBS), np.int32)
+        self._scratch: Tensor | None = None
+
+    def load(self, model: GPT) -> CpuWeights:
+        """Pack the weights of ``model`` in this decoder's dtype."""
+        keep: list[Any] = []
+        config = model.config
+
+        def linear(module: Any) -> kernels.Linear:
+            return kernels.pack(module.weight, module.bias, self.dtype, keep)
+
+        layers = (kernels.Layer * config.n_layer)(
+            *(
+                kernels.Layer(
+                    kernels.norm(block.ln_1, keep), kernels.norm(block.ln_2, keep),
+                    linear(block.attn.c_attn), linear(block.attn.c_proj),
+                    linear(block.mlp.c_fc), linear(block.mlp.c_proj),
+                )
+                for block in cast(Iterable[Block], model.h)
+            )
+        )  # fmt: skip
+        keep.append(layers)
+        final = config.n_layer and config.norm == "pre"
+        shape = kernels.Model(
+            dtype=kernels.DTYPES[self.dtype],
+            pre_norm=config.norm == "pre",
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            head_size=config.n_embd // config.n_head,
+            width=config.n_embd,
+            hidden=config.mlp_hidden or 4 * config.n_embd,
+            wte=kernels.pointer(kernels.own(model.wte.weight, keep)),
+            wpe=kernels.pointer(kernels.own(model.wpe.weight, keep)) if config.n_layer else None,
+            layers=layers,
+            final_norm=kernels.norm(model.ln_f, keep) if final else kernels.Norm(),
+            head=kernels.pack(model.head_weight[: model.vocab_size], None, self.dtype, keep),
+        )
+        return CpuWeights(shape, keep)
+
+    def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
+        """Give a slot its sampling parameters; ``ids`` is the prompt."""
+        stops = np.array(params.stop_ids if params.min_new_tokens else (), np.int32)
+        biased = np.array(list(params.logit_bias), np.int32)
+        bias = np.array(list(params.logit_bias.values()), np.float32)
+        self._tables[slot] = [stops, biased, bias]
+        self._history[slot, : len(ids)] = ids
+        self._draws[slot] = kernels.Draw(
+            params.temperature, params.top_p,
+            math.log(params.min_p) if params.min_p else -math.inf,
+            params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+            params.top_k, -1 if params.logprobs is None else params.logprobs,
+            len(ids), len(ids), params.min_new_tokens, len(stops), len(biased), params.seed,
+            self._history[slot].ctypes.data,
+            stops.ctypes.data, biased.ctypes.data, bias.ctypes.data,
+        )  # fmt: skip
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a slot to another."""
+        key, value = self._sizes
+        length = -(-length // 16) * 16  # whole tiles
+        for cache, size in ((self._keys, key), (self._values, value)):
+            cache[:, target, :, : length * size] = cache[:, source, :, : length * size]
+
+    def prefill(self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int) -> None:
+        """Write keys and values of ``ids`` at positions ``start``... of a slot."""
+        for at in range(0, len(ids), PREFILL):
+            self._chunk(weights, slot, ids[at : at + PREFILL], start + at, None)
+
+    def logits(self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
+        """As `prefill`; returns (len(ids), V) logits in fp32."""
+        logits = torch.empty(len(ids), self._stride)
+        for at in range(0, len(ids), PREFILL):
+            self._chunk(weights, slot, ids[at : at + PREFILL], start + at, logits[at:])
+        return logits[:, : self._vocab_size]
+
+    def step(
+        self, weights: CpuWeights, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
+        generated: np.ndarray,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """One token for each of ``slots``, as `TorchBackend.step`."""
+        rows = len(slots)
+        self._inputs[:, :rows] = ids[slots], slots, positions[slots]
+        self._forward(weights, rows, self._logits, self._draws)
+        return [self._tokens[:rows], self._logprobs[:rows], self._top_ids[:rows]]
+
+    def _chunk(
+        self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int, logits: Tensor | None
+    ) -> None:
+        rows = len(ids)
+        self._inputs[0, :rows], self._inputs[1, :rows] = ids, slot
+        self._inputs[2, :rows] = np.arange(start, start + rows)
+        self._forward(weights, rows, logits, None)
+
+    def _forward(self, weights: CpuWeights, count: int, logits: Tensor | None, draws: Any) -> None:
+        """Run the first ``count`` columns of the inputs: token ids, slots, positions."""
+        if self._scratch is None:
+            size = self._library.scratch_bytes(
+                weights.model, self._rows, self._cache.context, self.threads
+            )
+            self._scratch = kernels.buffer(size)
+        addresses = (row.ctypes.data for row in self._inputs)
+        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride, draws is None)
+        self._library.forward(
+            weights.model, self._cache, rows, self._scratch.data_ptr(), self.threads, draws,
+            self._tokens.ctypes.data, self._logprobs.ctypes.data, self._top_ids.ctypes.data,
+            MAX_LOGPROBS,
+        )  # fmt: skip

@@ -1,0 +1,416 @@
+"""Decoding: slots with a KV cache of fixed size, one token for all of them at a time.
+
+A sequence lives in a slot::
+
+    decoder = Decoder(model, max_slots=8)
+    slot = decoder.free_slots[0]
+    decoder.prefill(slot, ids[:-1])                  # in one piece or in chunks
+    decoder.activate(slot, SamplingParams(top_k=50), ids)
+    while ...:
+        result = decoder.step()                      # one token for each active slot
+    decoder.free(slot)
+
+Slots join and leave between steps. A slot keeps the weights that it was prefilled with, so that
+`Decoder.use` swaps weights under running sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
+from gpt_dist.inference.sampling import SamplingParams, log_probabilities
+from gpt_dist.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights made ready by `Decoder.load_weights`."""
+
+    version: int
+    data: Any
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step chose, an entry for each active slot in ascending order."""
+
+    slots: list[int]
+    tokens: list[int]
+    logprobs: list[float | None]
+    """Natural log-probability of the token before any processing, where the slot asked for it."""
+    top: list[list[tuple[int, float]]]
+    """(token id, log-probability) of the most likely tokens, as many as the slot asked for."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of part of a text: those of the tokens at ``start``, ``start`` + 1, ..."""
+
+    start: int
+    logprobs: np.ndarray
+    """(n,) natural log-probability of each token, given all tokens before it."""
+    top_ids: np.ndarray
+    """(n, N) ids of the most likely tokens at its place, in descending order."""
+    top_logprobs: np.ndarray
+    """(n, N) their log-probabilities."""
+
+
+class Decoder:
+    """A model that continues up to ``max_slots`` sequences at once.
+
+    One thread at a time may use a decoder; only `load_weights` may run beside the others.
+
+    Args:
+        model: the weights are copied; the model itself is not kept.
+        max_slots: sequences at once. Each takes its part of the cache from the start.
+        max_context: positions of a slot, prompt and continuation; at most (and by default) the
+            model's ``context_length``.
+        device: where to run; by default where the model is. For "mps" the CPU is taken, as Metal
+            lacks the double precision that draws need.
+        dtype: of the weights. "auto" is bf16 where the device computes with it, else fp32. "int8"
+            has one scale for each output of a layer.
+        deterministic: a sequence's tokens do not depend on which other slots are active.
+
+    Raises:
+        UsageError: ``max_context`` is beyond the model's.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        max_slots: int,
+        max_context: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: DType = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        limit = model.config.context_length
+        if max_context is not None and not 1 <= max_context <= limit:
+            raise UsageError(f"max_context = {max_context}: the model's context is 1 to {limit}")
+        if max_slots < 1:
+            raise UsageError(f"max_slots = {max_slots}: must be 1 or more")
+        self.max_slots, self.max_context = max_slots, max_context or limit
+        self.vocab_size = model.vocab_size
+        self.device = torch.device(device) if device is not None else model.wte.weight.device
+        if self.device.type == "mps":
+            self.device = torch.device("cpu")
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.deterministic = deterministic
+        self._config = model.config
+        # The last slot is for `score`.
+        self._backend = make_backend(
+            model, max_slots + 1, self.max_context, self.device, self.dtype, deterministic
+        )
+        self._lengths = np.zeros(max_slots + 1, np.int64)
+        self._tokens = np.zeros(max_slots + 1, np.int64)
+        self._generated = np.zeros(max_slots + 1, np.int64)
+        self._bound: list[Weights | None] = [None] * (max_slots + 1)
+        self._params: dict[int, SamplingParams] = {}
+        self._claimed: set[int] = set()
+        self._scoring = False
+        self._versions = 0
+        self.weights = self.load_weights(model)
+
+    def load_weights(self, model: GPT) -> Weights:
+        """Make the weights of another model of the same shape ready; slow, in any thread.
+
+        Raises:
+            UsageError: the model's shape differs.
+        """
+        ignored = {"dropout", "activation_checkpointing"}
+        theirs, ours = (
+            config.model_dump(exclude=ignored) for config in (model.config, self._config)
+        )
+        for key, value in ours.items():
+            if theirs[key] != value:
+                raise UsageError(f"model.{key} = {theirs[key]}: these weights need {value}")
+        self._versions += 1
+        return Weights(self._versions, self._backend.load(model))
+
+    def use(self, weights: Weights) -> None:
+        """Sequences that are prefilled from position 0 from now on run on ``weights``.
+
+        The others keep theirs, which are let go of when no sequence is left on them. What free
+        slots had cached is forgotten.
+        """
+        self.weights = weights
+        for slot in self.free_slots:
+            self.free(slot)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the KV cache takes, from the start."""
+        return self._backend.cache_bytes
+
+    @property
+    def free_slots(self) -> list[int]:
+        """Slots that hold no sequence, in ascending order. What was cached there is still valid."""
+        return [slot for slot in range(self.max_slots) if slot not in self._claimed]
+
+    @property
+    def active_slots(self) -> list[int]:
+        """Slots that take part in the next step, in ascending order."""
+        return sorted(self._params)
+
+    def length(self, slot: int) -> int:
+        """Tokens of the slot that are in the cache, also after `free`."""
+        return int(self._lengths[slot])
+
+    def room(self, slot: int) -> int:
+        """Steps that the slot can still take part in."""
+        return self.max_context - self.length(slot)
+
+    def version(self, slot: int) -> int:
+        """Version of the weights that the slot's cache was computed with; 0 if it is empty."""
+        weights = self._bound[slot]
+        return weights.version if weights else 0
+
+    def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
+        """Cache a chunk of a prompt and claim the slot.
+
+        The prompt's last token may be left out: the first step runs it anyway.
+
+        Args:
+            slot: where.
+            ids: the chunk.
+            start: position of its first token, at most `length`. At 0 the slot starts anew, on the
+                newest weights.
+
+        Raises:
+            GptDistError: the slot is active, or ``start`` leaves a gap.
+            UsageError: it does not fit into the context, or an id is not in the vocabulary.
+        """
+        tokens = self._checked(ids, start)
+        if slot in self._params:
+            raise GptDistError(f"slot {slot} is active: free it before it is prefilled")
+        self._extend(slot, start, len(tokens))
+        weights = self._bound[slot]
+        assert weights is not None
+        if len(tokens):
+            self._backend.prefill(weights.data, slot, tokens, start)
+        self._lengths[slot] = start + len(tokens)
+        self._claimed.add(slot)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Cache the first ``length`` tokens of one slot in another, which it claims.
+
+        The target continues on the weights of the source (see `version`).
+
+        Raises:
+            GptDistError: the source has fewer tokens, or the target is active.
+        """
+        if not 0 <= length <= self.length(source):
+            raise GptDistError(f"slot {source} has {self.length(source)} tokens, not {length}")
+        if target in self._params:
+            raise GptDistError(f"slot {target} is active")
+        if target != source:
+            self._backend.copy(source, target, length)
+        self._bound[target], self._lengths[target] = self._bound[source], length
+        self._claimed.add(target)
+
+    def activate(self, slot: int, sampling: SamplingParams, ids: Ids) -> None:
+        """Let a prefilled slot take part in steps.
+
+        Args:
+            slot: where all of the prompt is cached, with or without its last token.
+            sampling: how to continue.
+            ids: the whole prompt.
+
+        Raises:
+            GptDistError: the prompt is not cached.
+            UsageError: the prompt is empty, or an id is not in the vocabulary.
+        """
+        tokens = self._checked(ids, 0)
+        if not len(tokens):
+            raise UsageError("the prompt is empty: give at least one token")
+        sampling.check_vocabulary(self.vocab_size)
+        if len(tokens) == 1 and self.length(slot) == 0:
+            self._extend(slot, 0, 0)
+        if not len(tokens) - 1 <= self.length(slot) <= len(tokens):
+            raise GptDistError(
+                f"slot {slot} has {self.length(slot)} tokens cached, not the prompt's {len(tokens)}"
+            )
+        self._backend.set(slot, sampling, tokens)
+        self._params[slot] = sampling
+        self._claimed.add(slot)
+        self._lengths[slot] = len(tokens) - 1
+        self._tokens[slot], self._generated[slot] = tokens[-1], 0
+
+    def step(self) -> StepResult:
+        """One token for each active slot.
+
+        Raises:
+            GptDistError: an active slot has no room left.
+        """
+        slots = self.active_slots
+        for slot in slots:
+            if not self.room(slot):
+                raise GptDistError(f"slot {slot} is full: free it after {self.max_context} tokens")
+        chosen: dict[int, tuple[int, float | None, list[tuple[int, float]]]] = {}
+        groups: dict[int, list[int]] = {}  # by weights
+        for slot in slots:
+            groups.setdefault(self.version(slot), []).append(slot)
+        for group in groups.values():
+            weights = self._bound[group[0]]
+            assert weights is not None
+            tokens, *details = self._backend.step(
+                weights.data, group, self._tokens, self._lengths, self._generated
+            )
+            self._tokens[group] = tokens
+            self._lengths[group] += 1
+            self._generated[group] += 1
+            for row, slot in enumerate(group):
+                asked = self._params[slot].logprobs
+                if asked is None:
+                    chosen[slot] = int(tokens[row]), None, []
+                    continue
+                logprobs, ids = details[0][row].tolist(), details[1][row].tolist()
+                top = list(zip(ids[: min(asked, self.vocab_size)], logprobs[1:], strict=False))
+                chosen[slot] = int(tokens[row]), logprobs[0], top
+        return StepResult(
+            slots,
+            [chosen[slot][0] for slot in slots],
+            [chosen[slot][1] for slot in slots],
+            [chosen[slot][2] for slot in slots],
+        )
+
+    def free(self, slot: int) -> None:
+        """End the slot's sequence; its cache stays for reuse while its weights are the newest."""
+        self._params.pop(slot, None)
+        self._claimed.discard(slot)
+        if self._bound[slot] is not self.weights:
+            self._bound[slot], self._lengths[slot] = None, 0
+
+    def score(self, ids: Ids, top: int = 0, chunk: int = 128) -> Iterator[Scores]:
+        """Log-probabilities of a text's tokens; other calls may come between two chunks.
+
+        Args:
+            ids: the text. Its first token has no probability: scores start with the second.
+            top: how many of the most likely tokens to list at each place.
+            chunk: tokens that are run at a time.
+
+        Raises:
+            GptDistError: another text is being scored.
+            UsageError: it does not fit into the context, or an id is not in the vocabulary.
+        """
+        tokens = self._checked(ids, 0)
+        if self._scoring:
+            raise GptDistError("another text is being scored: finish or close it first")
+        return self._score(tokens, top, chunk)
+
+    def _score(self, tokens: np.ndarray, top: int, chunk: int) -> Iterator[Scores]:
+        weights, slot = self.weights, self.max_slots
+        self._scoring = True
+        try:
+            for start in range(0, len(tokens) - 1, chunk):
+                inputs = tokens[:-1][start : start + chunk]
+                logits = self._backend.logits(weights.data, slot, inputs, start)
+                self._lengths[slot] = start + len(inputs)
+                targets = torch.from_numpy(tokens[start + 1 : start + 1 + len(inputs)])
+                values, best = log_probabilities(logits, targets.long().to(logits.device), top)
+                host = values.cpu().numpy()
+                yield Scores(start + 1, host[:, 0], best.cpu().numpy(), host[:, 1:])
+        finally:
+            self._scoring = False
+
+    def _extend(self, slot: int, start: int, count: int) -> None:
+        """Check that ``count`` tokens can follow at ``start``; at 0 bind the newest weights."""
+        if not 0 <= slot < self.max_slots:
+            raise GptDistError(f"slot {slot}: there are {self.max_slots}")
+        if start > self.length(slot):
+            raise GptDistError(f"slot {slot} has {self.length(slot)} tokens, none before {start}")
+        if start + count > self.max_context:
+            raise UsageError(f"{start + count} tokens do not fit the context of {self.max_context}")
+        if start == 0 or self._bound[slot] is None:
+            self._bound[slot] = self.weights
+
+    def _checked(self, ids: Ids, start: int) -> np.ndarray:
+        tokens = np.asarray(ids, np.int64)
+        if start + len(tokens) > self.max_context:
+            raise UsageError(
+                f"{start + len(tokens)} tokens do not fit the context of {self.max_context}"
+            )
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            raise UsageError(f"token {wrong} is not in the vocabulary of {self.vocab_size}")
+        return tokens
+
+
+def generate(
+    model: GPT | Decoder,
+    ids: Ids,
+    sampling: SamplingParams | None = None,
+    max_new_tokens: int = 128,
+) -> Iterator[int]:
+    """Continue one prompt, token by token, until a stop token, the limit or a full context.
+
+    A stop token is not returned. See `generate_many` for the errors.
+    """
+    for _, token in generate_many(model, [ids], [sampling or SamplingParams()], max_new_tokens):
+        yield token
+
+
+def generate_many(
+    model: GPT | Decoder,
+    prompts: Sequence[Ids],
+    sampling: Sequence[SamplingParams],
+    max_new_tokens: int = 128,
+) -> Iterator[tuple[int, int]]:
+    """Continue several prompts side by side, as many at a time as there are slots.
+
+    Args:
+        model: a model (fp32 weights, as many slots as prompts), or a decoder with free slots.
+        prompts: token ids; equal neighbours share one prefill.
+        sampling: parameters, one for each prompt.
+        max_new_tokens: the most tokens for each.
+
+    Yields:
+        (index of the prompt, token id), as they come.
+
+    Raises:
+        UsageError: a prompt is empty, too long, or has ids that are not in the vocabulary.
+    """
+    if isinstance(model, Decoder):
+        decoder = model
+    else:
+        decoder = Decoder(model, max_slots=min(len(prompts), 32), dtype="fp32")
+    waiting = list(enumerate(zip(prompts, sampling, strict=True)))[::-1]
+    running: dict[int, int] = {}
+    counts = [0] * len(prompts)
+    try:
+        while waiting or running:
+            while waiting and decoder.free_slots and max_new_tokens > 0:
+                index, (ids, params) = waiting.pop()
+                slot, tokens = decoder.free_slots[0], list(ids)
+                twin = next((s for s, i in running.items() if list(prompts[i]) == tokens), None)
+                if twin is None:
+                    decoder.prefill(slot, tokens[:-1])
+                else:
+                    decoder.copy_prefix(twin, slot, len(tokens) - 1)
+                decoder.activate(slot, params, tokens)
+                running[slot] = index
+            if not running:
+                return
+            result = decoder.step()
+            for slot, token in zip(result.slots, result.tokens, strict=True):
+                if slot not in running:  # another user's of the same decoder
+                    continue
+                index = running[slot]
+                counts[index] += 1
+                stopped = token in sampling[index].stop_ids
+                if not stopped:
+                    yield index, token
+                if stopped or counts[index] == max_new_tokens or not decoder.room(slot):
+                    decoder.free(slot)
+                    del running[slot]
+    finally:
+        for slot in running:
+            decoder.free(slot)

@@ -1,0 +1,310 @@
+"""The decoder's arithmetic in plain PyTorch: any device; on CUDA one graph per shape of a step.
+
+A step always runs over slots 0 to n - 1 with n rounded up, whether all of them are in use or not,
+so that there are few shapes and the cache is read in place. A row that is not in use writes its
+keys and values where its slot's next token will overwrite them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt_dist.inference.sampling import Plan, Sampler, SamplingParams
+from gpt_dist.model.gpt import GPT, Block
+
+PREFILL = 128
+"""Tokens of one prompt that go through the model together."""
+
+
+class Linear:
+    """A linear layer whose weights are held in the compute dtype, or in int8 with a scale a row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str, device: Any) -> None:
+        wanted = torch.float32 if dtype == "fp32" else torch.bfloat16
+        self.compute = wanted
+        self.scale: Tensor | None = None
+        weight = weight.detach().to(device, torch.float32)
+        if dtype == "int8":
+            self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+            weight = (weight / self.scale[:, None]).round_()
+            wanted = torch.int8
+        self.weight = weight.to(wanted, copy=True)
+        self.bias = None if bias is None else bias.detach().to(device, torch.float32, copy=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) in fp32 to (..., out) in fp32."""
+        y = F.linear(x.to(self.compute), self.weight.to(self.compute)).float()
+        if self.scale is not None:
+            y = y * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+class Norm:
+    """A layer norm in fp32."""
+
+    def __init__(self, module: Any, device: Any) -> None:
+        self.weight = module.weight.detach().to(device, torch.float32, copy=True)
+        bias = module.bias
+        self.bias = None if bias is None else bias.detach().to(device, torch.float32, copy=True)
+        self.eps = module.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Layer:
+    """The weights of one block."""
+
+    def __init__(self, block: Block, dtype: str, device: Any) -> None:
+        def linear(module: Any) -> Linear:
+            return Linear(module.weight, module.bias, dtype, device)
+
+        self.pre_norm = block.pre_norm
+        self.ln_1, self.ln_2 = Norm(block.ln_1, device), Norm(block.ln_2, device)
+        self.qkv, self.mix = linear(block.attn.c_attn), linear(block.attn.c_proj)
+        self.up, self.down = linear(block.mlp.c_fc), linear(block.mlp.c_proj)
+
+    def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        def mlp(x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+        if self.pre_norm:
+            x = x + self.mix(attend(self.qkv(self.ln_1(x))))
+            return x + mlp(self.ln_2(x))
+        x = self.ln_1(x + self.mix(attend(self.qkv(x))))
+        return self.ln_2(x + mlp(x))
+
+
+@dataclass
+class TorchWeights:
+    """One set of weights, a copy; with the CUDA graphs that were recorded for it."""
+
+    embedding: Tensor
+    positions: Tensor | None
+    layers: list[Layer]
+    final: Norm | None
+    head: Linear
+    graphs: dict[Any, tuple[Any, tuple[Tensor, ...]]] = field(default_factory=dict)
+
+
+class TorchBackend:
+    """KV cache, forward passes and sampling on one device.
+
+    Args:
+        model: gives the shape.
+        slots: rows of the cache.
+        context: positions of a slot.
+        device: where to run.
+        dtype: "fp32", "bf16" or "int8" (weights only).
+        deterministic: always the same shapes, whatever the number of active slots.
+    """
+
+    def __init__(
+        self, model: GPT, slots: int, context: int, device: torch.device, dtype: str,
+        deterministic: bool,
+    ) -> None:  # fmt: skip
+        config = model.config
+        self.slots, self.context, self.device = slots, context, device
+        self.dtype, self.deterministic = dtype, deterministic
+        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.sampler = Sampler(slots, model.vocab_size, device)
+        # On CPU, attention with a single query is many times slower in bf16 than in fp32.
+        wide = dtype == "fp32" or device.type == "cpu"
+        # One more position than a full slot has: idle rows write there.
+        self.cache = torch.zeros(
+            (config.n_layer, 2, slots, config.n_head, context + 1, self.head_size),
+            dtype=torch.float32 if wide else torch.bfloat16,
+            device=device,
+        )
+        self.cache_bytes = self.cache.nbytes
+        # Graphs may share memory, as a step's results are copied before the next one runs.
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # Rows: token ids, positions, tokens generated, active; uploaded once a step.
+        self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        self.staging = torch.zeros(4, slots, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    @torch.inference_mode()
+    def load(self, model: GPT) -> TorchWeights:
+        """Copy the weights of ``model`` in this decoder's dtype."""
+        device, config = self.device, model.config
+        final = Norm(model.ln_f, device) if config.n_layer and config.norm == "pre" else None
+        wpe = model.wpe.weight.detach() if config.n_layer else None
+        return TorchWeights(
+            embedding=model.wte.weight.detach().to(device, torch.float32, copy=True),
+            positions=None if wpe is None else wpe.to(device, torch.float32, copy=True),
+            layers=[Layer(block, self.dtype, device) for block in model.h],  # type: ignore[arg-type]
+            final=final,
+            head=Linear(model.head_weight, None, self.dtype, device),
+        )
+
+    def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
+        """Give a slot its sampling parameters; ``ids`` is the prompt."""
+        self.sampler.set(slot, params, ids)
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a slot to another."""
+        self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
+
+    @torch.inference_mode()
+    def prefill(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> None:
+        """Write keys and values of ``ids`` at positions ``start``... of a slot."""
+        if weights.layers:
+            for at in range(0, len(ids), PREFILL):
+                self._chunk(weights, slot, ids[at : at + PREFILL], start + at)
+
+    @torch.inference_mode()
+    def logits(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
+        """As `prefill`; returns (len(ids), V) logits in fp32."""
+        parts = [
+            self._head(weights, self._chunk(weights, slot, ids[at : at + PREFILL], start + at))
+            for at in range(0, len(ids), PREFILL)
+        ]
+        return torch.cat(parts)[:, : self.sampler.vocab_size]
+
+    @torch.inference_mode()
+    def step(
+        self, weights: TorchWeights, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
+        generated: np.ndarray,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """One token for each of ``slots``.
+
+        Args:
+            weights: what to run.
+            slots: the k active slots.
+            ids: (slots,) last token of every slot.
+            positions: (slots,) its position, where its keys and values go.
+            generated: (slots,) tokens generated before.
+
+        Returns:
+            tokens (k,), and where a slot asks for log-probabilities those (k, 1 + N) and the ids
+            (k, N) of the N most likely tokens.
+        """
+        self.staging[0], self.staging[1] = torch.from_numpy(ids), torch.from_numpy(positions)
+        self.staging[2] = torch.from_numpy(generated)
+        self.staging[3] = 0
+        self.staging[3, list(slots)] = 1
+        self.inputs.copy_(self.staging, non_blocking=True)
+        plan = self.sampler.plan(slots)
+        if self.deterministic:
+            rows, length = self.slots, self.context
+        else:
+            rows = min(_power(max(slots) + 1, 1), self.slots)
+            # On CUDA every shape is a graph, which takes a moment to record: there, fewer shapes.
+            least = 256 if self.device.type == "cuda" else 64
+            length = min(_power(int(positions[list(slots)].max()) + 1, least), self.context)
+        outputs = self._run(weights, rows, length, plan)
+        # The only synchronisation: doubles hold token ids and fp32 exactly.
+        host = torch.cat([part.double().view(rows, -1) for part in outputs], 1).cpu().numpy()
+        host = host[list(slots)]
+        if len(outputs) == 1:
+            return [host[:, 0].astype(np.int64)]
+        top = outputs[2].shape[1]
+        return [
+            host[:, 0].astype(np.int64), host[:, 1 : 2 + top], host[:, 2 + top :].astype(np.int64)
+        ]  # fmt: skip
+
+    def _run(self, weights: TorchWeights, rows: int, length: int, plan: Plan) -> tuple[Tensor, ...]:
+        if self.device.type != "cuda":
+            return self._step(weights, rows, length, plan)
+        key = (rows, length, plan)
+        if key not in weights.graphs:
+            # Recording needs a run beforehand (cuBLAS and the allocator set themselves up in it).
+            # It writes the same keys and values, but tokens are counted for penalties only once.
+            counted, active = self.inputs[3].clone(), self.inputs[3]
+            active.zero_()
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                self._step(weights, rows, length, plan)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs = self._step(weights, rows, length, plan)
+            active.copy_(counted)
+            weights.graphs[key] = graph, outputs
+        graph, outputs = weights.graphs[key]
+        graph.replay()
+        return outputs
+
+    def _step(
+        self, weights: TorchWeights, rows: int, length: int, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        ids, positions, generated, active = (row[:rows] for row in self.inputs)
+        slots = torch.arange(rows, device=self.device)
+        keys = torch.arange(length, device=self.device)
+        mask = (keys[None, :] <= positions[:, None])[:, None, None, :]
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            query, key, value = self._heads(qkv)  # each (rows, heads, head size)
+            cache = self.cache[layer]
+            cache[0].index_put_((slots, self._all_heads, positions_), key)
+            cache[1].index_put_((slots, self._all_heads, positions_), value)
+            mixed = F.scaled_dot_product_attention(
+                query[:, :, None], cache[0, :rows, :, :length], cache[1, :rows, :, :length], mask
+            )
+            return mixed.flatten(1).float()
+
+        slots, positions_ = slots[:, None], positions[:, None]
+        x = self._layers(weights, ids, positions, attend)
+        return self.sampler.sample(self._head(weights, x), plan, positions + 1, generated, active)
+
+    def _chunk(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
+        """Final activations (n, C) of a chunk of one prompt."""
+        used, end = len(ids), start + len(ids)
+        if self.deterministic:  # one shape for all chunks, on the positions that exist
+            padded = np.zeros(PREFILL, np.int64)
+            padded[:used] = ids
+            ids, end = padded, self.context
+        tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
+        places = (torch.arange(len(ids), device=self.device) + start).clamp(max=self.context - 1)
+        mask = torch.arange(end, device=self.device)[None, :] <= places[:, None]
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            query, key, value = (part.transpose(0, 1) for part in self._heads(qkv))
+            cache = self.cache[layer, :, slot]
+            cache[0, :, start : start + used] = key[:, :used]
+            cache[1, :, start : start + used] = value[:, :used]
+            mixed = F.scaled_dot_product_attention(
+                query[None], cache[0, None, :, :end], cache[1, None, :, :end], mask
+            )
+            return mixed[0].transpose(0, 1).flatten(1).float()
+
+        return self._layers(weights, tokens, places, attend)[:used]
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        shape = (len(qkv), 3, self.n_head, self.head_size)
+        return qkv.view(shape).to(self.cache.dtype).unbind(1)
+
+    @property
+    def _all_heads(self) -> Tensor:
+        return torch.arange(self.n_head, device=self.device)[None, :]
+
+    @staticmethod
+    def _layers(
+        weights: TorchWeights, ids: Tensor, positions: Tensor,
+        attend: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        x = weights.embedding[ids]
+        if weights.positions is not None:
+            x = x + weights.positions[positions.clamp(max=len(weights.positions) - 1)]
+        for index, layer in enumerate(weights.layers):
+            x = layer(x, partial(attend, index))
+        return x if weights.final is None else weights.final(x)
+
+    @staticmethod
+    def _head(weights: TorchWeights, x: Tensor) -> Tensor:
+        return weights.head(x)
+
+
+def _power(count: int, least: int) -> int:
+    """The next power of two, at least ``least``."""
+    return max(least, 1 << (count - 1).bit_length())

@@ -1,0 +1,205 @@
+"""GPT-2 as OpenAI published it; the same weights train and decode.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; layout as in
+openai/gpt-2 ``model.py``: pre-LN blocks, tanh GELU, learned positions, output head tied to the
+token embedding. Parameter names are those of Hugging Face's GPT-2, without its ``transformer.``
+prefix; matrices are stored (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.ops import training_kernels
+from gpt_dist.ops.attention import self_attention
+from gpt_dist.ops.dropout import Dropout
+from gpt_dist.ops.linear import Embedding, GeluLinear, Linear
+from gpt_dist.ops.loss import linear_cross_entropy
+
+PADDING = 128
+"""The embedding's rows are padded to a multiple of this, for speed. Padding stays zero."""
+
+VOCAB_PARAMETERS = ("wte.weight", "lm_head.weight")
+"""Parameters whose rows are tokens; files hold them without padding."""
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.n_embd
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = Linear(width, 3 * width, bias=qkv_bias)
+        self.c_proj = Linear(width, width, bias=config.bias)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        mixed = self_attention(self.c_attn(x), self.n_head, dropout)
+        return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_hidden or 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_proj = GeluLinear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.dropout(self.c_proj(self.c_fc(x))))
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm``; on a CPU under bf16 autocast its output is bf16 at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        if autocast == torch.bfloat16 and training_kernels.usable(x, torch.float32):
+            y: Tensor = training_kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+            return y
+        return super().forward(x)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; an fp32 residual stream takes bf16 without a copy in fp32."""
+    if x.dtype == torch.float32 and training_kernels.usable(y):
+        total: Tensor = training_kernels.Add.apply(x, y)  # type: ignore[no-untyped-call]
+        return total
+    return x + y
+
+
+class Block(nn.Module):
+    """Attention and MLP, each around a residual connection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        # After the residual sum a norm's output is the residual stream, which stays fp32.
+        norm = LayerNorm if self.pre_norm else nn.LayerNorm
+        self.ln_1 = norm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = norm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pre_norm:
+            x = add(x, self.attn(self.ln_1(x)))
+            return add(x, self.mlp(self.ln_2(x)))
+        x = self.ln_1(x + self.attn(x))
+        return cast(Tensor, self.ln_2(x + self.mlp(x)))
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    With ``n_layer`` 0 it is the bigram baseline: a token's embedding goes straight to the head,
+    without positions and without layer norm.
+
+    Args:
+        config: the shape; ``vocab_size`` must be set by now.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: take it from the tokenizer")
+        self.config = config
+        self.vocab_size = config.vocab_size
+        padded = math.ceil(config.vocab_size / PADDING) * PADDING
+        self.wte = Embedding(padded, config.n_embd)
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.n_embd, padded, bias=False)
+        )
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if config.n_layer:
+            self.wpe = nn.Embedding(config.context_length, config.n_embd)
+            self.drop = Dropout(config.dropout)
+        self.ln_f: nn.Module = nn.Identity()
+        if config.n_layer and config.norm == "pre":
+            # PyTorch's: in fp32 the gradients of its output bear to be scaled.
+            self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.init_weights()
+        # Remembered, because ZeRO-3 leaves each rank only a part of every parameter.
+        self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02); projections into the residual stream scaled by 1/sqrt(2 * n_layer)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            scale = 1.0
+            if name.endswith("c_proj.weight"):
+                scale = 1 / math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(parameter, std=0.02 * scale)
+            if name in VOCAB_PARAMETERS:
+                parameter[self.vocab_size :] = 0
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(padded vocabulary, width) matrix of the output head."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final activations (B, T, C) for token ids (B, T)."""
+        time = ids.shape[1]
+        if time > self.config.context_length:
+            raise ValueError(
+                f"{time} tokens do not fit the context of {self.config.context_length}"
+            )
+        x = self.wte(ids)
+        if self.config.n_layer:
+            x = self.drop(x + self.wpe(torch.arange(time, device=ids.device)))
+        for block in self.h:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return cast(Tensor, self.ln_f(x))
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the summed loss.
+
+        Args:
+            ids: (B, T) token ids, T at most ``context_length``.
+            targets: (B, T) next tokens; ``loss.IGNORE`` where a position does not count.
+
+        Returns:
+            (B, T, vocab_size) logits without ``targets``; with them the sum of the
+            cross-entropies in nats, a scalar in fp32.
+        """
+        x = self.hidden(ids)
+        if targets is None:
+            return F.linear(x, self.head_weight)[..., : self.vocab_size]
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.head_weight, targets.flatten(), self.vocab_size
+        )
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Parameters without padding; ``embeddings=False`` also without positions (for FLOPs)."""
+        total = 0
+        for name, shape in self.shapes.items():
+            rows = self.vocab_size if name in VOCAB_PARAMETERS else shape[0]
+            if embeddings or name != "wpe.weight":
+                total += rows * math.prod(shape[1:])
+        return total
+
+    def flops_per_token(self, time: int | None = None) -> float:
+        """Training FLOPs a token: 6N + 12LCT (PaLM, arXiv:2204.02311, appendix B)."""
+        config = self.config
+        attention = 12 * config.n_layer * config.n_embd * (time or config.context_length)
+        return 6 * self.num_parameters(embeddings=False) + attention

@@ -1,0 +1,1 @@
+"""How ranks find each other, notice a loss, and share a step."""

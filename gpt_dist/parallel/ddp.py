@@ -1,0 +1,122 @@
+"""The training step with whole copies of the model on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import Batch
+from gpt_dist.model.gpt import GPT
+from gpt_dist.ops.linear import adding_in_place
+from gpt_dist.optim.adamw import global_norm, make_adamw, make_adamw_state
+from gpt_dist.optim.muon import MuonWithAdamW
+from gpt_dist.parallel.engine import Reader, clip_divisor, guard_update
+from gpt_dist.parallel.world import World
+
+
+class DDPEngine:
+    """Whole copies on every rank, gradients averaged by DistributedDataParallel.
+
+    Args:
+        model: on its device; the engine owns it from now on.
+        world: the ranks that share a step.
+        config: the run's configuration.
+        dtype: arithmetic of the matrix products; parameters and updates stay fp32.
+    """
+
+    def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
+        self.model, self.world, self.dtype = model, world, dtype
+        self.grad_clip = config.optim.grad_clip
+        # Gradients are of each rank's summed loss, averaged over ranks by DDP. Only the update
+        # divides them by the tokens: no pass over them just for that.
+        self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
+        self.fused = world.device.type in ("cpu", "cuda")
+        # With its state before the first pass: what stays must not lie between what comes and goes.
+        self.optimizer: torch.optim.Optimizer
+        if config.optim.name == "muon":
+            self.optimizer = MuonWithAdamW(model, config.optim, fused=self.fused)
+        else:
+            self.optimizer = adamw = make_adamw(model, config.optim, fused=self.fused)
+            make_adamw_state(adamw, fused=self.fused)
+        self.ddp: torch.nn.Module = model
+        if world.size > 1:
+            self.ddp = DistributedDataParallel(
+                model,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def warm_up(self, batch: Batch) -> None:
+        """Two passes: DDP rebuilds its buckets after the first, which changes how sums are ordered.
+
+        A single process has nothing to rebuild.
+        """
+        if self.world.size > 1:
+            for _ in range(2):
+                self.micro_step(batch, last=True)
+            self.optimizer.zero_grad()
+
+    def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
+        with ExitStack() as settings:
+            # no_sync must enclose the forward pass too: DDP decides there whether to reduce.
+            if isinstance(self.ddp, DistributedDataParallel) and not last:
+                settings.enter_context(self.ddp.no_sync())
+            if self.world.device.type == "cpu" and (self.world.size == 1 or not last):
+                settings.enter_context(adding_in_place(self.model))
+            with self._autocast():
+                loss = self.ddp(batch.ids, batch.targets)
+            loss.backward()
+        detached: Tensor = loss.detach()
+        return detached
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = global_norm(gradients) * self.loss_scale
+        if self.fused:
+            guard_update(self.optimizer, norm, self.grad_clip, self.loss_scale)
+            self.optimizer.step()
+        elif norm.isfinite():
+            torch._foreach_div_(gradients, clip_divisor(norm, self.grad_clip) / self.loss_scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self.model(batch.ids, batch.targets)
+        return loss
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield f"model.{name}", parameter.detach()
+        step = torch.zeros(())
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                if key == "step":
+                    step = value
+                else:
+                    yield f"optimizer.{key}.{name}", value
+        yield "optimizer.step", step
+
+    @torch.no_grad()
+    def load_optimizer(self, reader: Reader) -> None:
+        step = reader("optimizer.step")
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                value.copy_(step if key == "step" else reader(f"optimizer.{key}.{name}"))
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)

@@ -1,0 +1,238 @@
+"""The training step under DeepSpeed ZeRO (arXiv:1910.02054), stages 0 to 3.
+
+DeepSpeed's own configuration is built from ours. Weights and updates are fp32, matrix products
+bf16 by ``torch_autocast``, gradients are accumulated and reduced in fp32: the arithmetic of DDP.
+Checkpoints are ours too, through DeepSpeed's accessors for whole tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import Batch
+from gpt_dist.errors import UsageError
+from gpt_dist.model.gpt import GPT
+from gpt_dist.optim.adamw import global_norm, make_adamw
+from gpt_dist.parallel.engine import Reader, guard_update
+from gpt_dist.parallel.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_config(config: Config, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ours, with the file of ``parallel.deepspeed_config`` added.
+
+    Raises:
+        UsageError: the file is missing or not JSON, or sets what our configuration sets.
+    """
+    micro_batch, accumulation = config.micro_batch(world_size)
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.grad_clip if config.parallel.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Our AdamW is torch's; DeepSpeed's own would have to be compiled on each machine.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {
+            "enabled": dtype != torch.float32,
+            "dtype": str(dtype).removeprefix("torch."),
+            # None of the modules: gradients travel in fp32, as under DDP.
+            "lower_precision_safe_modules": [],
+        },
+    }
+    file = config.parallel.deepspeed_config
+    return merge(ours, read_json(Path(file)), file) if file else ours
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"parallel.deepspeed_config = {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"parallel.deepspeed_config = {path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"parallel.deepspeed_config = {path}: expected a JSON object")
+    return data
+
+
+RESERVED = {
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+    "train_batch_size": "train.batch_tokens",
+}
+"""DeepSpeed keys that would be a second source of truth, and the setting that decides instead."""
+
+
+def merge(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str = "") -> Any:
+    """Ours with the keys of the file added; a key that is in both is refused.
+
+    Raises:
+        UsageError: naming the key and the setting that decides.
+    """
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = prefix + key
+        if name in RESERVED:
+            raise UsageError(
+                f"parallel.deepspeed_config = {file}: {name} conflicts with this configuration; "
+                f"set {RESERVED[name]} instead"
+            )
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = merge(ours[key], value, file, f"{name}.")
+        elif key in ours:
+            raise UsageError(
+                f"parallel.deepspeed_config = {file}: {name} = {value} conflicts with "
+                f"{name} = {ours[key]}, which follows from this configuration; leave it out"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+class DeepSpeedEngine:
+    """``Engine`` over ``deepspeed.initialize``; see ``engines.DDPEngine`` for the arguments."""
+
+    def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
+        settings = build_config(config, dtype, world.size)
+        if world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed = import_deepspeed()
+        if not dist.is_initialized():  # one process without torchrun
+            os.environ.setdefault("LOCAL_RANK", "0")
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        self.model, self.world, self.dtype = model, world, dtype
+        self.stage, self.grad_clip = config.parallel.zero_stage, config.optim.grad_clip
+        self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
+        self.adamw = make_adamw(model, config.optim, fused=not config.parallel.offload)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        self.deepspeed = deepspeed
+        self._make_moments()
+
+    def warm_up(self, batch: Batch) -> None:
+        """Nothing to do: ZeRO's order of reduction is fixed from the start."""
+
+    def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
+        loss = self.engine(batch.ids, batch.targets)
+        self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+        detached: Tensor = loss.detach()
+        return detached
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            # Stage 0 is plain AdamW behind an all-reduce: norm, clipping and skipping are ours.
+            norm = global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            guard_update(self.adamw, norm, self.grad_clip)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled):
+            loss: Tensor = self.model(batch.ids, batch.targets)
+        return loss
+
+    def whole_weights(self) -> AbstractContextManager[object]:
+        if self.stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[object] = self.deepspeed.zero.GatheredParameters(
+            list(self.model.parameters())
+        )
+        return gathered
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self.model.named_parameters():
+            whole = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            yield f"model.{name}", whole
+        for key in MOMENTS:
+            for name, parameter in self.model.named_parameters():
+                if self.stage == 0:
+                    yield f"optimizer.{key}.{name}", self.adamw.state[parameter][key]
+                else:
+                    yield f"optimizer.{key}.{name}", safe_get_full_optimizer_state(parameter, key)
+        yield "optimizer.step", self.adamw.state[self._partitions()[0]]["step"]
+
+    @torch.no_grad()
+    def load_optimizer(self, reader: Reader) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for partition in self._partitions():
+            self.adamw.state[partition]["step"].copy_(reader("optimizer.step"))
+        for name, parameter in self.model.named_parameters():
+            for key in MOMENTS:
+                value = reader(f"optimizer.{key}.{name}").to(self.world.device)
+                if self.stage == 0:
+                    self.adamw.state[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def _partitions(self) -> list[Tensor]:
+        """What the inner optimizer updates on this rank: parameters, or flat pieces of them."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            return list(self.model.parameters())
+        partitions: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return partitions
+
+    def _make_moments(self) -> None:
+        """Create the optimizer's state before the first step, so that it can be read and set."""
+        for partition in self._partitions():
+            self.adamw.state[partition] = {
+                "step": torch.zeros((), device=partition.device),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            # DeepSpeed links them when the first group steps; the second has no state by then.
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without its chatter."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UsageError(f"parallel.strategy = deepspeed: cannot import it ({error})") from None
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # An operator for inference that would be compiled on every machine; training does not use it.
+    deepspeed.comm.torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    return deepspeed

@@ -1,0 +1,1 @@
+"""A training run: the loop, what it starts from, and where its numbers go."""

@@ -1,0 +1,64 @@
+"""What a configuration would cost, without starting it: ``gpt_dist.train --dry-run``."""
+
+from __future__ import annotations
+
+import torch
+
+from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import open_datasets
+from gpt_dist.data.order import TrainingData
+from gpt_dist.model.gpt import GPT
+from gpt_dist.parallel.world import env_world_size
+from gpt_dist.training.monitor import size
+from gpt_dist.training.setup import count_steps, with_vocabulary
+
+
+def activation_bytes(config: Config, micro_batch: int) -> float:
+    """Estimate of what one rank keeps for the backward pass, in bytes.
+
+    Per layer and token about 34 * width bytes in 16-bit arithmetic, without attention scores, which
+    the fused kernel never stores (Korthikanti et al. 2022, arXiv:2205.05198, section 4.1);
+    with activation checkpointing one block's plus every block's input.
+    """
+    model = config.model
+    tokens = micro_batch * model.context_length
+    layer = 34.0 * tokens * model.n_embd
+    if config.train.precision == "fp32":
+        layer *= 2
+    if model.activation_checkpointing:
+        return layer + 4.0 * tokens * model.n_embd * model.n_layer
+    return layer * model.n_layer
+
+
+def report(config: Config) -> str:
+    """Parameters, memory, steps and tokens of a run, as lines of text.
+
+    Raises:
+        UsageError: the data is not there or the batch does not divide.
+    """
+    datasets = open_datasets(config)
+    config = with_vocabulary(config, datasets[0].tokenizer)
+    data = TrainingData(config, datasets)
+    with torch.device("meta"):
+        model = GPT(config.model)
+    parameters, steps = model.num_parameters(), count_steps(config, data.windows)
+    world = env_world_size()
+    micro_batch, accumulation = config.micro_batch(world)
+    tokens = steps * config.train.batch_tokens
+    epochs = steps * config.batch_sequences / data.windows
+    state, activations = 16 * parameters, activation_bytes(config, micro_batch)
+    lines = {
+        "parameters": f"{parameters:,} "
+        f"({model.num_parameters(embeddings=False):,} without positions)",
+        "data": f"{', '.join(config.data.path)}: {data.windows:,} windows of "
+        f"{config.model.context_length} tokens, tokenizer {datasets[0].tokenizer.name}",
+        "steps": f"{steps:,} of {config.train.batch_tokens:,} tokens = {world} ranks x "
+        f"{accumulation} micro-batches x {micro_batch} sequences x {config.model.context_length}",
+        "tokens": f"{tokens:,} ({epochs:.2f} epochs)",
+        "compute": f"{tokens * model.flops_per_token():.3g} FLOPs",
+        "memory": f"{size(state)} weights, gradients and AdamW state + about "
+        f"{size(activations)} activations on each rank (DDP)",
+        "checkpoint": f"{size(12 * parameters)} each, {config.train.keep_checkpoints + 1} kept",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -1,0 +1,318 @@
+"""A generation request on its way: its sequences in the engine, their text on this side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from google.protobuf.duration_pb2 import Duration
+
+from gpt_dist.text.tokenizers import Tokenizer
+from gpt_dist.v1 import generation_pb2 as pb
+from gpt_dist.v1.generation_service_pb2 import (
+    GenerateResponse,
+    GenerateStreamResponse,
+    GenerationFinished,
+    GenerationStarted,
+)
+from serve.api.parsing import Generation
+from serve.api.status import StatusError, expired, unavailable
+from serve.api.text import TextAssembler
+from serve.engine.engine import Engine
+from serve.engine.jobs import Ended, Event, Expired, Finish, Lost, Scored, Sequence, Started, Token
+from serve.metrics import Metrics
+
+
+class Output:
+    """One continuation as its reader sees it. Everything runs in the event loop.
+
+    Events are digested when they come, not when they are read, so that a slow reader does not delay
+    the recognition of a stop sequence.
+    """
+
+    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, wanted: Generation) -> None:
+        self.index, self.call, self.tokenizer = index, call, tokenizer
+        self.text = TextAssembler(
+            tokenizer, wanted.stops, wanted.include_stop, wanted.sampling.min_new_tokens
+        )
+        self.min_tokens = wanted.sampling.min_new_tokens
+        self.started: Started | None = None
+        self.first_token_at = self.ended_at = 0.0
+        self.tokens = 0
+        self.finish: Finish | None = None
+        self.stop_token: int | None = None
+        self.job: Sequence
+        # What the reader has not taken yet.
+        self.delta: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[pb.TokenLogprob] = []
+        self.announced = self.closed = False
+
+    def __call__(self, event: Event) -> None:
+        if self.finish is not None:  # the engine had not heard of the stop sequence yet
+            return
+        match event:
+            case Token():
+                self._add(event)
+            case Started():
+                self.started = event
+                self.call.metrics.queue_time.observe(event.at - self.call.arrived)
+                return  # not worth a message
+            case Ended():
+                self.delta.append(self.text.flush())
+                self.stop_token = event.token
+                self._end(Finish.STOP_SEQUENCE if self.text.matched else event.reason, event.at)
+            case Expired():
+                self.call.fail(expired())
+            case Lost():
+                self.call.fail(unavailable(event.message, "ENGINE_FAILED"))
+            case Scored():
+                raise TypeError("a sequence is not scored")
+        if self.finish is not None or not self.call.quiet:
+            self.call.changed.set()
+
+    def _add(self, event: Token) -> None:
+        metrics = self.call.metrics
+        if not self.tokens:
+            self.first_token_at = event.at
+            metrics.time_to_first_token.observe(event.at - self.call.arrived)
+        else:
+            metrics.inter_token.observe(event.at - self.ended_at)
+        self.ended_at = event.at
+        self.tokens += 1
+        self.token_ids.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(token_logprob(self.tokenizer, event))
+        self.delta.append(self.text.push(event.token))
+        if self.text.matched is not None:
+            self.call.engine.cancel([self.job])
+            self._end(Finish.STOP_SEQUENCE, event.at)
+
+    def _end(self, reason: Finish, at: float) -> None:
+        self.finish, self.ended_at = reason, at
+        self.call.metrics.finished(reason, self.tokens)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self.token_ids) or (self.finish is not None and not self.closed)
+
+    def take(self) -> GenerateStreamResponse:
+        """What came since the last time, in one message."""
+        message = GenerateStreamResponse(
+            index=self.index,
+            text_delta="".join(self.delta),
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+        )
+        self.delta, self.token_ids, self.logprobs = [], [], []
+        if not self.announced:
+            self.announced = True
+            message.started.CopyFrom(self._started())
+        if self.finish is not None:
+            self.closed = True
+            message.finished.CopyFrom(self._finished())
+        return message
+
+    def whole(self) -> pb.GenerationOutput:
+        """All of it, once it is finished and if nothing was taken."""
+        output = pb.GenerationOutput(
+            index=self.index,
+            text="".join(self.delta),
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=int(self.finish or 0),  # type: ignore[arg-type]
+        )
+        self._set_stop(output)
+        return output
+
+    def _set_stop(self, message: pb.GenerationOutput | GenerationFinished) -> None:
+        if self.finish == Finish.STOP_SEQUENCE:
+            message.stop_sequence = self.text.matched or ""
+        elif self.stop_token is not None:
+            message.stop_token_id = self.stop_token
+
+    def _started(self) -> GenerationStarted:
+        return GenerationStarted(
+            prompt_tokens=len(self.job.ids),
+            cached_tokens=self.cached_tokens,
+            seed=self.call.wanted.sampling.seed,
+            weights_version=self.weights_version,
+        )
+
+    def _finished(self) -> GenerationFinished:
+        finished = GenerationFinished(
+            finish_reason=int(self.finish or 0),  # type: ignore[arg-type]
+            usage=pb.Usage(
+                prompt_tokens=len(self.job.ids),
+                completion_tokens=self.tokens,
+                cached_tokens=self.cached_tokens,
+            ),
+            timings=self.call.timings([self]),
+        )
+        self._set_stop(finished)
+        return finished
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.started.cached_tokens if self.started else 0
+
+    @property
+    def weights_version(self) -> str:
+        # A time budget can be over before anything began.
+        scheduler = self.call.engine.scheduler
+        return self.started.weights_version if self.started else scheduler.weights_version
+
+
+class Call:
+    """All outputs of one request; a context manager that leaves nothing in the engine.
+
+    Args:
+        wanted: the request.
+        engine: where it runs.
+        tokenizer: for text.
+        metrics: what is counted.
+        deadline: when the caller gives up, in seconds of ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        wanted: Generation,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        deadline: float | None = None,
+    ) -> None:
+        self.wanted, self.engine, self.metrics = wanted, engine, metrics
+        self.arrived = time.monotonic()
+        self.changed = asyncio.Event()
+        self.quiet = True
+        """Whether new tokens alone are no reason to wake the reader."""
+        self.error: StatusError | None = None
+        self.outputs = [Output(index, self, tokenizer, wanted) for index in range(wanted.outputs)]
+        budget = wanted.time_budget
+        for output in self.outputs:
+            output.job = Sequence(
+                wanted.ids,
+                output,
+                deadline,
+                sampling=wanted.sampling_of(output.index),
+                max_new_tokens=wanted.max_new_tokens,
+                eos_id=wanted.eos_id,
+                expires_at=None if budget is None else self.arrived + budget,
+            )
+
+    @property
+    def jobs(self) -> list[Sequence]:
+        """The sequences in the engine."""
+        return [output.job for output in self.outputs]
+
+    def __enter__(self) -> Call:
+        self.engine.submit(self.jobs)
+        self.metrics.prompt_tokens.inc(len(self.wanted.ids))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        left = [output for output in self.outputs if output.finish is None]
+        if left:
+            self.engine.cancel([output.job for output in left])
+            if self.error is None:
+                self.metrics.cancelled.inc(len(left))
+
+    def fail(self, error: StatusError) -> None:
+        """End the call with an error."""
+        self.error = self.error or error
+        self.changed.set()
+
+    async def finished(self) -> GenerateResponse:
+        """Everything, when it is there.
+
+        Raises:
+            StatusError: the deadline passed, or the engine failed.
+        """
+        await self._until(lambda: all(output.finish is not None for output in self.outputs))
+        first = self.outputs[0]
+        return GenerateResponse(
+            outputs=[output.whole() for output in self.outputs],
+            usage=pb.Usage(
+                prompt_tokens=len(self.wanted.ids),
+                completion_tokens=sum(output.tokens for output in self.outputs),
+                cached_tokens=sum(output.cached_tokens for output in self.outputs),
+            ),
+            timings=self.timings(self.outputs),
+            seed=self.wanted.sampling.seed,
+            weights_version=first.weights_version,
+        )
+
+    async def messages(self, interval: float = 0.0) -> AsyncIterator[GenerateStreamResponse]:
+        """Pieces as they come; what came while the reader was busy is one piece.
+
+        Args:
+            interval: least seconds between two pieces, but for those that end an output.
+
+        Raises:
+            StatusError: the deadline passed, or the engine failed.
+        """
+        open_outputs = list(self.outputs)
+        self.quiet = False
+        while open_outputs:
+            await self._until(lambda: any(output.pending for output in self.outputs))
+            for output in open_outputs:
+                if output.pending:
+                    yield output.take()
+            open_outputs = [output for output in open_outputs if not output.closed]
+            if interval and open_outputs:
+                self.quiet = True
+                asyncio.get_running_loop().call_later(interval, self._resume)
+                await self._until(lambda: not self.quiet or self._ending)
+
+    def _resume(self) -> None:
+        self.quiet = False
+        self.changed.set()
+
+    @property
+    def _ending(self) -> bool:
+        return any(output.finish is not None and not output.closed for output in self.outputs)
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        while self.error is None and not ready():
+            self.changed.clear()
+            await self.changed.wait()
+        if self.error is not None:
+            raise self.error
+
+    def timings(self, outputs: list[Output]) -> pb.Timings:
+        """Timings from arrival to what happened first (or, for the total, last) in ``outputs``."""
+        starts = [output.started.at for output in outputs if output.started]
+        firsts = [output.first_token_at for output in outputs if output.first_token_at]
+        end = max(output.ended_at for output in outputs)
+        timings = pb.Timings(total=self._since(end))
+        if starts:
+            timings.queue.CopyFrom(self._since(min(starts)))
+        if firsts:
+            timings.time_to_first_token.CopyFrom(self._since(min(firsts)))
+        return timings
+
+    def _since(self, at: float) -> Duration:
+        duration = Duration()
+        duration.FromNanoseconds(int((at - self.arrived) * 1e9))
+        return duration
+
+
+def token_logprob(tokenizer: Tokenizer, event: Token) -> pb.TokenLogprob:
+    """The message for one token."""
+    return pb.TokenLogprob(
+        token_id=event.token,
+        token=tokenizer.token_bytes(event.token),
+        logprob=event.logprob,
+        top=top_logprobs(tokenizer, event.top),
+    )
+
+
+def top_logprobs(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> list[pb.TopLogprob]:
+    """The messages for the most likely (token id, log-probability)."""
+    return [
+        pb.TopLogprob(token_id=token, token=tokenizer.token_bytes(token), logprob=logprob)
+        for token, logprob in top
+    ]

@@ -1,0 +1,115 @@
+"""The scheduler's thread, and its one hop a step to the event loop.
+
+A thread, not a process: what PyTorch computes does not hold the interpreter's lock, and with the
+event loop in the same process nothing has to be serialised twice (measured: benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from gpt_dist.inference.decoder import Weights
+from serve.engine.jobs import Event, Job, Lost, Scoring, Sequence
+from serve.engine.scheduler import Scheduler
+
+log = logging.getLogger("serve")
+
+
+class EngineLost(Exception):
+    """The engine's thread failed; the server cannot go on."""
+
+
+class Engine:
+    """Runs a scheduler in a thread of its own.
+
+    All methods are for the event loop's thread.
+
+    Args:
+        scheduler: what to run.
+        loop: where listeners are called.
+        on_failure: called in the loop, once, if the thread fails.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        loop: asyncio.AbstractEventLoop,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.failure: BaseException | None = None
+        self.progress = time.monotonic()
+        """When the thread last completed a tick, or had nothing to do."""
+        self._loop, self._on_failure = loop, on_failure
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: list[Sequence] | list[Scoring]) -> None:
+        """Queue jobs, all or none.
+
+        Raises:
+            QueueFull: there is no room.
+            EngineLost: the thread is gone.
+        """
+        if self.failure is not None:
+            raise EngineLost(str(self.failure))
+        self.scheduler.submit(jobs)
+        self._wake.set()
+
+    def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
+        """Drop jobs before the next step."""
+        self.scheduler.cancel(jobs)
+        self._wake.set()
+
+    def swap(self, weights: Weights, version: str) -> None:
+        """Let sequences that begin from now on use other weights."""
+        self.scheduler.swap(weights, version)
+        self._wake.set()
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether there is work, and none of it has been done for that long."""
+        return self.scheduler.busy and time.monotonic() - self.progress > seconds
+
+    def stop(self, timeout: float = 10) -> None:
+        """End the thread after its current tick."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.scheduler.busy:
+                    self._wake.wait()
+                    self._wake.clear()
+                    self.progress = time.monotonic()
+                    continue
+                events = self.scheduler.tick()
+                self.progress = time.monotonic()
+                if events:
+                    self._loop.call_soon_threadsafe(_deliver, events)
+        except BaseException as error:
+            log.exception("the engine failed")
+            self.failure = error
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        _deliver(self.scheduler.abandon(f"the engine failed: {type(error).__name__}"))
+        self._on_failure(error)
+
+
+def _deliver(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        try:
+            job.listener(event)
+        except Exception:  # one request's trouble is not its neighbours'
+            log.exception("a request failed")
+            job.cancelled = True
+            if not isinstance(event, Lost):
+                job.listener(Lost("internal error"))

@@ -1,0 +1,151 @@
+"""From a checkpoint to a decoder that is warm; and from the next checkpoint to its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt_dist.checkpoints.checkpoint import load_model, resolve
+from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.inference.decoder import Decoder, Weights
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
+from gpt_dist.text.tokenizers import Tokenizer
+from serve.options import Options
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be served."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    parameters: int
+    shape: dict[str, int]
+    """n_layer, n_head, n_embd."""
+    directory: Path
+    version: str
+    report: list[str]
+    """Lines for people."""
+
+
+def load(options: Options) -> Loaded:
+    """Load, convert and warm up.
+
+    Raises:
+        UsageError: there is nothing to load, or an option does not fit it.
+        GptDistError: the checkpoint is damaged, or the device is not there.
+    """
+    began = time.monotonic()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = _device(options.device)
+    directory = resolve(options.checkpoint)
+    model, tokenizer, state = load_model(directory)
+    _match(model, tokenizer, directory)
+    slots = options.max_slots or (64 if device.type == "cuda" else 32)
+    decoder = Decoder(
+        model,
+        max_slots=slots,
+        max_context=options.max_context,
+        device=device,
+        dtype=options.dtype,  # type: ignore[arg-type]
+        deterministic=options.deterministic,
+    )
+    loaded = time.monotonic()
+    _warm(decoder, tokenizer)
+    config = model.config
+    version = weights_version(directory, state)
+    report = [
+        f"{directory}: {model.num_parameters():,} parameters, weights {version}",
+        f"{device}, {decoder.dtype} weights, {slots} slots of {decoder.max_context} tokens, "
+        f"{decoder.cache_bytes / 1e6:,.0f} MB of KV cache",
+        f"loaded in {loaded - began:.1f} s, warmed up in {time.monotonic() - loaded:.1f} s",
+    ]
+    if decoder.dtype == "int8":
+        report.append(_int8_loss(model, decoder, tokenizer))
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    return Loaded(
+        decoder, tokenizer, model.num_parameters(), shape, directory, version, report
+    )  # fmt: skip
+
+
+def load_next(decoder: Decoder, tokenizer: Tokenizer, directory: Path) -> tuple[Weights, str]:
+    """The weights of another checkpoint of the same run, and their version.
+
+    Raises:
+        GptDistError: it is damaged, of another shape, or has another tokenizer.
+    """
+    model, other, state = load_model(directory)
+    if other.to_json() != tokenizer.to_json():
+        raise GptDistError(f"{directory}: has another tokenizer than the one being served")
+    _match(model, other, directory)
+    return decoder.load_weights(model), weights_version(directory, state)
+
+
+def weights_version(directory: Path, state: dict[str, Any]) -> str:
+    """The directory's name and, of a checkpoint, the beginning of the weights' sha256."""
+    digest = state.get("files", {}).get("model.safetensors", "")
+    return f"{directory.name}-{digest[:8]}" if digest else directory.name
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise GptDistError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _match(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
+    """A model may have more rows than tokens, not fewer."""
+    if model.vocab_size < tokenizer.vocab_size:
+        raise GptDistError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model only {model.vocab_size}"
+        )
+    model.vocab_size = tokenizer.vocab_size  # the rest of the rows cannot be decoded
+
+
+def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Run every kind of work once, so that the first request does not pay for it."""
+    with contextlib.suppress(UsageError):  # a vocabulary without this character
+        tokenizer.encode("a")
+    tokenizer.token_bytes(0)
+    prompt = np.zeros(min(128, decoder.max_context), np.int64)
+    decoder.prefill(0, prompt[:-1])
+    decoder.activate(0, SamplingParams(top_k=50), prompt)
+    decoder.step()
+    decoder.free(0)
+
+
+def _int8_loss(model: GPT, decoder: Decoder, tokenizer: Tokenizer) -> str:
+    """How much the rounding of the weights costs, on the text that comes with the package."""
+    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
+    text = gzip.decompress(asset.read_bytes())[:4000].decode(errors="ignore")
+    try:
+        ids = tokenizer.encode(text)[: decoder.max_context]
+    except UsageError:  # characters that this vocabulary has not
+        return "int8: the loss difference is unknown, this tokenizer cannot express the text"
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids], device=model.wte.weight.device))[0].float()
+    exact = -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
+    rounded = -np.concatenate([part.logprobs for part in decoder.score(ids)]).mean()
+    return (
+        f"int8: loss {rounded:.4f} against {exact:.4f} in fp32 ({rounded - exact:+.4f}) "
+        f"on {len(ids)} tokens of Shakespeare"
+    )

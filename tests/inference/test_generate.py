@@ -1,0 +1,116 @@
+"""`python -m gpt_dist.generate` against the model it loads."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.config.settings import Config, ModelConfig
+from gpt_dist.errors import UsageError
+from gpt_dist.generate import main
+from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.text.tokenizers import CharTokenizer, Tokenizer
+from tests.decoders import small_model
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz äöü🙂."
+
+
+def save(directory: Path, tokenizer: Tokenizer) -> tuple[Path, GPT]:
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    config = Config(model=ModelConfig.model_validate(model.config.model_dump()))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        cut = tensor[: model.vocab_size] if name in VOCAB_PARAMETERS else tensor
+        tensors[f"model.{name}"] = cut.contiguous()
+    directory.mkdir()
+    write_checkpoint(directory, tensors, {"step": 1, "config": config.model_dump()}, tokenizer)
+    return directory, model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT]:
+    return save(tmp_path_factory.mktemp("generate") / "step-00000001", CharTokenizer(ALPHABET))
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    main(list(args))
+    return capsys.readouterr().out
+
+
+def test_greedy_text_is_that_of_the_model(
+    checkpoint: tuple[Path, GPT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, model = checkpoint
+    tokenizer = CharTokenizer(ALPHABET)
+    ids = tokenizer.encode("once upon")
+    for _ in range(20):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    flags = ["--temperature", "0", "--max-new-tokens", "20", "--dtype", "fp32"]
+    flags += ["--checkpoint", str(directory)]
+    assert run(capsys, *flags, "--prompt", "once upon") == tokenizer.decode(ids) + "\n"
+
+
+def test_samples_are_those_of_their_seeds(
+    checkpoint: tuple[Path, GPT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", str(checkpoint[0]), "--prompt", "ab", "--max-new-tokens", "15"]
+    together = run(capsys, *flags, "--num-samples", "3", "--seed", "7").split("--------\n")
+    alone = [run(capsys, *flags, "--seed", str(seed)) for seed in (7, 8, 9)]
+    assert together == alone
+    assert len(set(alone)) == 3
+    assert all(text.startswith("ab") and len(text) == 2 + 15 + 1 for text in alone)
+
+
+def test_the_prompt_can_come_from_standard_input(
+    checkpoint: tuple[Path, GPT],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = ["--checkpoint", str(checkpoint[0]), "--max-new-tokens", "5"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert run(capsys, *flags, "--prompt", "-") == run(capsys, *flags, "--prompt", "from a pipe")
+
+
+def test_without_a_prompt_a_document_begins_and_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, _ = save(tmp_path / "model", CharTokenizer(ALPHABET, eot=True))
+    flags = ["--checkpoint", str(directory), "--max-new-tokens", "90", "--temperature", "3"]
+    ended = run(capsys, *flags, "--num-samples", "8", "--top-k", "0")
+    on = run(capsys, *flags, "--num-samples", "8", "--top-k", "0", "--ignore-eos")
+    for short, long in zip(ended.split("--------\n"), on.split("--------\n"), strict=True):
+        assert long.startswith(short[:-1])
+    assert len(ended) < len(on)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "a" * 97], "--prompt: has 97 tokens; the model's context is 96"),
+        (["--prompt", "A"], "'A'"),
+        ([], "--prompt: must not be empty"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples 0"),
+        (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens -1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1"),
+        (["--prompt", "a", "--top-p", "0"], "top_p = 0"),
+        (["--prompt", "a", "--seed", "-1"], "seed = -1"),
+    ],
+)
+def test_bad_input_is_named(checkpoint: tuple[Path, GPT], flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        main(["--checkpoint", str(checkpoint[0]), *flags])
+
+
+def test_bad_input_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpt_dist.generate", "--checkpoint", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,131 @@
+"""Gradients that are added in place equal autograd's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.model.gpt import GPT
+from gpt_dist.ops import build, linear
+from gpt_dist.ops import loss as loss_module
+from gpt_dist.ops.linear import GeluLinear, Linear, adding_in_place, gelu
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 61}
+
+
+def mode(model: GPT, own: bool) -> AbstractContextManager[None]:
+    return adding_in_place(model) if own else nullcontext()
+
+
+def gradients(own: bool, dtype: torch.dtype = torch.float32, **settings: object) -> list[Tensor]:
+    """Loss and gradients after three micro-batches."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig.model_validate(TINY | settings))
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.manual_seed(1)
+    for _ in range(3):
+        ids = torch.randint(61, (4, 16))
+        with mode(model, own):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(ids, ids.roll(-1, 1))
+            loss.backward()
+    found = [p.grad for p in model.parameters()]
+    return [loss.detach().double(), *(g.double() for g in found if g is not None)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": False}, {"norm": "post"}])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("chunks", ["one", "several"])
+def test_equal_to_autograd(
+    settings: dict[str, object], recompute: bool, chunks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunks == "several":
+        monkeypatch.setattr(linear, "ROWS", 24)
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 128 * 10)
+        monkeypatch.setattr(loss_module, "PIECE", 48)
+    settings = settings | {"activation_checkpointing": recompute}
+    own, plain = gradients(True, **settings), gradients(False, **settings)
+    assert len(own) == len(plain) >= 27
+    for mine, theirs in zip(own, plain, strict=True):
+        assert (mine - theirs).norm() < 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_no_less_exact_in_bf16(tie: bool) -> None:
+    exact = gradients(False, torch.float64, tie_embeddings=tie)
+    own = gradients(True, torch.bfloat16, tie_embeddings=tie)
+    plain = gradients(False, torch.bfloat16, tie_embeddings=tie)
+
+    def error(found: list[Tensor]) -> float:
+        return float(sum((a - b).norm() ** 2 for a, b in zip(found[1:], exact[1:], strict=True)))
+
+    assert error(own) < 1.05 * error(plain)
+
+
+@pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_recomputed_gelu_changes_no_bit(layout: str) -> None:
+    """And is not kept: the passes differ in what autograd holds on to."""
+    found, kept = [], []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        layer, x = GeluLinear(48, 32), torch.randn(4, 9, 48).bfloat16()
+        if layout == "transposed":
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        x.requires_grad_()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with adding_in_place(layer), torch.autocast("cpu", torch.bfloat16), saving:
+            y = layer(x) if recompute else Linear.forward(layer, gelu(x))
+        kept.append(sum(sizes))
+        y.backward(torch.randn_like(y))
+        assert layer.bias is not None
+        found.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    assert kept == [x.numel(), 2 * x.numel()]
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_micro_batches_of_both_kinds_add_up() -> None:
+    """As under DDP: all but the last in place, the last through autograd, where hooks see it."""
+    seen: list[Tensor | None] = []
+    found = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig.model_validate(TINY))
+        model.wte.weight.register_hook(seen.append)
+        ids = torch.randint(61, (4, 16))
+        with mode(model, own):
+            model(ids, ids.roll(-1, 1)).backward()
+        model(ids, ids.roll(1, 1)).backward()
+        found.append([p.grad for p in model.parameters()])
+    kinds = [None if gradient is None else tuple(gradient.shape) for gradient in seen]
+    assert kinds == [(128, 32), (128, 32), None, (128, 32)]
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_evaluation_leaves_gradients_alone() -> None:
+    model = GPT(ModelConfig.model_validate(TINY))
+    ids = torch.randint(61, (2, 8))
+    with adding_in_place(model), torch.no_grad():
+        model(ids, ids)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_refuses_a_multiple_of_the_loss() -> None:
+    model = GPT(ModelConfig.model_validate(TINY))
+    ids = torch.randint(61, (2, 8))
+    with adding_in_place(model), pytest.raises(ValueError, match="those of the sum"):
+        (model(ids, ids) * 0.5).backward()

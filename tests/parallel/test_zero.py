@@ -1,0 +1,156 @@
+"""DeepSpeed ZeRO follows DDP, and checkpoints pass between all engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from gpt_dist.config.command_line import build
+from gpt_dist.errors import UsageError
+from gpt_dist.parallel.zero import build_config
+from tests.conftest import column, read_rows, run_train, train_many
+from tests.test_training import worst_relative
+
+Config = Callable[..., Path]
+
+
+def zero(stage: int) -> list[str]:
+    return ["--parallel.strategy", "deepspeed", "--parallel.zero_stage", str(stage)]
+
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.mark.slow
+def test_every_stage_follows_ddp(tiny_config: Config, tmp_path: Path) -> None:
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        # A weight that differs in its last fp32 bit may round to another bf16 number; the larger
+        # the steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
+        train = {"precision": precision, "checkpoint_every": 0}
+        config = tiny_config(train=train, optim={"lr": 1e-3 if precision == "bf16" else 3e-3})
+        runs[f"{precision}-ddp"] = [config, []]
+        runs |= {f"{precision}-{stage}": [config, zero(stage)] for stage in STAGES}
+    clipped = tiny_config(optim={"grad_clip": 0.1}, train={"checkpoint_every": 0})
+    runs["clip-ddp"] = [clipped, []]
+    runs |= {f"clip-{stage}": [clipped, zero(stage)] for stage in STAGES}
+    train_many(
+        [["--config", str(config), "--out_dir", str(tmp_path / name), *flags]
+         for name, (config, flags) in runs.items()],
+        tmp_path, ranks=2,
+    )  # fmt: skip
+    for kind, tolerance in (("fp32", 1e-6), ("bf16", 1e-3), ("clip", 1e-6)):
+        for stage in STAGES:
+            for key in ("train_loss", "grad_norm", "val_loss"):
+                reference = column(tmp_path / f"{kind}-ddp", key)
+                measured = column(tmp_path / f"{kind}-{stage}", key)
+                assert worst_relative(reference, measured) < tolerance, (kind, stage, key)
+    assert min(column(tmp_path / "clip-ddp", "grad_norm")) > 0.1  # it did clip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_skips_and_aborts_as_ddp(
+    tiny_config: Config, tmp_path: Path, stage: int
+) -> None:
+    broken = tiny_config(
+        optim={"lr": 1e18, "min_lr": 1e18, "schedule": "constant"},
+        train={"eval_every": 0, "checkpoint_every": 0},
+    )
+    done = run_train(broken, tmp_path / "run", *zero(stage), ranks=2, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("not finite 10 times in a row") == 1
+    norms = column(tmp_path / "run", "grad_norm")
+    assert norms[-10:] == [None] * 10
+    assert all(norm is not None for norm in norms[:-10])
+    assert len(norms) > 10
+
+
+ENGINES = {
+    "ddp-1": (1, []),
+    "ddp-2": (2, []),
+    "zero1-2": (2, zero(1)),
+    "zero2-2": (2, zero(2)),
+    "zero3-2": (2, zero(3)),
+    "ddp-4": (4, []),
+    "zero1-4": (4, zero(1)),
+    "zero2-4": (4, zero(2)),
+    "zero3-4": (4, zero(3)),
+}
+
+
+@pytest.mark.slow
+def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Path) -> None:
+    """10 steps under one engine and 10 under another follow the uninterrupted run."""
+    config = tiny_config(
+        optim={"schedule": "constant", "warmup_steps": 5, "lr": 1e-3},
+        train={"steps": 10, "checkpoint_every": 10, "eval_every": 0},
+    )
+    base = ["--config", str(config), "--out_dir"]
+
+    def begin(name: str) -> list[list[str]]:
+        flags = ENGINES[name][1]
+        return [
+            [*base, str(tmp_path / name / "half"), *flags],
+            [*base, str(tmp_path / name / "whole"), "--train.steps", "20", *flags],
+        ]
+
+    def follow(first: str, second: str) -> list[list[str]]:
+        out = str(tmp_path / f"{first}-to-{second}")
+        return [
+            ["--copy", str(tmp_path / first / "half"), out],
+            [*base, out, "--train.steps", "20", *ENGINES[second][1]],
+        ]
+
+    two = ["ddp-2", "zero1-2", "zero2-2", "zero3-2"]
+    four = ["ddp-4", "zero1-4", "zero2-4", "zero3-4"]
+    train_many([*begin("ddp-1"), *follow("ddp-1", "ddp-1")], tmp_path)
+    runs = [run for name in two for run in (*begin(name), *follow(name, name))]
+    pairs = [pair for pair in product(["ddp-1", *two], two) if pair[0] != pair[1]]
+    runs += [run for pair in pairs for run in follow(*pair)]
+    train_many(runs, tmp_path, ranks=2)
+    train_many([run for name in two for run in follow(name, "ddp-1")], tmp_path)
+    train_many([run for n in four for run in (*begin(n), *follow(n, n))], tmp_path, ranks=4)
+
+    reference = column(tmp_path / "ddp-2" / "whole", "train_loss")
+    same = [(name, name) for name in ENGINES]
+    to_one = [(name, "ddp-1") for name in two]
+    assert len({*same, *pairs, *to_one}) == 5 * 5 + 4
+    for first, second in [*same, *pairs, *to_one]:
+        losses = column(tmp_path / f"{first}-to-{second}", "train_loss")
+        assert worst_relative(reference, losses) < 1e-5, (first, second)
+    for name in ENGINES:
+        out, whole = tmp_path / f"{name}-to-{name}", tmp_path / name / "whole"
+        assert read_rows(out, timing=False) == read_rows(whole, timing=False), name
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            a, b = (run / "checkpoints/step-00000020" / file for run in (out, whole))
+            assert a.read_bytes() == b.read_bytes(), (name, file)
+
+
+def test_a_file_of_deepspeed_settings_adds_and_never_contradicts(tmp_path: Path) -> None:
+    file = tmp_path / "extra.json"
+    parallel = {"strategy": "deepspeed", "zero_stage": 2, "deepspeed_config": str(file)}
+    config = build({"parallel": parallel})
+    import torch
+
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}}))
+    built = build_config(config, torch.bfloat16, 8)
+    assert built["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert built["gradient_clipping"] == 1.0
+    assert built["data_types"]["grad_accum_dtype"] == "fp32"
+    for extra, named in (
+        ({"gradient_clipping": 0.5}, "gradient_clipping"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
+        ({"optimizer": {"type": "Adam"}}, "optim"),
+        ({"bf16": {"enabled": True}}, "train.precision"),
+    ):
+        file.write_text(json.dumps(extra))
+        with pytest.raises(UsageError, match=named):
+            build_config(config, torch.bfloat16, 8)
+    file.write_text("{")
+    with pytest.raises(UsageError, match="not JSON"):
+        build_config(config, torch.bfloat16, 8)

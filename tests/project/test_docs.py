@@ -1,0 +1,95 @@
+"""The documentation: it builds strictly, its tables are computed, its notebook runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_dist.config.command_line import load, presets
+from gpt_dist.model.gpt import GPT
+from gpt_dist.training.dry_run import activation_bytes
+from gpt_dist.training.monitor import human
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size > 5e8 else f"{size / 1e6:.0f} MB"
+
+
+def hardware_rows() -> list[str]:
+    """The table of docs/troubleshooting.md, from the presets themselves."""
+    rows = []
+    for name in presets():
+        config, _ = load(["--config", name])
+        sizes = {"char": 65, "demo": 65, "gpt1": 20_000}
+        vocabulary = next((size for part, size in sizes.items() if part in name), 50_257)
+        with torch.device("meta"):
+            model = GPT(config.model.model_copy(update={"vocab_size": vocabulary}))
+        parameters = model.num_parameters()
+        micro_batch, _ = config.micro_batch(1)
+        figures = [
+            human(parameters),
+            gigabytes(16 * parameters),
+            gigabytes(activation_bytes(config, micro_batch)),
+            gigabytes(12 * parameters),
+            f"{model.flops_per_token():.1e}",
+        ]
+        rows.append(f"| {name} | {' | '.join(figures)} |")
+    return rows
+
+
+def test_hardware_table_is_computed() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert "\n".join(hardware_rows()) in page, "\n".join(hardware_rows())
+
+
+@pytest.mark.slow
+def test_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "recipes" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_modules_exist(page: Path) -> None:
+    """Relative links lead to files, and each ``python -m`` names a module that is there."""
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for module in re.findall(r"-m ((?:gpt_dist|serve)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """notebooks/quickstart.ipynb from an empty directory, with fewer steps."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if "STEPS = " in cell.source)
+    first.source = re.sub(r"STEPS = \d+", "STEPS = 4", first.source)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    assert (tmp_path / "runs" / "transformer" / "loss.png").is_file()
+    output = "".join(
+        part.get("text", "") for cell in notebook.cells for part in cell.get("outputs", [])
+    )
+    assert "val_loss" in output
+    assert "ROMEO:" in output
