@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpt_dist.checkpoints.checkpoint import load_model
-from tests.test_export import exported, make_model, make_tokenizer
+from tests.formats.test_export import exported, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from gpt_dist.config.command_line import build
 from gpt_dist.errors import UsageError
 from gpt_dist.parallel.zero import build_config
 from tests.conftest import column, read_rows, run_train, train_many
-from tests.test_training import worst_relative
+from tests.training.test_training import worst_relative
 
 Config = Callable[..., Path]
 

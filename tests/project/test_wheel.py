@@ -52,7 +52,7 @@ def test_contents(wheel: Path) -> None:
         check=True,
     )
     wanted = {name for name in tracked.stdout.split() if (ROOT / name).is_file()}
-    wanted |= {f"gpt_dist/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    wanted |= {f"gpt_dist/config/presets/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert wanted <= names
     assert not any(name.startswith(("tests", "proto", "launch", "configs")) for name in names)
 

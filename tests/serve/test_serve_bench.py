@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SlowDecoder, StartServer
 
 from gpt_dist.errors import UsageError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.bench import Record, lengths, main, percentile, report
+from tests.serve.conftest import SlowDecoder, StartServer
 
 
 def test_percentiles_are_numpys() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from conftest import LiveServer, SlowDecoder, StartServer, errors
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
@@ -21,6 +20,7 @@ from gpt_dist.v1 import generation_service_pb2 as api
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import build_request
 from serve.client.requests import as_stream
+from tests.serve.conftest import LiveServer, SlowDecoder, StartServer, errors
 
 COUNT = 10_000 if os.environ.get("SOAK") else 1000
 GONE = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -10,13 +10,13 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import CONTEXT, LiveServer, StartServer, errors
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.client import Client, build_request
 from serve.inference import grpc_service_pb2 as kserve_pb
+from tests.serve.conftest import CONTEXT, LiveServer, StartServer, errors
 
 COUNT = 100_000 if os.environ.get("SOAK") else 10_000
 SERVICE = api.DESCRIPTOR.services_by_name["GenerationService"]

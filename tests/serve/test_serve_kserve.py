@@ -10,11 +10,11 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import SlowDecoder, StartServer
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.inference import grpc_service_pb2 as pb
+from tests.serve.conftest import SlowDecoder, StartServer
 
 
 def test_tritonclient(start: StartServer, model: GPT) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from conftest import LiveServer, SlowDecoder, StartServer, loaded, tiny_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -32,6 +31,7 @@ from serve.__main__ import main
 from serve.client import AsyncClient, Client, build_request
 from serve.options import Options
 from serve.server import Server
+from tests.serve.conftest import LiveServer, SlowDecoder, StartServer, loaded, tiny_model
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

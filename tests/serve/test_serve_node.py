@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SlowDecoder, StartServer
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
+from tests.serve.conftest import SlowDecoder, StartServer
 
 NODE = Path(__file__).parents[2] / "examples/node"
 pytestmark = pytest.mark.node

@@ -20,7 +20,6 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from conftest import CONTEXT, TOKENIZER, Process, tiny_model, write_run
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch.nn import functional as F
 
@@ -32,6 +31,7 @@ from serve.__main__ import main
 from serve.client import Client
 from serve.engine.loading import load
 from serve.options import Options, parse
+from tests.serve.conftest import CONTEXT, TOKENIZER, Process, tiny_model, write_run
 
 StartProcess = Callable[..., Process]
 GREEDY = SamplingParams(temperature=0)

@@ -7,13 +7,13 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, StartServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.client import AsyncClient
-from tests.test_model import copy_to_transformers
+from tests.model.test_model import copy_to_transformers
+from tests.serve.conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, StartServer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, VOCABULARY, tiny_model  # type: ignore[import-not-found]
 
 from gpt_dist.inference.decoder import Decoder, generate
 from gpt_dist.inference.sampling import SamplingParams
@@ -27,6 +26,7 @@ from serve.engine.jobs import (
     Token,
 )
 from serve.engine.scheduler import Scheduler
+from tests.serve.conftest import CONTEXT, VOCABULARY, tiny_model
 
 GREEDY = SamplingParams(temperature=0)
 MakeDecoder = Callable[..., Decoder]

@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import LiveServer, StartServer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,6 +20,7 @@ from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
 from serve.security import Certificates, TokenFile, check_exposure, is_loopback
+from tests.serve.conftest import LiveServer, StartServer
 
 
 class Authority:

@@ -13,7 +13,6 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, SlowDecoder, StartServer
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -25,6 +24,14 @@ from serve.api.generation import Call
 from serve.api.parsing import parse_generation
 from serve.client import AsyncClient, Client, build_request
 from serve.engine.jobs import Finish
+from tests.serve.conftest import (
+    CONTEXT,
+    TOKENIZER,
+    VOCABULARY,
+    LiveServer,
+    SlowDecoder,
+    StartServer,
+)
 
 DETAILS = (
     error_details_pb2.ErrorInfo,

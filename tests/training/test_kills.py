@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import run_train, train_command
-from tests.test_training import assert_same_run, read_rows_loosely
+from tests.training.test_training import assert_same_run, read_rows_loosely
 
 Config = Callable[..., Path]
 KILLS = 10
