@@ -1,0 +1,126 @@
+"""What every tokenizer has in common."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpt_dist.errors import UsageError
+from gpt_dist.files import write_atomically
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FILE_NAME = "tokenizer.json"
+FORMAT_VERSION = 1
+MAX_VOCAB_SIZE = 65536
+"""Token shards hold uint16."""
+
+
+class Tokenizer(ABC):
+    """What the rest of the package knows of a tokenizer.
+
+    Text is always taken as plain text: the string ``<|endoftext|>`` inside it does not become the
+    end-of-text token.
+    """
+
+    name: str
+    """``gpt2``, ``char`` or ``bpe``."""
+    vocab_size: int
+    eot_id: int | None
+    """Id of the end-of-text token, which stands before each document; None where there is none."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            UsageError: the text has a character that the vocabulary cannot express (char only).
+        """
+
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of each text, tokenised on up to ``threads`` threads."""
+        return [self.encode(text) for text in texts]
+
+    def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
+        """Token ids of texts one after the other, as token shards hold them.
+
+        Args:
+            texts: documents, or pieces of documents cut where ids do not depend on it.
+            starts: whether each text begins a document: the end-of-text token stands before it.
+                The others continue the text before them.
+        """
+        pieces: list[NDArray[np.uint16]] = []
+        for ids, start in zip(self.encode_batch(texts), starts, strict=True):
+            if start and self.eot_id is not None:
+                pieces.append(np.array([self.eot_id], dtype=np.uint16))
+            pieces.append(np.asarray(ids, dtype=np.uint16))
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            UsageError: an id beyond the vocabulary.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for (a special token's name for special tokens).
+
+        Raises:
+            UsageError: an id beyond the vocabulary.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise UsageError(
+                f"token id {token}: the {self.name} tokenizer has ids 0 to {self.vocab_size - 1}"
+            )
+        return self._table[token]
+
+    @cached_property
+    def byte_lengths(self) -> NDArray[np.int32]:
+        """Bytes of text that each id stands for, shape (vocab_size,); 0 for special tokens."""
+        lengths = np.array([len(piece) for piece in self._table], dtype=np.int32)
+        lengths[list(self._special_ids)] = 0
+        return lengths
+
+    @property
+    @abstractmethod
+    def _table(self) -> Sequence[bytes]:
+        """The bytes of every id."""
+
+    @property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset() if self.eot_id is None else frozenset({self.eot_id})
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """What ``tokenizer.json`` holds."""
+
+    def to_json(self) -> str:
+        """``tokenizer.json`` as text, the same for equal tokenizers."""
+        return json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``tokenizer.json`` into a directory, atomically."""
+        write_atomically(Path(directory) / FILE_NAME, self.to_json().encode())
+
+
+def check_vocab_size(size: int, what: str, least: int = 1) -> None:
+    """Refuse a vocabulary that uint16 shards cannot hold.
+
+    Raises:
+        UsageError: outside of least … 65,536.
+    """
+    if not least <= size <= MAX_VOCAB_SIZE:
+        raise UsageError(
+            f"{what}: a vocabulary of {size:,} tokens; valid are {least:,} to {MAX_VOCAB_SIZE:,} "
+            "(token shards hold 16-bit ids)"
+        )
