@@ -1,0 +1,94 @@
+"""The picture of a run: what is drawn, where, and what it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from gpt_dist.training.curves import differing_settings, plot_runs, read_curve, smoothed, spread
+
+
+def write_run(directory: Path, *, validation: dict[int, float], config: str = "") -> Path:
+    directory.mkdir()
+    rows: list[dict[str, float]] = [
+        {"step": step, "train_loss": 1 + 3 * math.exp(-step / 40)} for step in range(1, 401)
+    ]
+    rows += [{"step": step, "val_loss": loss} for step, loss in validation.items()]
+    text = "\n".join(map(json.dumps, rows))
+    (directory / "metrics.jsonl").write_text(text)
+    (directory / "config.yaml").write_text(config or f"out_dir: {directory}")
+    return directory
+
+
+def texts(picture: Path) -> str:
+    """All comments of an SVG: matplotlib writes each label as one beside its outlines."""
+    builder = ElementTree.TreeBuilder(insert_comments=True)
+    parser = ElementTree.XMLParser(target=builder)
+    tree = ElementTree.parse(picture, parser)
+    return "\n".join(e.text or "" for e in tree.iter() if e.tag is ElementTree.Comment)
+
+
+def test_smoothing_does_not_lag() -> None:
+    """A slope stays where it is, ends included; a mean of the past would be late."""
+    slope = [5 - 0.01 * step for step in range(1000)]
+    assert smoothed(slope) == pytest.approx(slope, abs=1e-9)
+    step = [2.0] * 500 + [1.0] * 500
+    assert smoothed(step)[500 - 20 : 500 + 20][19:21] == pytest.approx([1.5, 1.5], abs=0.1)
+
+
+def test_smoothing_removes_noise() -> None:
+    noisy = [3 + 0.5 * (-1) ** step for step in range(2000)]
+    assert max(abs(value - 3) for value in smoothed(noisy)) < 0.1
+
+
+def test_a_short_run_is_drawn_as_it_is() -> None:
+    assert smoothed([4.0, 1.0, 3.0]) == [4.0, 1.0, 3.0]
+
+
+def test_validation_begins_at_the_first_trained_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", validation={0: 4.2, 200: 1.3, 400: 1.1})
+    curve = read_curve(run, "run")
+    assert curve.validation == [(200, 1.3), (400, 1.1)]
+    assert curve.best == (400, 1.1)
+    assert max(curve.shown) < 3.5  # the fall of the first steps leaves the picture
+
+
+def test_labels_name_the_runs_and_their_best(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", validation={200: 1.25, 300: 1.15, 400: 1.35})
+    two = write_run(tmp_path / "two", validation={})
+    out = tmp_path / "both.svg"
+    plot_runs([one, two], out)
+    found = texts(out)
+    assert "Loss of 2 runs" in found
+    assert "best 1.1500 at step 300" in found
+    assert "two" in found
+    plot_runs([one], out)
+    assert "one: training and validation loss" in texts(out)
+
+
+def test_the_title_says_what_differs(tmp_path: Path) -> None:
+    runs = [
+        write_run(
+            tmp_path / name,
+            validation={},
+            config=f"out_dir: {name}\noptim: {{lr: {lr}}}\ndata: {{path: {{a: 1.0}}}}",
+        )
+        for name, lr in (("slow", 1e-4), ("fast", 1e-3))
+    ]
+    assert differing_settings(runs) == ["optim.lr"]
+    out = tmp_path / "sweep.svg"
+    plot_runs(runs, out)
+    assert "Loss by optim.lr" in texts(out)
+
+
+def test_labels_keep_their_distance() -> None:
+    places = spread([0.9, 0.52, 0.5, 0.01, 0.0], 0.1)
+    gaps = [above - below for above, below in itertools.pairwise(places)]
+    assert min(gaps) == pytest.approx(0.1)
+    assert places[0] == 0.9
+    assert min(places) >= 0.0
