@@ -162,8 +162,8 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
     print(f"  1 and 2 workers: {'identical' if workers_same else 'DIFFERENT'}")
     generator = random.Random(0)
     code = (  # a journal entry after every chunk, so that kills come between all of them
-        "from gpt_dist import prepare; from gpt_dist.errors import run_main\n"
-        "prepare.COMMIT_SECONDS = 0; run_main(prepare.main)"
+        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main\n"
+        "from gpt_dist.prepare import main; run.COMMIT_SECONDS = 0; run_main(main)"
     )
     kills = resumed = 0
     done = False

@@ -23,6 +23,7 @@ import pytest
 import tiktoken
 
 from gpt_dist import prepare
+from gpt_dist.data.preparation import run as preparation
 from gpt_dist.data.preparation import tokenize_pool
 from gpt_dist.data.shards import open_dataset, write_shard
 from gpt_dist.errors import GptDistError, UsageError
@@ -358,8 +359,8 @@ def test_workers_do_not_matter(
 def start_prepare(*arguments: object) -> subprocess.Popen[str]:
     """A process that notes its progress as often as it can."""
     code = (
-        "import gpt_dist.prepare as p, sys; from gpt_dist.errors import run_main\n"
-        "p.COMMIT_SECONDS = 0; run_main(p.main)"
+        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main\n"
+        "from gpt_dist.prepare import main; run.COMMIT_SECONDS = 0; run_main(main)"
     )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -432,7 +433,7 @@ def crash_at(number: int, *arguments: object) -> int:
 
         for name in ("fsync", "replace", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
-        prepare.COMMIT_SECONDS = 0
+        preparation.COMMIT_SECONDS = 0
         os._exit(run(*arguments))
     except BaseException:
         os._exit(3)

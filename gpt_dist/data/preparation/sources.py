@@ -12,14 +12,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from gpt_dist.data.preparation.documents import COMPRESSED, ByteWindow, Piece, Position
+from gpt_dist.data.preparation.documents import COMPRESSED, Piece, Position
 from gpt_dist.data.preparation.downloads import RemoteFile, Report, hub_files
 from gpt_dist.data.preparation.readers import (
     TextMode,
@@ -32,8 +31,7 @@ from gpt_dist.data.shards import Split
 from gpt_dist.errors import GptDistError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 Reader = Callable[[Path, Position], Iterator[Piece]]
 
@@ -181,12 +179,12 @@ def is_remote(args: argparse.Namespace) -> bool:
 def _shakespeare(args: argparse.Namespace) -> Source:
     bundled = Path(str(resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"))
     path = _local(args.source)[0] if args.source else bundled
-    return Source([FileInput(path, _text_reader("files"))], one_document=True)
+    return Source([FileInput(path, text_reader("files"))], one_document=True)
 
 
 def _tinyshakespeare(args: argparse.Namespace) -> Source:
     file = _one_file(args.source) if args.source else TINYSHAKESPEARE
-    return Source([FileInput(file, _text_reader("files"))], one_document=True)
+    return Source([FileInput(file, text_reader("files"))], one_document=True)
 
 
 def _tinystories(args: argparse.Namespace) -> Source:
@@ -234,7 +232,7 @@ def _text(args: argparse.Namespace) -> Source:
     files = _named_files(args, TEXT_SUFFIXES)
     mode: TextMode = args.split
 
-    inputs = [FileInput(file, _text_reader(mode)) for file in files]
+    inputs = [FileInput(file, text_reader(mode)) for file in files]
     return Source(inputs, one_document=mode == "files" and len(files) == 1)
 
 
@@ -278,7 +276,7 @@ _OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
 }
 
 
-def _text_reader(mode: TextMode, start: int = 0, end: int | None = None) -> Reader:
+def text_reader(mode: TextMode, start: int = 0, end: int | None = None) -> Reader:
     return lambda path, at: read_text(path, mode, at, start, end)
 
 
@@ -288,41 +286,6 @@ def _jsonl_reader(field: str) -> Reader:
 
 def _parquet_reader(column: str) -> Reader:
     return lambda path, at: read_parquet(path, column, at)
-
-
-def split_by_characters(whole: FileInput, val_fraction: float) -> list[FileInput]:
-    """One file as two inputs: the first characters for training, the last for validation.
-
-    As nanoGPT: the first ``int(n * (1 - val_fraction))`` of n characters.
-
-    Raises:
-        GptDistError: the file cannot be had or read.
-    """
-    path = whole.path()
-    characters = sum(len(begins) for _, begins in _character_begins(path))
-    wanted = int(characters * (1 - val_fraction))
-    cut = None
-    for position, begins in _character_begins(path):
-        if wanted < len(begins):
-            cut = position + int(begins[wanted])
-            break
-        wanted -= len(begins)
-
-    def part(split: Split, start: int, end: int | None) -> FileInput:
-        return replace(whole, reader=_text_reader("files", start, end), split=split)
-
-    return [part("train", 0, cut), *([part("val", cut, None)] if cut is not None else [])]
-
-
-def _character_begins(path: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Blocks of a file: their place, and where in them characters begin."""
-    import numpy as np
-
-    with closing(ByteWindow(path)) as window:
-        while window.grow():
-            data = np.frombuffer(window.bytes(len(window)), dtype=np.uint8)
-            yield window.position, np.flatnonzero((data & 0xC0) != 0x80)
-            window.take(len(window))
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -355,7 +318,7 @@ def _any_file(file: Path | RemoteFile, split: Split | None) -> FileInput:
         return FileInput(file, _parquet_reader("text"), split)
     if suffix in JSON_SUFFIXES:
         return FileInput(file, _jsonl_reader("text"), split)
-    return FileInput(file, _text_reader("eot"), split)
+    return FileInput(file, text_reader("eot"), split)
 
 
 def _named_files(args: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Path | RemoteFile]:

@@ -1,0 +1,176 @@
+"""The work of ``gpt_dist.prepare``: read, tokenise, write, and resume after a kill."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt_dist.data.catalog import default_directory
+from gpt_dist.data.preparation.existing import (
+    essential_arguments,
+    found_complete,
+    found_unfinished,
+    own_directory,
+)
+from gpt_dist.data.preparation.progress import WorkProgress
+from gpt_dist.data.preparation.shard_writing import DatasetWriter, remove_data_set
+from gpt_dist.data.preparation.sources import FileInput, Source, is_remote, open_source
+from gpt_dist.data.preparation.splits import split_by_characters, split_chooser
+from gpt_dist.data.preparation.tokenize_pool import Cursor, Input, read_chunks, tokenize
+from gpt_dist.errors import GptDistError, UsageError, describe
+from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+
+COMMIT_SECONDS = 5.0
+"""Between two entries in the journal: about what a kill can cost."""
+BPE_TRAINING_CHARACTERS = 1 << 28
+"""A BPE is trained on this much text from the beginning of the source."""
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make a data set, resume an unfinished one, or find that it is there already.
+
+    Args:
+        args: the parsed command line (options.py).
+
+    Raises:
+        UsageError: the directory holds something else; a source is not there.
+        GptDistError: the text or a download is not what it should be.
+        OSError: a file cannot be written.
+    """
+    given = None if args.tokenizer in ("char", "bpe") else load_tokenizer(args.tokenizer)
+    kind = given.name if given else args.tokenizer
+    out = Path(args.out or default_directory(args.command, args.variant, kind))
+    with WorkProgress("preparing") as progress:
+        # Local files are looked at first: they are part of what was asked for.
+        source = None if is_remote(args) else open_source(args, progress.say)
+        arguments = essential_arguments(args, given, source)
+        if not args.overwrite and found_complete(out, arguments):
+            return
+        with own_directory(out):
+            if args.overwrite:
+                remove_data_set(out)
+            journal = found_unfinished(out, arguments)
+            if journal is None and any(not path.name.startswith(".") for path in out.iterdir()):
+                raise UsageError(f"{out}: not empty and no data set; choose another --out")
+            source = source or open_source(args, progress.say)
+            _write(args, given, source, arguments, out, journal, progress)
+
+
+def _write(
+    args: argparse.Namespace,
+    given: Tokenizer | None,
+    source: Source,
+    arguments: dict[str, Any],
+    out: Path,
+    journal: dict[str, Any] | None,
+    progress: WorkProgress,
+) -> None:
+    inputs: Sequence[Input] = source.inputs
+    whole = source.inputs[0]
+    if source.one_document and args.val_fraction and isinstance(whole, FileInput):
+        inputs = split_by_characters(whole, args.val_fraction)
+    begin = time.monotonic()
+    writer = None
+    try:
+        if journal is not None:
+            tokenizer = load_tokenizer(out)
+        else:
+            tokenizer = given or _make_tokenizer(args, source, inputs, progress)
+        writer = DatasetWriter(out, arguments, tokenizer, args.shard_tokens, journal)
+        if journal is not None:
+            print(f"{out}: going on after {writer.cursor.documents:,} documents", file=sys.stderr)
+        _tokenize_into(writer, inputs, args, progress)
+        info = writer.finish()
+    except BaseException as error:
+        kept = _give_up(writer, journal)
+        if kept and isinstance(error, (GptDistError, OSError)):
+            wrapped = GptDistError(f"{describe(error)}\n{kept}")
+            wrapped.exit_status = getattr(error, "exit_status", 1)
+            raise wrapped from None
+        if kept and isinstance(error, KeyboardInterrupt):
+            print(kept, file=sys.stderr)
+        raise
+    _summary(out, info, time.monotonic() - begin)
+
+
+def _tokenize_into(
+    writer: DatasetWriter, inputs: Sequence[Input], args: argparse.Namespace, progress: WorkProgress
+) -> None:
+    """The work itself: read, tokenise, write, and note in the journal how far it is."""
+    last_commit = time.monotonic()
+    splits = writer.splits.values()
+    chunks = read_chunks(inputs, writer.cursor, split_chooser(args.val_fraction, args.seed))
+    for chunk, parts in tokenize(chunks, writer.tokenizer, args.workers):
+        writer.write(parts)
+        if chunk.after is not None and time.monotonic() - last_commit >= COMMIT_SECONDS:
+            writer.commit(chunk.after)
+            last_commit = time.monotonic()
+        documents = sum(split.documents for split in splits)
+        progress.update(chunk.done, documents, sum(split.tokens for split in splits))
+    if not sum(split.tokens for split in splits):
+        names = ", ".join(dict.fromkeys(source.name for source in inputs))
+        raise GptDistError(f"{names[:200]}: no text in it")
+
+
+def _make_tokenizer(
+    args: argparse.Namespace, source: Source, inputs: Sequence[Input], progress: WorkProgress
+) -> Tokenizer:
+    """A first pass over the text, for tokenizers that are made from it."""
+    documents = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal documents
+        for chunk in read_chunks(inputs, Cursor(), lambda index: "train"):
+            for run in chunk.runs:
+                yield from run.texts
+                documents += sum(run.starts)
+            progress.update(chunk.done, documents)
+
+    progress.say(f"building the {args.tokenizer} vocabulary")
+    if args.tokenizer == "char":
+        characters: set[str] = set()
+        for text in texts():
+            characters |= set(text)
+        if not characters:
+            raise GptDistError(f"{source.inputs[0].name}: no text in it")
+        return CharTokenizer(characters, eot=documents > 1 and not source.one_document)
+    return BpeTokenizer.train(_first(texts(), BPE_TRAINING_CHARACTERS), args.vocab_size)
+
+
+def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        yield text
+        characters -= len(text)
+
+
+def _give_up(writer: DatasetWriter | None, journal: dict[str, Any] | None) -> str:
+    """Leave an unfinished data set for a later attempt, or nothing if it had hardly begun."""
+    if writer is None:
+        return ""
+    writer.close()
+    if journal is None and writer.cursor == Cursor():
+        remove_data_set(writer.directory)
+        return ""
+    return (
+        f"{writer.directory}: {writer.cursor.documents:,} documents are done and kept; "
+        "the same command goes on from there, --overwrite begins anew"
+    )
+
+
+def _summary(out: Path, info: dict[str, Any], seconds: float) -> None:
+    vocabulary = info["tokenizer"]
+    print(f"{out}: {vocabulary['type']} tokenizer, vocabulary of {vocabulary['vocab_size']:,}")
+    for split, entry in info["splits"].items():
+        print(
+            f"  {split:5}  {entry['tokens']:>15,} tokens  {entry['bytes']:>15,} bytes  "
+            f"{entry['documents']:,} document(s)  {len(entry['shards'])} shard(s)"
+        )
+    if "val" not in info["splits"]:
+        print("  no validation split: too few documents for it")
+    print(f"  in {seconds:.1f} s; to look at it: python -m gpt_dist.prepare inspect {out}")
