@@ -69,7 +69,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: Mixture = Field(default={"data/fineweb-edu-10BT": 1.0}, validate_default=True)
+    path: Mixture = Field(default={"data/fineweb-edu-sample-10BT": 1.0}, validate_default=True)
     """Prepared data set: DIR, or several with weights as DIR:0.7,DIR2:0.3."""
     tokenizer: str = "gpt2"
     """Tokenizer of shards that have no dataset.json: gpt2, or a tokenizer.json."""
