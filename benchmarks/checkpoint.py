@@ -1,13 +1,12 @@
-"""What checkpoints cost: the time that saving takes from training, as a share of the steps.
+"""The cost of checkpoints: the time that saving adds to training, as a share of the steps.
 
     python benchmarks/checkpoint.py --json benchmarks/results/checkpoint.json
 
-Trains GPT-2 124M by DDP on two ranks, 8,192 tokens a step, and takes the times at which rows
-appear in metrics.jsonl. A checkpoint's cost is what its save adds to the wall clock: the copy to
-host memory, for which training waits, and the slower steps while a thread hashes and writes
-1.5 GB. Steps with and without a save in progress come from the same run, side by side, so that
-whatever else the machine does meets both. The cost every 10 and every 100 steps is that cost over
-10 and 100 steps.
+Trains GPT-2 124M with DDP on two ranks, 8,192 tokens per step, and notes when each row of
+metrics.jsonl appears. The cost of a checkpoint is the wall-clock time it adds: training waits for
+the copy to host memory, and steps are slower while a thread hashes and writes 1.5 GB. Steps with
+and without a save in progress come from the same run, so other load on the machine affects both.
+One checkpoint every 10 or 100 steps costs that time divided by the time of 10 or 100 steps.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flags import as_flags
+from flags import as_flags, benchmark_parser, prepare_shakespeare
 from record import record
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
 
 
 def settings(arguments: argparse.Namespace, data: Path) -> list[str]:
-    """Flags of the run: a save after ``--quiet-steps``, so many steps to recover, and again."""
+    """Flags of the run: quiet steps, a save, busy steps while it is written, and again."""
     period = arguments.quiet_steps + arguments.busy_steps
     values = {
         "config": "gpt2-124m",
@@ -60,12 +59,11 @@ def row_times(process: subprocess.Popen[bytes], metrics: Path) -> list[float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run; the durations of its steps with and without a save behind them."""
+    """Train once; compare steps during a save with steps without."""
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.directory) as name:
         directory = Path(name)
         data, out = directory / "data", directory / "run"
-        prepare = ["gpt_dist.prepare", "shakespeare", "--tokenizer", "char", "--out", str(data)]
-        subprocess.run([sys.executable, "-m", *prepare], check=True, stdout=subprocess.DEVNULL)
+        prepare_shakespeare(data, "char")
         torchrun = Path(sys.executable).with_name("torchrun")
         command = [str(torchrun), "--standalone", f"--nproc-per-node={arguments.ranks}"]
         command += ["-m", "gpt_dist.train", "--out_dir", str(out), *settings(arguments, data)]
@@ -104,21 +102,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="ranks on this machine (2)")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step (8192)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
-    parser.add_argument("--micro-batch", type=int, default=4, help="sequences (4)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per step (8192)")
+    parser.add_argument("--context", type=int, default=256, help="context length (256)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences per micro-batch (4)")
     parser.add_argument("--saves", type=int, default=3, help="checkpoints to measure (3)")
     parser.add_argument(
-        "--quiet-steps", type=int, default=1, help="more steps before each save (1)"
+        "--quiet-steps", type=int, default=1, help="undisturbed steps before each save (1)"
     )
     parser.add_argument("--busy-steps", type=int, default=5, help="steps a save may slow down (5)")
-    parser.add_argument("--directory", metavar="DIR", help="where checkpoints go (temporary)")
+    parser.add_argument("--directory", metavar="DIR", help="directory of the run (temporary)")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     for name in ("saves", "quiet_steps", "busy_steps"):

@@ -1,10 +1,10 @@
-"""Preparing data: are the ids right, is it deterministic, how fast, how much memory; the loader.
+"""Data preparation (correct ids, determinism, speed, memory) and the speed of the loader.
 
     python benchmarks/data.py --text wikipedia.txt.gz --json benchmarks/results/data.json
 
-Without --text it makes up its own. The text is repeated to the size that a part needs. Figures are
-medians of rounds in which both sides alternate. --memory-bytes 5G takes about ten minutes and
-needs 8 GB of disk.
+Without --text it generates its own text. Each part repeats the text to the size it needs. Speeds
+are medians of rounds in which both sides alternate. --memory-bytes 5G takes about ten minutes and
+8 GB of disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_texts import EOT, SEPARATOR, first, read_documents, reference, write_large, written_as
-from flags import as_flags
+from flags import as_flags, benchmark_parser
 from record import record
 
 from gpt_dist import prepare
@@ -66,8 +66,8 @@ def main() -> int:
             shutil.rmtree(place)
             print(flush=True)
     good = all(entry["good"] for entry in results.values())
-    print("all as it should be" if good else "NOT as it should be")
-    if args.json and Path(args.json).exists():  # parts that were measured before are kept
+    print("all checks passed" if good else "a check FAILED")
+    if args.json and Path(args.json).exists():  # keep the parts measured earlier
         before = json.loads(Path(args.json).read_text())
         results = {name: before[name] for name in parts if name in before} | results
     record(args.json, results, ("tiktoken", "tokenizers", "numpy", "pyarrow"))
@@ -75,12 +75,8 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--text", help="documents with <|endoftext|> between them (may be .gz)")
+    parser = benchmark_parser(__file__, __doc__)
+    parser.add_argument("--text", help="documents separated by <|endoftext|>, may be .gz")
     parser.add_argument("--parts", default="equality,determinism,throughput,loader,memory")
     parser.add_argument("--equality-bytes", type=size, default=20_000_000, metavar="N")
     parser.add_argument("--speed-bytes", type=size, default=50_000_000, metavar="N")
@@ -88,8 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--scratch", metavar="DIR", help="where to put temporary files")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--scratch", metavar="DIR", help="directory for temporary files")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
     return parser.parse_args()
 
 
@@ -116,7 +112,7 @@ def run(*arguments: object) -> None:
 
 
 def equality(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
-    """Ids against tiktoken's, document by document, for every kind of source."""
+    """Compare all ids with tiktoken's, document by document, for every kind of source."""
     print("ids equal to tiktoken's, document by document")
     kinds, good = {}, True
     for kind, (arguments, texts) in written_as(
@@ -141,7 +137,7 @@ def equality(args: argparse.Namespace, documents: list[str], place: Path) -> dic
 
 
 def digest(directory: Path) -> str:
-    """Of all files of a data set."""
+    """SHA-256 of all files of a data set."""
     total = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -149,7 +145,7 @@ def digest(directory: Path) -> str:
 
 
 def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
-    """Byte-identical data sets: 1 and 2 workers, and killed again and again."""
+    """Data sets must be byte-identical: with 1 and 2 workers, and after repeated kills."""
     print("byte-identical data sets")
     (place / "x.txt").write_text(SEPARATOR.join(first(documents, args.speed_bytes)))
     arguments = ["text", place / "x.txt", "--split", "eot", "--shard-tokens", "1M"]
@@ -161,8 +157,9 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
     workers_same = digest(place / "two") == expected
     print(f"  1 and 2 workers: {'identical' if workers_same else 'DIFFERENT'}")
     generator = random.Random(0)
-    code = (  # a journal entry after every chunk, so that kills come between all of them
-        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main\n"
+    code = (  # a journal entry after each chunk, so that a kill can fall between any two
+        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main
+"
         "from gpt_dist.prepare import main; run.COMMIT_SECONDS = 0; run_main(main)"
     )
     kills = resumed = 0
@@ -185,7 +182,7 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
         done = process.returncode == 0
     killed_same = digest(place / "killed") == expected
     print(
-        f"  {kills} SIGKILLs, {resumed} times gone on in the middle: "
+        f"  {kills} SIGKILLs, {resumed} times resumed: "
         f"{'identical' if killed_same else 'DIFFERENT'}"
     )
     return {
@@ -198,7 +195,7 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
 
 
 def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Run the sides in turn; one unmeasured round first."""
+    """Run all sides in turn, after one unmeasured round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
@@ -209,7 +206,7 @@ def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, l
 
 
 def throughput(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
-    """The whole of prepare (read, tokenise, write, checksum, flush) against tokenising alone."""
+    """prepare (read, tokenise, write, checksum, flush) against tiktoken alone."""
     chosen = first(documents, args.speed_bytes)
     (place / "x.txt").write_text(SEPARATOR.join(chosen))
     total = (place / "x.txt").stat().st_size
@@ -251,7 +248,7 @@ def throughput(args: argparse.Namespace, documents: list[str], place: Path) -> d
 
 
 def loader(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
-    """Tokens per second of the training loader, shuffled over the data set, in one process."""
+    """Tokens per second of the training loader with a full shuffle, in one process."""
     print("loader, one process")
     (place / "x.txt").write_text(SEPARATOR.join(first(documents, args.speed_bytes)))
     run("text", place / "x.txt", "--split", "eot", "--shard-tokens", "3M", "--out", place / "data")
@@ -285,7 +282,7 @@ def loader(args: argparse.Namespace, documents: list[str], place: Path) -> dict[
 
 
 def memory(args: argparse.Namespace, documents: list[str], place: Path) -> dict[str, Any]:
-    """Peak resident memory of the process that prepares a large input."""
+    """Peak resident memory of ``prepare`` on a large input."""
     print(f"peak memory on {args.memory_bytes / 1e9:.1f} GB")
     figures, good = {}, True
     code = (

@@ -1,4 +1,4 @@
-"""Texts for ``benchmarks/data.py``: documents, and the ways in which files hold them."""
+"""Texts for ``benchmarks/data.py``: documents, written as every kind of source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EOT = 50256
 
 
 def read_documents(path: str | None) -> list[str]:
-    """The documents of a file, or 20 MB of made-up ones."""
+    """The documents of a file, or 20 MB of generated ones."""
     if path is None:
         return list(made_up(20_000_000))
     data = Path(path).read_bytes()
@@ -30,7 +30,7 @@ def read_documents(path: str | None) -> list[str]:
 
 
 def made_up(characters: int) -> Iterator[str]:
-    """Articles of a made-up language: words by Zipf's law, sentences, paragraphs, numbers."""
+    """Articles in an invented language: Zipf-distributed words, sentences, paragraphs, numbers."""
     generator = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstvw" for b in ("a", "e", "i", "o", "u", "ar", "in")]
     words = [
@@ -51,7 +51,7 @@ def made_up(characters: int) -> Iterator[str]:
 
 
 def first(documents: list[str], wanted: int) -> list[str]:
-    """Documents of about ``wanted`` bytes in all, repeated if need be."""
+    """Documents of about ``wanted`` bytes in total, repeated if there are too few."""
     found: list[str] = []
     while True:
         for document in documents:
@@ -63,7 +63,7 @@ def first(documents: list[str], wanted: int) -> list[str]:
 
 @cache
 def reference() -> tiktoken.Encoding:
-    """tiktoken's own r50k_base, only with the merge table at hand instead of fetched."""
+    """tiktoken's r50k_base, with the bundled merge table instead of a download."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
     return tiktoken.Encoding(
@@ -80,7 +80,11 @@ def write_parquet(path: Path, documents: list[str], column: str = "text") -> Non
 
 
 def written_as(documents: list[str], place: Path) -> dict[str, tuple[list[object], list[str]]]:
-    """The same documents as every kind of source: the arguments, and the documents expected."""
+    """Write the documents as every kind of source.
+
+    Returns:
+        By kind: the arguments of ``prepare``, and the documents it must find.
+    """
     lines = [" ".join(document.split()) for document in documents]
     half = len(documents) // 2
     (place / "eot.txt").write_text(SEPARATOR.join(documents))
@@ -122,7 +126,7 @@ def written_as(documents: list[str], place: Path) -> dict[str, tuple[list[object
 
 
 def write_large(path: Path, documents: list[str], wanted: int, separator: str | None) -> None:
-    """A file of ``wanted`` bytes of text: the documents again and again."""
+    """Write ``wanted`` bytes of text by repeating the documents."""
     if path.suffix == ".parquet":
         schema = pa.schema({"text": pa.string()})
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:

@@ -1,11 +1,11 @@
-"""Correctness and decoding speed on one GPU, printed and recorded.
+"""Correctness and decoding speed on one GPU.
 
-    python benchmarks/gpu.py losses     # 50 training steps in bf16 beside fp32, compiled and eager
-    python benchmarks/gpu.py resume     # a run that is stopped and continued beside one that is not
-    python benchmarks/gpu.py greedy     # every greedy token against an uncached forward pass
-    python benchmarks/gpu.py decoding   # tokens/s at batch 1 and 64, share of the memory bandwidth
+    python benchmarks/gpu.py losses     # 50 training steps: fp32, bf16, bf16 compiled
+    python benchmarks/gpu.py resume     # a stopped and resumed run against one that ran through
+    python benchmarks/gpu.py greedy     # greedy tokens against an uncached forward pass
+    python benchmarks/gpu.py decoding   # tokens/s at batch 1 and 64, share of the bandwidth limit
 
-``--device cpu --shape tiny`` tries the same on any machine. ``gpu_suite.sh`` runs all of them.
+``--device cpu --shape tiny`` runs the same on any machine. ``gpu_suite.sh`` runs all parts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flags import as_flags
+from flags import as_flags, benchmark_parser, prepare_shakespeare
 from record import record
 from training import SHAPES
 
@@ -37,10 +37,9 @@ def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[d
     """Train on the bundled Shakespeare; the rows of its metrics."""
     data = directory / "data"
     if not data.exists():
-        prepare = ["gpt_dist.prepare", "shakespeare", "--tokenizer", "gpt2", "--out", str(data)]
-        subprocess.run([sys.executable, "-m", *prepare], check=True, stdout=subprocess.DEVNULL)
+        prepare_shakespeare(data, "gpt2")
     shape = SHAPES[arguments.shape]
-    sequences = 32 if arguments.device == "cuda" else 4  # a CPU only tries the suite out
+    sequences = 32 if arguments.device == "cuda" else 4  # the CPU run only tests this script
     settings = {
         "device": arguments.device,
         "data.path": data,
@@ -64,7 +63,7 @@ def train(directory: Path, arguments: argparse.Namespace, *flags: str) -> list[d
 
 
 def losses(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same 50 steps in three arithmetics."""
+    """The same 50 steps in fp32, in bf16 and in compiled bf16."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         for label, precision, compiled in (
@@ -87,7 +86,7 @@ def losses(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resume(arguments: argparse.Namespace) -> dict[str, Any]:
-    """30 steps, and 15 continued to 30."""
+    """30 steps in one run, and 15 steps resumed to 30."""
     with tempfile.TemporaryDirectory() as name:
         whole = train(Path(name), arguments, "--out_dir", f"{name}/whole", "--train.steps", "30")
         for steps in ("15", "30"):
@@ -111,7 +110,7 @@ def random_model(arguments: argparse.Namespace) -> GPT:
 
 
 def greedy(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Eight prompts together in fp32; the gap of each choice to the best logit."""
+    """Eight prompts in one batch in fp32; how far each chosen logit is below the best one."""
     torch.set_float32_matmul_precision("highest")
     model = random_model(arguments)
     decoder = Decoder(model, max_slots=8, device=arguments.device, dtype="fp32")
@@ -131,7 +130,7 @@ def greedy(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes that the device moves in a second, copying a large block."""
+    """Memory bandwidth in bytes/s: reads and writes of a large copy."""
     size = (4 << 30) if device == "cuda" else (256 << 20)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -150,7 +149,7 @@ def fastest(work: Callable[[], object], device: str) -> float:
 
 
 def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
-    """64 + 128 tokens at each batch; the bound is every weight and cached key read once a step."""
+    """64 + 128 tokens per sequence; at the limit a step reads each weight and cached key once."""
     model = random_model(arguments)
     dtype = "bf16" if arguments.device == "cuda" else "auto"
     limit = bandwidth(arguments.device)
@@ -181,21 +180,17 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parts = {part.__name__: part for part in (losses, resume, greedy, decoding)}
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--shape", choices=list(SHAPES), default="124m")
     parser.add_argument(
-        "--context", type=int, default=1024, help="tokens of a sequence, 192 or more (1024)"
+        "--context", type=int, default=1024, help="context length, 192 or more (1024)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise GptDistError("no GPU here; --device cpu --shape tiny tries the same without")
+        raise GptDistError("no GPU found; --device cpu --shape tiny runs the same without one")
     result = parts[arguments.part](arguments)
     print(json.dumps({k: v for k, v in result.items() if k != "losses"}, indent=1))
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"

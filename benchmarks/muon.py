@@ -1,13 +1,13 @@
-"""Steps that Muon needs to reach AdamW's validation loss, on a small GPT-2.
+"""Muon against AdamW on a small GPT-2: does Muon reach AdamW's loss in fewer steps?
 
     python -m gpt_dist.prepare text --source wikipedia.txt --tokenizer bpe --vocab-size 4096 \
         --out data/wikipedia
     python benchmarks/muon.py --data data/wikipedia --json benchmarks/results/muon-wikipedia.json
 
-AdamW trains for --steps, Muon for --share of them; each schedule ends at its own last step. Each
-optimizer's learning rate is swept on one seed, in factors of two until the best lies between two
-worse ones; then both train from --seeds seeds at their best. Muon holds where its mean loss is at
-most AdamW's. Losses do not depend on speed, so as many runs as there are cores go on at once.
+AdamW trains for --steps, Muon for --share of them; each schedule ends at its own last step.
+The learning rate of each optimizer is swept on one seed, in factors of two, until the best rate has
+a worse one on either side. Then both train with --seeds seeds at their best rates. Muon wins if its
+mean loss is not above AdamW's. Losses do not depend on speed, so one run per core runs at a time.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flags import as_flags
+import pictures
+from flags import as_flags, benchmark_parser
 from record import record
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from gpt_dist.parallel.world import available_cpus
 
 FIRST_RATES = {"adamw": [1e-3, 2e-3, 4e-3], "muon": [2e-3, 4e-3, 8e-3]}
-"""Where each sweep begins."""
+"""The first rates of each sweep."""
 
 SEEDS = (1, 2, 3)
-"""The sweep's is the first."""
+"""The sweep uses the first."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Run:
 
 
 class Lab:
-    """Trains runs, several at a time and each once."""
+    """Trains runs: several at a time, each once."""
 
     def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
         self.arguments, self.directory = arguments, directory
@@ -57,7 +58,7 @@ class Lab:
         self.parameters = ""
 
     def train(self, runs: list[Run]) -> None:
-        """Train what was not trained before."""
+        """Train those runs that are new."""
         new = [run for run in runs if run not in self.losses]
         with ThreadPoolExecutor(max_workers=self.arguments.jobs) as pool:
             for run, curve in zip(new, pool.map(self._train, new), strict=True):
@@ -107,7 +108,7 @@ class Lab:
         return [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
     def sweep(self, optimizer: str, steps: int) -> list[Run]:
-        """Runs of one seed, best first."""
+        """Sweep the learning rate on one seed; the runs, best first."""
         rates = list(FIRST_RATES[optimizer])
         while True:
             runs = [Run(optimizer, steps, rate, SEEDS[0]) for rate in rates]
@@ -122,7 +123,7 @@ class Lab:
 
 
 def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sweep, then the seeds."""
+    """Sweep both optimizers, then train all seeds at the best rates."""
     result: dict[str, Any] = {"optimizers": {}}
     means = {}
     seeds = SEEDS[: arguments.seeds]
@@ -150,49 +151,22 @@ def measure(lab: Lab, arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def draw(result: dict[str, Any], path: str) -> None:
-    """The sweep, and the validation loss of all seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for color, (name, found) in zip(("C0", "C1"), result["optimizers"].items(), strict=True):
-        rates = [float(rate) for rate in found["sweep"]]
-        label = f"{name}, {found['steps']} steps"
-        left.plot(rates, list(found["sweep"].values()), "o-", color=color, label=label)
-        for number, curve in enumerate(found["curves"]):
-            steps, losses = zip(*curve[1:], strict=True)
-            shown = label if number == 0 else None
-            right.plot(steps, losses, color=color, linewidth=1, label=shown)
-    left.set(xscale="log", xlabel="learning rate", ylabel="validation loss at the end")
-    best = result["optimizers"]["adamw"]["mean"]
-    right.axhline(best, color="gray", linewidth=0.8, linestyle=":")
-    right.set(xlabel="step", ylabel="validation loss")
-    left.legend()
-    right.legend()
-    figure.savefig(path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/muon.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", required=True, metavar="DIR", help="a prepared data set")
+    parser = benchmark_parser(__file__, __doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
     parser.add_argument("--steps", type=int, default=500, help="AdamW's steps (500)")
     parser.add_argument("--share", type=float, default=0.6, help="Muon's share of them (0.6)")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="seeds (3)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step (4096)")
-    parser.add_argument("--context", type=int, default=128, help="tokens of a sequence (128)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
+    parser.add_argument("--context", type=int, default=128, help="context length (128)")
     parser.add_argument("--n-layer", type=int, default=4, help="blocks (4)")
     parser.add_argument("--n-head", type=int, default=4, help="heads (4)")
     parser.add_argument("--n-embd", type=int, default=128, help="width (128)")
     parser.add_argument("--warmup", type=int, default=30, help="steps of warm-up (30)")
-    parser.add_argument("--eval-tokens", type=int, default=131072, help="validation (131072)")
+    parser.add_argument("--eval-tokens", type=int, default=131072, help="of a validation (131072)")
     parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once (cores)")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
-    parser.add_argument("--picture", metavar="FILE", help="draw sweep and curves")
+    parser.add_argument("--picture", metavar="FILE", help="draw the result here")
     arguments = parser.parse_args()
     if not 0 < arguments.share <= 1:
         raise UsageError("--share: expected a number above 0, up to 1")
@@ -208,7 +182,7 @@ def main() -> None:
     print(f"Muon {verdict} AdamW's loss in {result['share_of_steps']:.0%} of its steps")
     record(arguments.json, result)
     if arguments.picture:
-        draw(result, arguments.picture)
+        pictures.muon(result, Path(arguments.picture))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One trainer in a process of its own, for ``benchmarks/training.py``: this one or a peer.
+"""One trainer in its own process, for ``benchmarks/training.py``: gpt_dist or a peer.
 
-Started with JSON settings as its only argument, it answers each line on its standard input,
-``{"accumulate": 8, "steps": 2}``, with one line of JSON: seconds of each optimizer step, the losses
-and the peak memory since the line before. Each peer runs at its best setting: compiled, bf16
-autocast, fused AdamW, attention by PyTorch's fused kernels, tied embeddings, vocabulary padded.
+Its only argument is a JSON object of settings. It answers each line of its standard input, such as
+``{"accumulate": 8, "steps": 2}``, with one line of JSON: the seconds and the loss of each step, and
+the peak memory since the line before. Each peer runs at its best setting: compiled, bf16 autocast,
+fused AdamW, PyTorch's fused attention, tied embeddings, padded vocabulary.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PADDED = 50304
 VOCABULARY = 50257
 
 Step = Callable[[Tensor, int], float]
-"""Tokens (accumulate * B, T + 1) and how many micro-batches they are → mean loss in nats."""
+"""Tokens (accumulate * B, T + 1) and the number of micro-batches → mean loss in nats."""
 
 
 def make_own(settings: dict[str, Any], device: torch.device) -> Step:
-    """This project's engine, as the training loop drives it."""
+    """gpt_dist's engine, called as the training loop calls it."""
     from gpt_dist.config.settings import Config
     from gpt_dist.data.loader import Batch
     from gpt_dist.model.gpt import GPT
@@ -67,7 +67,7 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
 
 
 def make_peer(settings: dict[str, Any], device: torch.device) -> Step:
-    """transformers or litgpt in the usual loop."""
+    """transformers or litgpt in the usual PyTorch loop."""
     torch.manual_seed(0)
     loss_of = (
         make_transformers(settings) if settings["name"] == "transformers" else make_litgpt(settings)
@@ -95,7 +95,7 @@ def make_peer(settings: dict[str, Any], device: torch.device) -> Step:
 
 
 class Loss:
-    """A compiled model and how it computes its loss."""
+    """A model, compiled or not, and its loss function."""
 
     def __init__(self, model: torch.nn.Module, loss: Callable[..., Tensor], compiled: bool) -> None:
         self.model = model
@@ -143,7 +143,7 @@ def make_litgpt(settings: dict[str, Any]) -> Loss:
         n_layer=shape["n_layer"],
         n_head=shape["n_head"],
         n_embd=shape["n_embd"],
-        rotary_percentage=0.25,  # it has no learned positions
+        rotary_percentage=0.25,  # litgpt has no learned positions
         parallel_residual=False,
         bias=True,
         norm_class_name="LayerNorm",
@@ -151,7 +151,7 @@ def make_litgpt(settings: dict[str, Any]) -> Loss:
         gelu_approximate="tanh",
     )
     model = GPT(config)
-    model.lm_head.weight = model.transformer.wte.weight  # its --tie_embeddings
+    model.lm_head.weight = model.transformer.wte.weight  # as --tie_embeddings does
 
     def loss(run: Any, ids: Tensor, targets: Tensor) -> Tensor:
         result: Tensor = chunked_cross_entropy(run(ids), targets, chunk_size=0)
@@ -180,7 +180,7 @@ def peak_bytes(device: torch.device) -> int:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     device = torch.device(settings["device"])
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])

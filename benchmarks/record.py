@@ -1,4 +1,4 @@
-"""What every measurement is recorded with: command, date, commit, versions, machine."""
+"""Write a measurement with its command, date, commit, machine and versions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Of this checkout, with ``+`` where files differ from it; a copy without .git: $COMMIT."""
+    """The commit of this checkout, with ``+`` if files are modified; without git, $COMMIT."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
@@ -44,7 +44,7 @@ def commit() -> str:
 
 
 def version_in(python: str, package: str) -> str:
-    """Version of a package in another interpreter's environment."""
+    """The version of a package that another interpreter would import."""
     code = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.check_output([python, "-c", code], text=True).strip()
 
@@ -55,13 +55,13 @@ def record(
     packages: tuple[str, ...] = (),
     peers: dict[str, str] | None = None,
 ) -> None:
-    """Write a benchmark's results as JSON, where a file was asked for.
+    """Write a benchmark's results as JSON, if a file was asked for.
 
     Args:
-        path: the file; None writes nothing.
+        path: the file; None = write nothing.
         results: what was measured.
-        packages: whose versions to record beside torch's.
-        peers: versions of packages in other environments.
+        packages: packages whose versions to record, beside torch.
+        peers: package → version, of other environments.
     """
     if not path:
         return

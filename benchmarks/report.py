@@ -1,20 +1,21 @@
-"""Build docs/performance.md from the recorded results.
+"""Build docs/performance.md and the pictures of docs/images from the records.
 
-    python benchmarks/report.py            # writes docs/performance.md
-    python benchmarks/report.py --check    # exits with 1 where that would change it
+    python benchmarks/report.py            # writes the page and the pictures
+    python benchmarks/report.py --check    # exits with 1 if the page would change
 
-Every file of benchmarks/results must say by which command, on which machine, when, at which commit
-and with which versions it was measured; a comparison needs the peers' versions. A file that does
-not is refused by name, and nothing is written.
+Each file of benchmarks/results must name its command, machine, date, commit and versions, and a
+comparison the versions of the peers. If a file does not, the error names it and nothing is written.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from flags import benchmark_parser
+from pictures import draw_all, picture_of
 
 from gpt_dist.errors import GptDistError, run_main
 
@@ -27,9 +28,9 @@ HEAD = """# Performance
 
 <!-- Made by benchmarks/report.py from benchmarks/results: change those. -->
 
-Every figure was measured by the command beneath it, which prints it again. Speeds of one table come
-from one run, in turns; they are medians with the lowest and the highest. What was tried and did not
-win is in `benchmarks/LOG.md`.
+Below each figure is the command that measured it, with machine, date, commit and versions. In a
+comparison all contestants take turns within one run; the tables show the median with the lowest and
+the highest value. `benchmarks/LOG.md` lists what was tried and did not help.
 """
 
 Record = dict[str, Any]
@@ -61,7 +62,7 @@ def training(found: Record) -> str:
         if "ratio_to_best_peer" in result
     ]
     return f"GPT-2 {found['shape']}, bf16, on {found['device']}: {', '.join(ratios)}.\n\n" + table(
-        ["trainer, micro-batch", "tokens/s", "of the bf16 matmul peak", "peak memory"], rows
+        ["trainer, micro-batch", "tokens/s", "share of the bf16 matmul peak", "peak memory"], rows
     )
 
 
@@ -261,33 +262,34 @@ def kind_of(path: Path) -> str:
 
 
 def read(path: Path) -> Record:
-    """A record that says all that it must.
+    """A record, checked for what the page needs of it.
 
     Raises:
-        GptDistError: it does not.
+        GptDistError: a key or a version is missing.
     """
     kind = kind_of(path)
     if kind not in SECTIONS:
-        raise GptDistError(f"{path}: no section for it; names begin with {', '.join(SECTIONS)}")
+        raise GptDistError(
+            f"{path}: unknown kind; valid beginnings of a name: {', '.join(SECTIONS)}"
+        )
     found: Record = json.loads(path.read_text())
     for key in NEEDED:
         if not found.get(key):
-            raise GptDistError(f"{path}: does not say {key!r}; measure it again")
+            raise GptDistError(f"{path}: lacks {key!r}; measure it again")
     missing = {"torch", *SECTIONS[kind][2]} - set(found["versions"])
     if missing:
-        raise GptDistError(f"{path}: does not say the version of {', '.join(sorted(missing))}")
+        raise GptDistError(f"{path}: lacks the version of {', '.join(sorted(missing))}")
     return found
 
 
 def nested_commands(found: Record) -> list[str]:
-    """Commands of parts that were measured by other calls than the last."""
+    """Commands of the parts of a record that were measured separately."""
     parts = [value for value in found.values() if isinstance(value, dict)]
     return [part["command"] for part in parts if "command" in part]
 
 
-def page(results: Path) -> str:
+def page(records: dict[Path, Record]) -> str:
     """The whole page."""
-    records = {path: read(path) for path in sorted(results.rglob("*.json"))}
     parts = [HEAD]
     for kind, (heading, text, _) in SECTIONS.items():
         chosen = {path: found for path, found in records.items() if kind_of(path) == kind}
@@ -296,9 +298,8 @@ def page(results: Path) -> str:
         for path, found in chosen.items():
             versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
             parts.append(text(found) + "\n")
-            picture = path.with_suffix(".png")
-            if picture.exists():
-                parts.append(f"![{heading}](images/{picture.name})\n")
+            if picture_of(kind, found):
+                parts.append(f"![{heading}](images/{path.stem}.png)\n")
             if "note" in found:
                 parts.append(f"{found['note']}\n")
             commands = dict.fromkeys([*nested_commands(found), found["command"]])
@@ -310,26 +311,21 @@ def page(results: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/report.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="the records")
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="the page")
-    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     arguments = parser.parse_args()
-    made = page(arguments.results)
+    records = {path: read(path) for path in sorted(arguments.results.rglob("*.json"))}
+    made = page(records)
     if arguments.check:
         same = arguments.out.exists() and arguments.out.read_text() == made
         print("up to date" if same else f"{arguments.out} is not what the records say")
         return 0 if same else 1
     arguments.out.write_text(made)
-    for path in arguments.results.rglob("*.json"):
-        picture = path.with_suffix(".png")
-        if picture.exists():
-            (arguments.out.parent / "images" / picture.name).write_bytes(picture.read_bytes())
     print(f"written: {arguments.out}")
+    for picture in draw_all(records, arguments.results, arguments.out.parent / "images"):
+        print(f"written: {picture}")
     return 0
 
 

@@ -5,10 +5,10 @@
     python benchmarks/scaling.py --model                   # 8 to 1,024 GPUs on paper
     python benchmarks/scaling.py --memory                  # what each preset needs on a rank
 
-Measured runs do the same work on every rank whatever their number (--accumulation micro-batches a
-step), so the ideal is tokens per second in proportion to ranks. Each size runs --repeat times,
-taking turns; the table shows medians. With --nodes each run is `sbatch launch/slurm/train.sbatch`;
---sbatch passes more flags to sbatch and --train to gpt_dist.train, for example
+Each rank does the same work in every measured run (--accumulation micro-batches per step), so the
+ideal is a speed proportional to the number of ranks. All sizes run in turn, --repeat times; the
+table shows medians. With --nodes each run is a job, `sbatch launch/slurm/train.sbatch`;
+--sbatch adds flags for sbatch and --train flags for gpt_dist.train, for example
 
     python benchmarks/scaling.py --nodes 1 2 4 --sbatch=--gres=gpu:4 --train "--config gpt2-350m"
 """
@@ -26,14 +26,14 @@ import tempfile
 from pathlib import Path
 
 import scaling_model
-from flags import as_flags
+from flags import as_flags, benchmark_parser, prepare_shakespeare
 from record import record
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 1
-"""Rows at the start of a run that do not count."""
+"""Steps at the start of a run that are not measured."""
 
 
 def measured_speed(out: Path) -> float:
@@ -46,7 +46,7 @@ def measured_speed(out: Path) -> float:
 
 
 def run_here(ranks: int, flags: list[str], out: Path) -> None:
-    """Train with some ranks on this machine, one thread each."""
+    """Train with ``ranks`` ranks on this machine, one thread each."""
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", "-m", "gpt_dist.train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -58,7 +58,7 @@ def run_here(ranks: int, flags: list[str], out: Path) -> None:
 
 
 def run_on_nodes(nodes: int, flags: list[str], out: Path, sbatch: list[str]) -> None:
-    """Train on some nodes of a Slurm cluster, and wait for it."""
+    """Train on ``nodes`` nodes of a Slurm cluster; return when the job has ended."""
     script = ROOT / "launch/slurm/train.sbatch"
     command = ["sbatch", "--wait", f"--nodes={nodes}", f"--output={out}.log", *sbatch, str(script)]
     done = subprocess.run([*command, "--out_dir", str(out), *flags], capture_output=True, text=True)
@@ -69,7 +69,7 @@ def run_on_nodes(nodes: int, flags: list[str], out: Path, sbatch: list[str]) -> 
 
 
 def flags_for(arguments: argparse.Namespace, ranks: int) -> list[str]:
-    """Settings of a measured run; the user's own come last and win."""
+    """Settings of a measured run; those of --train come last and win."""
     tokens = arguments.micro_batch * arguments.context * arguments.accumulation * ranks
     settings = {
         "model.context_length": arguments.context,
@@ -86,19 +86,18 @@ def flags_for(arguments: argparse.Namespace, ranks: int) -> list[str]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run all sizes in turn, print and record the table."""
+    """Run all sizes in turn; print and record the table."""
     sizes = arguments.nodes or arguments.ranks
     unit = "nodes" if arguments.nodes else "ranks"
     speeds: dict[int, list[float]] = {size: [] for size in sizes}
-    # On a cluster every node must see the directory.
+    # On a cluster all nodes must see the directory.
     parent = Path("runs") if arguments.nodes else None
     if parent:
         parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=parent) as name:
         directory = Path(name).resolve()
         data = directory / "data"
-        prepare = ["gpt_dist.prepare", "shakespeare", "--tokenizer", "char", "--out", str(data)]
-        subprocess.run([sys.executable, "-m", *prepare], check=True, stdout=subprocess.DEVNULL)
+        prepare_shakespeare(data, "char")
         for turn in range(arguments.repeat):
             for size in sizes:
                 out = directory / f"{size}-{turn}"
@@ -130,23 +129,25 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/scaling.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser(__file__, __doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", action="store_true", help="step times on paper")
-    what.add_argument("--memory", action="store_true", help="memory of each preset on paper")
-    what.add_argument("--nodes", type=int, nargs="+", help="measure on so many Slurm nodes")
-    what.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="measure here (1 2)")
-    parser.add_argument("--ranks-per-node", type=int, default=8, help="GPUs of a node (8)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a run (3)")
+    what.add_argument("--model", action="store_true", help="compute step times instead")
+    what.add_argument("--memory", action="store_true", help="compute memory by preset instead")
+    what.add_argument("--nodes", type=int, nargs="+", help="numbers of Slurm nodes to measure")
+    what.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of ranks to measure here (1 2)",
+    )
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="GPUs per node (8)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per run (3)")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each size (2)")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches a step (8)")
-    parser.add_argument("--micro-batch", type=int, default=4, help="sequences (4)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
-    parser.add_argument("--sbatch", action="append", default=[], help="a flag for sbatch")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches per step (8)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences per micro-batch (4)")
+    parser.add_argument("--context", type=int, default=256, help="context length (256)")
+    parser.add_argument("--sbatch", action="append", default=[], help="flag for sbatch; repeatable")
     parser.add_argument("--train", default="", help="flags for gpt_dist.train")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()

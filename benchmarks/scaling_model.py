@@ -1,10 +1,10 @@
-"""Step time and memory on paper: arithmetic, links, overlap; checked against published runs.
+"""Computed step time and memory: arithmetic, links and overlap, checked against published runs.
 
-One optimizer step is: the passes over this rank's tokens, the part of the gradient exchange that
-nothing hides, and AdamW. Gradients of a bucket travel while the backward pass of the last
-micro-batch computes the next ones; the tied embedding's gradient is complete only at its very end,
-so that bucket is always exposed. A ring all-reduce sends 2 (n - 1) / n of the gradient out of every
-rank; between nodes the ring crosses each node's network once.
+The time of an optimizer step is the forward and backward passes, plus the exposed part of the
+gradient exchange, plus AdamW. The gradients of one bucket travel while the backward pass of the
+last micro-batch computes the next. The gradient of the tied embedding is complete only at the end
+of that pass, so its bucket is always exposed. A ring all-reduce sends 2 (n - 1) / n of the gradient
+out of each rank; between nodes the ring crosses the network of each node once.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from gpt_dist.training.dry_run import activation_bytes
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the computation needs to know of the hardware."""
+    """The figures of the hardware."""
 
     name: str
     peak: float
-    """Dense bf16 FLOP/s of a GPU."""
+    """Dense bf16 FLOP/s of one GPU."""
     mfu: float
-    """Share of the peak that one node reaches on this model (published, see below)."""
+    """Share of the peak that one node reaches on this model (published figures)."""
     nvlink: float
-    """Bytes/s out of one GPU to its neighbours in the node, one direction."""
+    """Bytes/s from one GPU to the others in its node, one direction."""
     network: float
-    """Bytes/s out of a node, all adapters, one direction."""
+    """Bytes/s from a node to others, all adapters together, one direction."""
     memory: float
-    """Bytes/s of a GPU's memory."""
+    """Bytes/s of the memory of one GPU."""
     efficiency: float = 0.8
-    """Share of a link's speed that large NCCL messages reach."""
+    """Share of the speed of a link that large NCCL messages reach."""
     hop: float = 10e-6
-    """Seconds that one message takes between nodes, however small."""
+    """Latency of a message between nodes, in seconds."""
 
 
 GBIT = 1e9 / 8
-A100 = Cluster("A100, 1600 Gb/s a node", 312e12, 0.43, 300e9, 1600 * GBIT, 1.5e12)
+A100 = Cluster("A100, 1600 Gb/s per node", 312e12, 0.43, 300e9, 1600 * GBIT, 1.5e12)
 CLUSTERS = [
-    Cluster("H100, 3200 Gb/s a node", 989e12, 0.40, 450e9, 3200 * GBIT, 3.3e12),
+    Cluster("H100, 3200 Gb/s per node", 989e12, 0.40, 450e9, 3200 * GBIT, 3.3e12),
     A100,
-    Cluster("A100, 100 Gb/s a node", 312e12, 0.43, 300e9, 100 * GBIT, 1.5e12),
-    Cluster("A100, 25 Gb/s a node", 312e12, 0.43, 300e9, 25 * GBIT, 1.5e12),
+    Cluster("A100, 100 Gb/s per node", 312e12, 0.43, 300e9, 100 * GBIT, 1.5e12),
+    Cluster("A100, 25 Gb/s per node", 312e12, 0.43, 300e9, 25 * GBIT, 1.5e12),
 ]
 
 BUCKETS = 20
 """DDP's buckets of 25 MiB for 124M parameters in fp32."""
 
 PUBLISHED = {8: 136334, 16: 130535, 32: 127122, 64: 125234, 128: 123936}
-"""GPUs → tokens/s of each: MPT-125M, sequence 2048, 26 sequences on a GPU, FSDP in bf16, A100 40 GB
-with 1600 Gb/s a node (github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md). Three
-micro-batches make a step on 8 GPUs, one on all others."""
+"""GPUs → tokens/s per GPU: MPT-125M, context 2048, 26 sequences per GPU, FSDP in bf16, A100 40 GB,
+1600 Gb/s per node (github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md). A step
+is three micro-batches on 8 GPUs and one on all others."""
 
 PUBLISHED_TOKENS = 26 * 2048
 
 
 def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
-    """Seconds to sum ``size`` bytes over all GPUs, eight to a node.
+    """Seconds to all-reduce ``size`` bytes over all GPUs, eight per node.
 
-    Latency is a tree's, up and down, as NCCL chooses it where rings grow long.
+    The latency is that of a tree, up and down; NCCL chooses trees where rings would be long.
     """
     nodes = max(1, gpus // 8)
     volume = 2 * (gpus - 1) / gpus * size
@@ -78,13 +78,13 @@ def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step, by part."""
 
     compute: float
     exchange: float
     """All-reduce of all gradients."""
     exposed: float
-    """The part of it that nothing hides."""
+    """The part of it that the backward pass does not hide."""
     update: float
 
     @property
@@ -95,7 +95,7 @@ class Step:
 def step_time(
     gpus: int, tokens: float, cluster: Cluster, model: GPT, *, micro_steps: float = 1
 ) -> Step:
-    """One step in which each GPU sees ``tokens`` in ``micro_steps`` passes."""
+    """The time of a step in which each GPU processes ``tokens`` in ``micro_steps`` passes."""
     parameters = model.num_parameters()
     gradient = 4.0 * parameters
     embedding = 4.0 * model.vocab_size * model.config.n_embd
@@ -110,7 +110,7 @@ def step_time(
 
 
 def gpt2(name: str = "gpt2-124m", **changes: int) -> GPT:
-    """A preset's model, without memory for its weights."""
+    """The model of a preset, on the meta device."""
     data = read_config_file(name)
     data["model"] = data["model"] | {"vocab_size": 50257} | changes
     with torch.device("meta"):
@@ -118,12 +118,12 @@ def gpt2(name: str = "gpt2-124m", **changes: int) -> GPT:
 
 
 def published_check() -> tuple[float, dict[int, tuple[float, float]]]:
-    """The computation against the published runs.
+    """Compare the computation with the published runs.
 
     Returns:
-        What one doubling of the GPUs costs beyond the computation, as a fraction of the step, from
-        the published runs with equal steps (16 to 128 GPUs); and by number of GPUs the published
-        and the computed share of the speed of 8 GPUs.
+        The fraction of a step by which one doubling of the GPUs costs more than computed (16 to 128
+        GPUs, where the published steps are alike); and for each number of GPUs the published and
+        the computed share of the speed of 8 GPUs.
     """
     model = gpt2(context_length=2048)
     totals = {
@@ -145,9 +145,9 @@ def report() -> str:
     """The tables, as Markdown."""
     penalty, shares = published_check()
     lines = [
-        "Check: share of the speed of 8 GPUs that remains (MPT-125M, A100, published).",
+        "Speed of each GPU relative to 8 GPUs (MPT-125M on A100).",
         "",
-        f"| GPUs | published | volume, links, overlap | with {penalty:.1%} a doubling |",
+        f"| GPUs | published | computed | computed, minus {penalty:.1%} per doubling |",
         "|---|---|---|---|",
     ]
     for gpus, (published, computed) in shares.items():
@@ -156,10 +156,10 @@ def report() -> str:
     sizes = [8 << k for k in range(8)]
     model = gpt2()
     for title, tokens_of in (
-        ("524,288 tokens a step (the paper's batch)", lambda gpus: 524288 / gpus),
-        ("65,536 tokens a GPU and step", lambda gpus: 65536.0),
+        ("524,288 tokens per step", lambda gpus: 524288 / gpus),
+        ("65,536 tokens per GPU and step", lambda gpus: 65536.0),
     ):
-        lines += ["", f"GPT-2 124M, DDP, {title}: milliseconds a step, tokens/s, efficiency.", ""]
+        lines += ["", f"GPT-2 124M, DDP, {title}: time per step, tokens/s, efficiency.", ""]
         lines.append("| GPUs | " + " | ".join(c.name for c in CLUSTERS) + " |")
         lines.append("|---" * (len(CLUSTERS) + 1) + "|")
         for gpus in sizes:
@@ -178,14 +178,14 @@ def report() -> str:
 
 
 def expected(gpus: int, tokens: float, cluster: Cluster, model: GPT, penalty: float) -> float:
-    """Seconds a step, with what published runs lose beyond the computation."""
+    """Seconds per step, including what published runs lose beyond the computation."""
     micro_steps = max(1.0, tokens / 65536)
     step = step_time(gpus, tokens, cluster, model, micro_steps=micro_steps)
     return step.total * (1 + penalty * math.log2(gpus / 8))
 
 
 def memory_report(ranks: int = 8) -> str:
-    """Gigabytes on each of 8 GPUs, by preset and strategy, as Markdown."""
+    """Gigabytes per GPU, by preset and strategy, as Markdown."""
     lines = [
         f"| preset | parameters | activations | DDP | ZeRO-1, {ranks} GPUs | ZeRO-2 | ZeRO-3 |",
         "|---|---|---|---|---|---|---|",
@@ -195,7 +195,7 @@ def memory_report(ranks: int = 8) -> str:
         config: Config = build(read_config_file(name))
         parameters = model.num_parameters()
         micro_batch, _ = config.micro_batch(ranks)
-        # The output head works on one chunk of logits at a time.
+        # The output head holds one chunk of logits at a time.
         activations = activation_bytes(config, micro_batch) + CHUNK_BYTES
         cells = [f"{parameters / 1e6:,.0f}M", f"{activations / 1e9:.1f}"]
         for weights, gradients, optimizer in (

@@ -1,9 +1,9 @@
-"""What surrounds the steps: importing, the first step, resuming, saving, and --help.
+"""Start-up times: --help, importing torch, the first step of a run and of a resumed run.
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
-Each figure is the wall clock of fresh processes: a GPT-2 124M on this machine (--config for another
-preset), with the files in the page cache and the CPU kernels compiled before.
+Each figure is the wall-clock time of a fresh process, with GPT-2 124M (--config takes another
+preset), the files in the page cache and the CPU kernels already compiled.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flags import as_flags
+from flags import as_flags, benchmark_parser, prepare_shakespeare
 from record import record
 
 from gpt_dist.errors import GptDistError, run_main
 
 
 def first_row(command: list[str], metrics: Path, log: Path) -> float:
-    """Seconds from the command to its first new row of metrics; returns when it has ended."""
+    """Seconds from the command to its first new row of metrics; waits for the process to end."""
     before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     began = time.perf_counter()
     first = 0.0
@@ -50,8 +50,7 @@ def seconds(command: list[str]) -> float:
 def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     python = sys.executable
     data, log = directory / "data", directory / "log"
-    prepare = [python, "-m", "gpt_dist.prepare", "shakespeare", "--tokenizer", "gpt2"]
-    subprocess.run([*prepare, "--out", str(data)], check=True, stdout=subprocess.DEVNULL)
+    prepare_shakespeare(data, "gpt2")
     found: dict[str, list[float]] = {
         "help_s": [],
         "import_torch_s": [],
@@ -83,7 +82,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         found["resume_to_next_step_s"].append(first_row([*command, "4"], metrics, log))
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
         found["step_s"].append(statistics.median(row["step_ms"] for row in rows[1:3]) / 1000)
-    # The first round filled the page cache.
+    # The first round only filled the page cache.
     return {
         key: {"median": statistics.median(values[1:]), "runs": values[1:]}
         for key, values in found.items()
@@ -91,15 +90,11 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/startup.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--config", default="gpt2-124m", help="preset (gpt2-124m)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence (256)")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a step (1024)")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each (3)")
+    parser.add_argument("--context", type=int, default=256, help="context length (256)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per step (1024)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (3)")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     os.environ["CI"] = "1"  # no progress bars

@@ -1,16 +1,15 @@
-"""Training speed beside transformers and litgpt: same shape, batch, data and machine, in one run.
+"""Training speed against transformers and litgpt: same shape, batch, data and machine.
 
     python benchmarks/training.py --peers-python peers/bin/python --json results.json
     python benchmarks/training.py --device cuda --context 1024
 
-Each trainer lives in a process of its own (``peers.py``); they take turns, A B C A B C, so that a
-machine that slows down slows all of them. litgpt needs an environment of its own
-(``--peers-python``); without it, or with ``--trainers``, it is left out and the result says so.
+Each trainer runs in its own process (``peers.py``). The trainers take turns, A B C A B C, so that
+other load on the machine affects all of them. litgpt needs its own environment (--peers-python).
+Without it, or if --trainers does not name it, litgpt is left out and the record says so.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
+from flags import benchmark_parser
 from record import record, version_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,7 +56,7 @@ class Trainer:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended; --verbose shows why")
+            raise SystemExit(f"error: {self.name} exited; --verbose shows its output")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -65,7 +66,7 @@ class Trainer:
 
 
 def matmul_flops(device: torch.device, size: int, seconds: float = 1.0) -> float:
-    """Best FLOP/s of square bf16 matrix products."""
+    """The best FLOP/s of a square bf16 matrix product."""
     import time
 
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in "ab")
@@ -104,24 +105,22 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="124m")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument(
-        "--micro-batch", type=int, nargs="*", help="sizes to try (default: 4; cuda: 8 to 64)"
+        "--micro-batch", type=int, nargs="*", help="sequences per micro-batch (4; cuda: 8 to 64)"
     )
     parser.add_argument("--accumulate", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trainers", nargs="*", default=["gpt_dist", "transformers", "litgpt"])
-    parser.add_argument("--peers-python", help="interpreter that has litgpt installed")
+    parser.add_argument("--peers-python", help="Python interpreter of an environment with litgpt")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--eager", action="store_true", help="do not compile the peers")
-    parser.add_argument("--verbose", action="store_true", help="show what the trainers print")
-    parser.add_argument("--json", help="JSON file to write")
-    parser.add_argument("--picture", help="PNG file to write")
+    parser.add_argument("--verbose", action="store_true", help="show the output of the trainers")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    parser.add_argument("--picture", metavar="FILE", help="draw the result here")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
@@ -152,9 +151,9 @@ def main() -> None:
                 for n in names
             ]
             try:
-                for trainer in trainers:  # compile and settle, one after the other
+                for trainer in trainers:  # compile, one after the other
                     trainer.run(1, 3)
-                # Ascending: a process keeps what it freed, and peaks are to be those of a setting.
+                # Ascending: a process keeps freed memory, and each setting needs its own peak.
                 for accumulate in sorted(args.accumulate):
                     steps = max(1, 6 // accumulate) * (5 if args.device == "cuda" else 1)
                     peak = matmul_flops(device, 4096), matmul_flops(device, 1024)
@@ -185,11 +184,11 @@ def main() -> None:
     peers = {"litgpt": version_in(args.peers_python, "litgpt")} if "litgpt" in names else {}
     record(args.json, document, tuple(n for n in names if n == "transformers"), peers)
     if args.picture:
-        draw(results, args.picture)
+        pictures.training(document, Path(args.picture))
 
 
 def report(result: dict[str, Any], flops: float, peak: float) -> None:
-    """Print one comparison; adds the share of the peak and the ratio to the best peer."""
+    """Print one comparison, after adding the share of the peak and the ratio to the best peer."""
     found = result["trainers"]
     peers = [v["tokens_per_second"] for n, v in found.items() if n != "gpt_dist"]
     print(
@@ -207,31 +206,6 @@ def report(result: dict[str, Any], flops: float, peak: float) -> None:
         result["ratio_to_best_peer"] = found["gpt_dist"]["tokens_per_second"] / max(peers)
         print(f"  {result['ratio_to_best_peer']:.2f}x the best peer")
     sys.stdout.flush()
-
-
-def draw(results: list[dict[str, Any]], path: str) -> None:
-    """Bars of tokens per second, a group for each setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    names = list(results[0]["trainers"])
-    for number, name in enumerate(names):
-        places = [group + number / (len(names) + 1) for group in range(len(results))]
-        values = [r["trainers"][name] for r in results]
-        middle = [v["tokens_per_second"] for v in values]
-        spread = [
-            [m - v["lowest"] for m, v in zip(middle, values, strict=True)],
-            [v["highest"] - m for m, v in zip(middle, values, strict=True)],
-        ]
-        width = 1 / (len(names) + 1)
-        axes.bar(places, middle, width=width, yerr=spread, label=name, capsize=3)
-    labels = [f"{r['micro_batch']} sequences\nx {r['accumulate']} a step" for r in results]
-    axes.set_xticks([g + (len(names) - 1) / 2 / (len(names) + 1) for g in range(len(results))])
-    axes.set_xticklabels(labels)
-    axes.set_ylabel("tokens per second")
-    axes.legend()
-    figure.savefig(path)
 
 
 if __name__ == "__main__":
