@@ -12,7 +12,7 @@
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS base
-# g++ stays in the image: kernels, allocator and torch.compile are compiled on the machine that
+# g++ stays in the image: kernels and torch.compile are compiled on the machine that
 # runs them, for its CPU or GPU.
 RUN if ! command -v g++ || ! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))'; \
     then apt-get update \

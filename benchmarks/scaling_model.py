@@ -17,7 +17,7 @@ import torch
 from gpt_dist.config.command_line import build, presets, read_config_file
 from gpt_dist.config.settings import Config
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops.loss import CHUNK_BYTES
+from gpt_dist.ops.cross_entropy import CHUNK_BYTES
 from gpt_dist.training.dry_run import activation_bytes
 
 

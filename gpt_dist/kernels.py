@@ -22,10 +22,6 @@ def main() -> None:
             print(f"CPU kernels: {build(source)}")
     except subprocess.CalledProcessError as error:
         raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None
-    try:
-        print(f"allocator: {build('allocator.cpp')}")
-    except subprocess.CalledProcessError as error:
-        print(f"no allocator, training takes a little more memory:\n{error.stderr}")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gpt_dist import ops
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.ops import training_kernels
-from gpt_dist.ops.attention import self_attention
-from gpt_dist.ops.dropout import Dropout
-from gpt_dist.ops.linear import Embedding, GeluLinear, Linear
-from gpt_dist.ops.loss import linear_cross_entropy
+from gpt_dist.model.layers import Dropout, Embedding, GeluLinear, LayerNorm, Linear
 
 PADDING = 128
-"""The embedding's rows are padded to a multiple of this, for speed. Padding stays zero."""
+"""The vocabulary is padded to a multiple of this, for speed. Padding rows stay zero."""
 
 VOCAB_PARAMETERS = ("wte.weight", "lm_head.weight")
 """Parameters whose rows are tokens; files hold them without padding."""
@@ -44,7 +41,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = self_attention(self.c_attn(x), self.n_head, dropout)
+        mixed = ops.attention(self.c_attn(x), self.n_head, dropout)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
 
@@ -62,32 +59,13 @@ class MLP(nn.Module):
         return cast(Tensor, self.dropout(self.c_proj(self.c_fc(x))))
 
 
-class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm``; on a CPU under bf16 autocast its output is bf16 at once."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        if autocast == torch.bfloat16 and training_kernels.usable(x, torch.float32):
-            y: Tensor = training_kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
-            return y
-        return super().forward(x)
-
-
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y; an fp32 residual stream takes bf16 without a copy in fp32."""
-    if x.dtype == torch.float32 and training_kernels.usable(y):
-        total: Tensor = training_kernels.Add.apply(x, y)  # type: ignore[no-untyped-call]
-        return total
-    return x + y
-
-
 class Block(nn.Module):
     """Attention and MLP, each around a residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        # After the residual sum a norm's output is the residual stream, which stays fp32.
+        # A post-norm's output is the residual stream, which stays fp32.
         norm = LayerNorm if self.pre_norm else nn.LayerNorm
         self.ln_1 = norm(config.n_embd, bias=config.bias)
         self.attn = Attention(config)
@@ -96,8 +74,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = add(x, self.attn(self.ln_1(x)))
-            return add(x, self.mlp(self.ln_2(x)))
+            x = ops.add(x, self.attn(self.ln_1(x)))
+            return ops.add(x, self.mlp(self.ln_2(x)))
         x = self.ln_1(x + self.attn(x))
         return cast(Tensor, self.ln_2(x + self.mlp(x)))
 
@@ -129,10 +107,10 @@ class GPT(nn.Module):
             self.drop = Dropout(config.dropout)
         self.ln_f: nn.Module = nn.Identity()
         if config.n_layer and config.norm == "pre":
-            # PyTorch's: in fp32 the gradients of its output bear to be scaled.
+            # fp32 output: the loss scales its gradient, which would lose precision in bf16.
             self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
-        # Remembered, because ZeRO-3 leaves each rank only a part of every parameter.
+        # Kept, because under ZeRO-3 each rank holds only a part of every parameter.
         self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
 
     @torch.no_grad()
@@ -176,7 +154,7 @@ class GPT(nn.Module):
 
         Args:
             ids: (B, T) token ids, T at most ``context_length``.
-            targets: (B, T) next tokens; ``loss.IGNORE`` where a position does not count.
+            targets: (B, T) next tokens; a negative target is ignored.
 
         Returns:
             (B, T, vocab_size) logits without ``targets``; with them the sum of the
@@ -185,7 +163,7 @@ class GPT(nn.Module):
         x = self.hidden(ids)
         if targets is None:
             return F.linear(x, self.head_weight)[..., : self.vocab_size]
-        return linear_cross_entropy(
+        return ops.linear_cross_entropy(
             x.flatten(0, 1), self.head_weight, targets.flatten(), self.vocab_size
         )
 

@@ -1,11 +1,4 @@
-"""Causal attention; for training on a CPU a faster one than PyTorch's, with dropout.
-
-PyTorch's fused attention has no dropout on a CPU: ``F.scaled_dot_product_attention`` falls back to
-whole (B, H, T, T) matrices of scores and probabilities; and without dropout its bf16 backward pass
-is slow. Here scores exist for a few sequences and ``QUERIES`` queries at a time, so that they stay
-in the processor's cache, and the backward pass computes them again from queries and keys
-(FlashAttention, arXiv:2205.14135).
-"""
+"""Causal self-attention for training."""
 
 from __future__ import annotations
 
@@ -16,67 +9,110 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_dist.ops import training_kernels
+from gpt_dist.ops import native_training as native
 from gpt_dist.ops.dropout import drop_, dropped_share, keep_mask
+from gpt_dist.ops.registry import concrete, register
 
 QUERIES = 128
-"""Queries of one block; keys behind a block's last query are never looked at."""
+"""Queries of one block; keys after its last query are skipped."""
 
 BLOCK_SCORES = 1 << 20
-"""Scores of one block, over the sequences and heads taken together."""
+"""Most scores of one block, over its sequences and heads."""
 
 
-def self_attention(qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
-    """``attention`` of queries, keys and values that lie side by side.
+def attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+    """Causal scaled dot-product self-attention.
 
     Args:
-        qkv: (B, T, 3 * H * D).
-        heads: H.
-        dropout: as in ``attention``.
+        qkv: (B, T, 3 * H * D) queries, keys and values side by side.
+        n_head: H.
+        dropout: share of the attention weights set to zero; on a CPU a multiple of 1/256.
 
     Returns:
         (B, T, H * D).
     """
+    mixed: Tensor = _attention(qkv, n_head, dropout)
+    return mixed
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 * H * D) → queries, keys and values, (B, H, T, D) each."""
     batch, time, width = qkv.shape
-    depth = width // 3 // heads
-    if not dropout and depth % 16 == 0 and training_kernels.usable(qkv):
-        mixed: Tensor = training_kernels.Attention.apply(qkv, heads)  # type: ignore[no-untyped-call]
+    parts = qkv.view(batch, time, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4)
+    query, key, value = parts
+    return query, key, value
+
+
+def join_heads(mixed: Tensor) -> Tensor:
+    """(B, H, T, D) → (B, T, H * D)."""
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _reference(qkv: Tensor, n_head: int, dropout: float) -> Tensor:
+    query, key, value = split_heads(qkv, n_head)
+    return join_heads(
+        F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+    )
+
+
+def _cpu(qkv: Tensor, n_head: int, dropout: float) -> Tensor:
+    if dropout and concrete(qkv):
+        return join_heads(blocked_attention(*split_heads(qkv, n_head), dropout))
+    depth = qkv.shape[2] // 3 // n_head
+    if not dropout and depth % 16 == 0 and native.takes(qkv):
+        mixed: Tensor = _NativeAttention.apply(qkv, n_head)  # type: ignore[no-untyped-call]
         return mixed
-    query, key, value = qkv.view(batch, time, 3, heads, depth).permute(2, 0, 3, 1, 4)
-    mixed = attention(query, key, value, dropout)
-    return mixed.transpose(1, 2).reshape(batch, time, width // 3)
+    return _reference(qkv, n_head, dropout)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal scaled dot-product attention.
+class _NativeAttention(torch.autograd.Function):
+    """bf16, D a multiple of 16, without dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        batch, time, width = qkv.shape
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(batch, time, width // 3)
+        log_sums = torch.empty(batch, n_head, time)
+        ctx.shape = batch, time, n_head, width // 3 // n_head
+        native.run("attention", qkv, *ctx.shape, out, log_sums)
+        ctx.save_for_backward(qkv, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        qkv, out, log_sums = ctx.saved_tensors
+        grad = torch.empty_like(qkv)
+        upstream = grad_outputs[0].contiguous()
+        native.run("attention_backward", qkv, *ctx.shape, out, log_sums, upstream, grad)
+        return grad, None
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Causal attention with dropout on a CPU.
+
+    PyTorch's fused kernel has no dropout there and would store whole (B, H, T, T) matrices. Here
+    scores exist for ``QUERIES`` queries of a few sequences at a time, so that they stay in the
+    cache, and the backward pass computes them again (FlashAttention, arXiv:2205.14135).
 
     Args:
-        query: (B, H, T, D); ``key`` and ``value`` alike.
-        dropout: share of the attention weights that are set to zero; on a CPU it is rounded to a
-            multiple of 1/256, and what is kept is scaled for exactly that.
+        query: (B, H, T, D), as ``key`` and ``value``.
+        dropout: share of the attention weights set to zero, a multiple of 1/256.
 
     Returns:
         (B, H, T, D).
     """
-    if dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        mixed: Tensor = _cpu_attention(query, key, value, dropout)
-        return mixed
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-
-
-def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    dropped = dropped_share(dropout) if dropout else 0
-    seed = int(torch.randint(2**63 - 1, ())) if dropped else 0
-    mixed: Tensor = _Attention.apply(query, key, value, dropped, seed)  # type: ignore[no-untyped-call]
+    dropped, seed = dropped_share(dropout), int(torch.randint(2**63 - 1, ()))
+    mixed: Tensor = _BlockedAttention.apply(query, key, value, dropped, seed)  # type: ignore[no-untyped-call]
     return mixed
 
 
 class _Blocks:
-    """Walks the scores block by block, the same way and with the same dropout each time."""
+    """Iterates over blocks of scores; the same order and dropout in both passes."""
 
     def __init__(self, query: Tensor, key: Tensor, dropped: int, seed: int) -> None:
         self.dropped = dropped
-        # Scores rounded to bf16 would cost up to four times the error of PyTorch's fused kernel.
+        # bf16 scores would have up to four times the error of PyTorch's fused kernel.
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.batch, self.heads, self.time, self.depth = query.shape
         self.scale = self.depth**-0.5
@@ -110,7 +146,7 @@ class _Blocks:
             yield here, seen, scores.softmax(dim=-1).to(dtype), kept
 
 
-class _Attention(torch.autograd.Function):
+class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropped: int, seed: int
@@ -147,8 +183,13 @@ class _Attention(torch.autograd.Function):
                 grad_v[:, seen] += drop_(weights, kept).transpose(1, 2) @ grad[:, here]
                 grad_q[:, here] = slopes @ k[:, seen]
                 grad_k[:, seen] += slopes.transpose(1, 2) @ q[:, here]
-            # Both dropout's factor and the scores' scale act on whole sums: once, at the end.
+            # Dropout's factor and the scores' scale are constants: apply them once, to the sums.
             for total, factor in ((grad_q, walk.scale), (grad_k, walk.scale), (grad_v, 1.0)):
                 if factor != walk.keep:
                     total.mul_(factor / walk.keep)
         return (*grads, None, None)
+
+
+_attention = register(
+    "attention(Tensor qkv, int n_head, float dropout) -> Tensor", _reference, cpu=_cpu
+)

@@ -14,10 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from gpt_dist.errors import GptDistError
 
@@ -38,17 +35,16 @@ def disabled() -> bool:
     return os.environ.get("GPT_DIST_KERNELS") == "0"
 
 
-def load(source: str, features: Sequence[str] = FEATURES) -> ctypes.CDLL:
+def load(source: str) -> ctypes.CDLL:
     """The shared library of a source, compiled now if it has not been before.
 
     Args:
         source: a file of ``native/``.
-        features: what it needs of the CPU.
 
     Raises:
         GptDistError: it cannot be had here; says why in one line.
     """
-    reason = unavailable(features)
+    reason = unavailable()
     if reason:
         raise GptDistError(reason)
     try:
@@ -58,13 +54,13 @@ def load(source: str, features: Sequence[str] = FEATURES) -> ctypes.CDLL:
         raise GptDistError(f"building {source} failed: {details.strip().splitlines()[0]}") from None
 
 
-def unavailable(features: Sequence[str] = FEATURES) -> str | None:
+def unavailable() -> str | None:
     """Why this machine cannot build or run the kernels; None where it can."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
         flags = []
-    missing = [feature for feature in features if feature not in flags]
+    missing = [feature for feature in FEATURES if feature not in flags]
     if missing:
         return f"this CPU has no {missing[0]}"
     return None if _compiler() else "there is no C++ compiler (g++)"
@@ -77,8 +73,8 @@ def _compiler() -> str | None:
 def build(source: str) -> Path:
     """Path of the shared library of a source; compiles it if it has not been compiled before."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    before, after = _options(source)
-    settings = _compiler(), before, after, torch.__version__
+    options = [*FLAGS, *VECTORS]
+    settings = _compiler(), options
     key = hashlib.sha256(sources + repr(settings).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
     try:
@@ -90,19 +86,7 @@ def build(source: str) -> Path:
         _log.info("compiling %s, once, into %s", source, path)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            command = [str(_compiler()), *before, str(SOURCES / source), *after, "-o", str(built)]
+            command = [str(_compiler()), *options, str(SOURCES / source), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             built.replace(path)
     return path
-
-
-def _options(source: str) -> tuple[list[str], list[str]]:
-    """The compiler's options before and after the source."""
-    if source != "allocator.cpp":
-        return [*FLAGS, *VECTORS], []
-    home = Path(torch.__file__).parent  # the allocator is one of PyTorch's classes
-    libraries = home / "lib"
-    return (
-        [*FLAGS, "-std=c++20", f"-I{home / 'include'}"],
-        [f"-L{libraries}", "-lc10", f"-Wl,-rpath,{libraries}"],
-    )

@@ -1,18 +1,20 @@
-"""Dropout that costs little on a CPU.
+"""Dropout, cheap on a CPU.
 
-PyTorch's draws one element at a time there, which took a quarter of a small model's step. Here the
-generator's 64-bit numbers serve as eight random bytes each, compared with a threshold; so on a CPU
-the share that is dropped is a multiple of 1/256, and what is kept is scaled for exactly that.
+PyTorch draws one number per element there, which took a quarter of a small model's step. Here each
+64-bit draw yields eight random bytes, each compared with a threshold. The rate on a CPU is
+therefore a multiple of 1/256, and kept elements are scaled for exactly that rate.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from gpt_dist.ops.registry import concrete, register
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,7 +37,7 @@ def keep_mask(
 
 
 def drop_(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero what a mask does not keep (None keeps all), in place; nothing is scaled."""
+    """Zero in place what the mask drops (None keeps all); nothing is scaled."""
     if mask is None:
         return values
     bits = _BITS[values.itemsize]
@@ -43,23 +45,26 @@ def drop_(values: Tensor, mask: Tensor | None) -> Tensor:
     return values
 
 
-class Dropout(nn.Module):
-    """Zero a share of the elements in training, and scale the others up."""
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zero a share of the elements and scale the others up.
 
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.rate:
-            return x
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return cast(Tensor, _cpu_dropout(x, dropped_share(self.rate)))
-        return F.dropout(x, self.rate)
+    Args:
+        x: any shape.
+        rate: share that is zeroed; on a CPU rounded to a multiple of 1/256.
+    """
+    y: Tensor = _dropout(x, rate)
+    return y
 
 
-def _cpu_dropout(x: Tensor, dropped: int) -> Any:
-    return _Dropout.apply(x, dropped)  # type: ignore[no-untyped-call]
+def _reference(x: Tensor, rate: float) -> Tensor:
+    return F.dropout(x, rate)
+
+
+def _cpu(x: Tensor, rate: float) -> Tensor:
+    if not rate or not concrete(x):
+        return _reference(x, rate)
+    y: Tensor = _Dropout.apply(x, dropped_share(rate))  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Dropout(torch.autograd.Function):
@@ -74,3 +79,6 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return drop_(grad_outputs[0] / ctx.keep, mask.to(torch.int16)), None
+
+
+_dropout = register("dropout(Tensor x, float rate) -> Tensor", _reference, cpu=_cpu)

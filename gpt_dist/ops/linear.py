@@ -1,62 +1,106 @@
-"""Linear layers, GELU and embeddings; those with weights add to their gradients in place.
+"""Linear layers and embeddings whose backward pass can add to ``main_grad`` by itself.
 
-Autograd computes each micro-batch's gradient of a matrix as a new fp32 tensor and then adds it to
-the sum. Where nothing else waits for that tensor (one process, or a micro-batch that is not the
-last of a step), the product can be added to the sum directly: less memory, and fewer passes over
-it. Outside of ``adding_in_place`` autograd does as always.
+Autograd makes each micro-batch's gradient of a matrix a new tensor and then adds it to the sum.
+Within `fused_accumulation` the backward pass adds the product to the sum directly: less memory
+and fewer passes over it. Megatron-LM calls this gradient accumulation fusion and the fp32 sum
+``main_grad``; parameters here are fp32 themselves, so their ``main_grad`` is ``.grad``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_dist.ops import training_kernels
+from gpt_dist.ops import native_training as native
+from gpt_dist.ops.gelu import gelu, gelu_backward, gelu_forward
+from gpt_dist.ops.registry import concrete, register_in_place
 
 ROWS = 8192
-"""Most rows of a matrix whose gradient is computed at once; bounds the memory of the product."""
+"""Most rows of a matrix whose gradient is computed at once; bounds the product's memory."""
+
+_fused = False
 
 
 @contextmanager
-def adding_in_place(model: nn.Module) -> Iterator[None]:
-    """Within, passes add the gradients of the model's matrices without autograd's accumulation.
+def fused_accumulation(enabled: bool = True) -> Iterator[None]:
+    """Within, forward passes record that their backward passes add to ``main_grad`` themselves.
 
-    Not for passes whose gradients a reducer waits for. The output head's are added while its loss
-    is computed, so only the loss itself can be differentiated, not a multiple.
+    Hooks on these parameters do not run, so this is not for passes whose gradients a reducer
+    waits for. The output head's gradient is added while the loss is computed: only the loss
+    itself can be differentiated, not a multiple of it.
     """
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.in_place = True  # type: ignore[attr-defined]
+    global _fused  # noqa: PLW0603  (a mode like torch.no_grad, switched by one engine a process)
+    before, _fused = _fused, enabled
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.in_place = False  # type: ignore[attr-defined]
+        _fused = before
 
 
-def in_place(parameter: Tensor) -> bool:
-    """Whether this pass is within ``adding_in_place`` for the model of this parameter."""
-    return getattr(parameter, "in_place", False) and not torch.compiler.is_compiling()
+def fuses(weight: Tensor) -> bool:
+    """Whether the pass being recorded adds this parameter's gradient to its ``main_grad``."""
+    return _fused and weight.requires_grad and torch.is_grad_enabled() and concrete(weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, as `torch.nn.functional.linear`.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,).
+
+    Returns:
+        (..., O) in autocast's dtype where it is on.
+    """
+    if not fuses(weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(_cast(x), weight, bias, False)  # type: ignore[no-untyped-call]
+    return y
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(gelu(x), weight, bias)``; a fused backward pass recomputes the GELU's output."""
+    if not fuses(weight) or not native.takes(x):
+        return linear(gelu(x), weight, bias)
+    y: Tensor = _Linear.apply(_cast(x), weight, bias, True)  # type: ignore[no-untyped-call]
+    return y
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of ``weight`` (N, C) for int64 ``ids`` (...): (..., C)."""
+    if not fuses(weight):
+        return F.embedding(ids, weight)
+    rows: Tensor = _Embedding.apply(ids, weight)  # type: ignore[no-untyped-call]
+    return rows
 
 
 @torch.no_grad()
-def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left.T @ right`` to a parameter's gradient.
+def add_to_main_grad(parameter: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left.T @ right`` to a parameter's ``main_grad``.
 
     Args:
         parameter: (M, N), fp32.
-        left: (K, M); ``right``: (K, N).
+        left: (K, M), as ``right`` (K, N).
     """
     fresh = parameter.grad is None
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter)
-    total = parameter.grad
-    for start in range(0, len(parameter), ROWS):
+    _add_product_(parameter.grad, left, right, fresh)
+
+
+def _cast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _reference(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    for start in range(0, len(total), ROWS):
         rows = slice(start, start + ROWS)
         if left.dtype == total.dtype:
             total[rows].addmm_(left[:, rows].t(), right, beta=0 if fresh else 1)
@@ -64,89 +108,51 @@ def add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
         product = left[:, rows].t() @ right
         if fresh:
             total[rows] = product
-        elif training_kernels.usable(product) and total.is_contiguous():
-            training_kernels.run("add", total[rows], product, total[rows], product.numel())
+        elif product.device.type == "cpu" and native.takes(product) and total.is_contiguous():
+            native.run("add", total[rows], product, total[rows], product.numel())
         else:
             total[rows] += product
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``; with ``in_place`` its matrix is cast twice, not kept in two dtypes."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if in_place(self.weight) and torch.is_grad_enabled():
-            return self._in_place(input, False)
-        return F.linear(input, self.weight, self.bias)
-
-    def _in_place(self, input: Tensor, of_gelu: bool) -> Tensor:
-        dtype = input.dtype
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-        y: Tensor = _Linear.apply(input.to(dtype), self.weight, self.bias, of_gelu)  # type: ignore[no-untyped-call]
-        return y
-
-
-class GeluLinear(Linear):
-    """A linear layer of the tanh GELU of its input.
-
-    With ``in_place``, the GELU's output is computed again where its gradient is, not kept.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if in_place(self.weight) and torch.is_grad_enabled() and training_kernels.usable(input):
-            return self._in_place(input, True)
-        return super().forward(gelu(input))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """tanh GELU (arXiv:1606.08415), elementwise."""
-    if training_kernels.usable(x):
-        y: Tensor = training_kernels.Gelu.apply(x)  # type: ignore[no-untyped-call]
-        return y
-    return F.gelu(x, approximate="tanh")
+_add_product_ = register_in_place(
+    "add_product_(Tensor(a!) total, Tensor left, Tensor right, bool fresh) -> ()",
+    _reference,
+    fake=lambda total, left, right, fresh: None,
+)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool
-    ) -> Tensor:
-        ctx.save_for_backward(input)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool) -> Tensor:
+        ctx.save_for_backward(x)
         # Not a saved tensor: recomputation (activation checkpointing) would hand out another one.
         ctx.weight = weight
         ctx.bias = None if bias is None else bias.dtype
         ctx.of_gelu = of_gelu
         if of_gelu:
-            input = training_kernels.gelu(input)
-        dtype = input.dtype
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+            x = gelu_forward(x)
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (input,) = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         grad = grad_outputs[0]
-        grad_input = grad @ ctx.weight.to(grad.dtype)
+        grad_x = grad @ ctx.weight.to(grad.dtype)
         if ctx.of_gelu:
-            y = torch.empty_like(input, memory_format=torch.contiguous_format)
-            grad_input = training_kernels.gelu_backward(input, grad_input, y)
-            input = y
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            grad_x = gelu_backward(x, grad_x, y)
+            x = y
         flat = grad.flatten(0, -2)
-        add_product(ctx.weight, flat, input.flatten(0, -2))
+        add_to_main_grad(ctx.weight, flat, x.flatten(0, -2))
         grad_bias = None if ctx.bias is None else flat.sum(0).to(ctx.bias)
-        return grad_input, None, grad_bias, None
-
-
-class Embedding(nn.Embedding):
-    """``nn.Embedding``; with ``in_place`` it adds only the rows that were looked up."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if in_place(self.weight) and torch.is_grad_enabled():
-            return cast(Tensor, _Embedding.apply(input, self.weight))  # type: ignore[no-untyped-call]
-        return F.embedding(input, self.weight)
+        return grad_x, None, grad_bias, None
 
 
 class _Embedding(torch.autograd.Function):
+    """Adds to the rows that were looked up, and to no other."""
+
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(ids)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops.linear import adding_in_place
+from gpt_dist.ops import fused_accumulation
 from gpt_dist.optim.adamw import global_norm, make_adamw, make_adamw_state
 from gpt_dist.optim.muon import MuonWithAdamW
 from gpt_dist.parallel.engine import Reader, clip_divisor, guard_update
@@ -67,7 +67,7 @@ class DDPEngine:
             if isinstance(self.ddp, DistributedDataParallel) and not last:
                 settings.enter_context(self.ddp.no_sync())
             if self.world.device.type == "cpu" and (self.world.size == 1 or not last):
-                settings.enter_context(adding_in_place(self.model))
+                settings.enter_context(fused_accumulation())
             with self._autocast():
                 loss = self.ddp(batch.ids, batch.targets)
             loss.backward()

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPT
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.data.loader import IGNORE
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops.dropout import Dropout
+from gpt_dist.model.layers import Dropout
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 61}
 

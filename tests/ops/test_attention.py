@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gpt_dist.ops.attention import attention
-from gpt_dist.ops.dropout import Dropout
+from gpt_dist import ops
+from gpt_dist.model.layers import Dropout
+from gpt_dist.ops.attention import blocked_attention as attention
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, keep: float) -> Tensor:
@@ -62,7 +62,7 @@ def test_attention_in_bf16_is_as_exact_as_pytorchs_own() -> None:
     def errors(mixed: Tensor, inputs: list[Tensor]) -> list[float]:
         grads = torch.autograd.grad((mixed * upstream.to(mixed.dtype)).sum(), inputs)
         return [
-            float((a.detach().double() - b).norm() / b.norm())
+            float(((a.double() - b).norm() / b.norm()).detach())
             for a, b in zip((mixed, *grads), (expected, *wanted), strict=True)
         ]
 
@@ -91,11 +91,21 @@ def test_same_seed_same_dropout() -> None:
         assert not torch.equal(first, other)
 
 
-def test_without_dropout_it_is_plain_causal_attention() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_heads_are_split_and_joined_as_the_written_out_formula(dropout: float) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 3, 20, 8)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(attention(query, key, value), expected)
+    batch, time, heads, depth = 2, 20, 3, 20
+    qkv = torch.randn(batch, time, 3 * heads * depth, dtype=torch.float64)
+    query, key, value = (
+        part.view(batch, time, heads, depth).transpose(1, 2)
+        for part in qkv.split(heads * depth, dim=-1)
+    )
+    kept, keep = torch.ones(()), 1.0
+    if dropout:
+        kept, keep = kept_weights(query, key, dropout, seed=9), 1 - 51 / 256
+    expected = reference(query, key, value, kept, keep).transpose(1, 2).flatten(2)
+    torch.manual_seed(9)
+    torch.testing.assert_close(ops.attention(qkv, heads, dropout), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

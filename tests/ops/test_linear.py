@@ -1,8 +1,8 @@
-"""Gradients that are added in place equal autograd's."""
+"""Fused gradient accumulation gives autograd's gradients."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,15 +10,11 @@ from torch import Tensor
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops import build, linear
-from gpt_dist.ops import loss as loss_module
-from gpt_dist.ops.linear import GeluLinear, Linear, adding_in_place, gelu
+from gpt_dist.model.layers import GeluLinear
+from gpt_dist.ops import cross_entropy, fused_accumulation, gelu, native_training
+from gpt_dist.ops import linear as apply_linear
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 61}
-
-
-def mode(model: GPT, own: bool) -> AbstractContextManager[None]:
-    return adding_in_place(model) if own else nullcontext()
 
 
 def gradients(own: bool, dtype: torch.dtype = torch.float32, **settings: object) -> list[Tensor]:
@@ -29,7 +25,7 @@ def gradients(own: bool, dtype: torch.dtype = torch.float32, **settings: object)
     torch.manual_seed(1)
     for _ in range(3):
         ids = torch.randint(61, (4, 16))
-        with mode(model, own):
+        with fused_accumulation(own):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = model(ids, ids.roll(-1, 1))
             loss.backward()
@@ -44,9 +40,9 @@ def test_equal_to_autograd(
     settings: dict[str, object], recompute: bool, chunks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunks == "several":
-        monkeypatch.setattr(linear, "ROWS", 24)
-        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 128 * 10)
-        monkeypatch.setattr(loss_module, "PIECE", 48)
+        monkeypatch.setattr(import_module("gpt_dist.ops.linear"), "ROWS", 24)
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 128 * 10)
+        monkeypatch.setattr(cross_entropy, "PIECE", 48)
     settings = settings | {"activation_checkpointing": recompute}
     own, plain = gradients(True, **settings), gradients(False, **settings)
     assert len(own) == len(plain) >= 27
@@ -66,10 +62,10 @@ def test_no_less_exact_in_bf16(tie: bool) -> None:
     assert error(own) < 1.05 * error(plain)
 
 
-@pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+@pytest.mark.skipif(native_training.library() is None, reason="no CPU kernels")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_a_recomputed_gelu_changes_no_bit(layout: str) -> None:
-    """And is not kept: the passes differ in what autograd holds on to."""
+    """And is not kept: the two passes differ in what autograd saves."""
     found, kept = [], []
     for recompute in (True, False):
         torch.manual_seed(0)
@@ -84,8 +80,8 @@ def test_a_recomputed_gelu_changes_no_bit(layout: str) -> None:
             return tensor
 
         saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with adding_in_place(layer), torch.autocast("cpu", torch.bfloat16), saving:
-            y = layer(x) if recompute else Linear.forward(layer, gelu(x))
+        with fused_accumulation(), torch.autocast("cpu", torch.bfloat16), saving:
+            y = layer(x) if recompute else apply_linear(gelu(x), layer.weight, layer.bias)
         kept.append(sum(sizes))
         y.backward(torch.randn_like(y))
         assert layer.bias is not None
@@ -96,7 +92,7 @@ def test_a_recomputed_gelu_changes_no_bit(layout: str) -> None:
 
 
 def test_micro_batches_of_both_kinds_add_up() -> None:
-    """As under DDP: all but the last in place, the last through autograd, where hooks see it."""
+    """As under DDP: all but the last are fused, the last goes through autograd and its hooks."""
     seen: list[Tensor | None] = []
     found = []
     for own in (False, True):
@@ -104,7 +100,7 @@ def test_micro_batches_of_both_kinds_add_up() -> None:
         model = GPT(ModelConfig.model_validate(TINY))
         model.wte.weight.register_hook(seen.append)
         ids = torch.randint(61, (4, 16))
-        with mode(model, own):
+        with fused_accumulation(own):
             model(ids, ids.roll(-1, 1)).backward()
         model(ids, ids.roll(1, 1)).backward()
         found.append([p.grad for p in model.parameters()])
@@ -119,7 +115,7 @@ def test_micro_batches_of_both_kinds_add_up() -> None:
 def test_evaluation_leaves_gradients_alone() -> None:
     model = GPT(ModelConfig.model_validate(TINY))
     ids = torch.randint(61, (2, 8))
-    with adding_in_place(model), torch.no_grad():
+    with fused_accumulation(), torch.no_grad():
         model(ids, ids)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -127,5 +123,5 @@ def test_evaluation_leaves_gradients_alone() -> None:
 def test_refuses_a_multiple_of_the_loss() -> None:
     model = GPT(ModelConfig.model_validate(TINY))
     ids = torch.randint(61, (2, 8))
-    with adding_in_place(model), pytest.raises(ValueError, match="those of the sum"):
+    with fused_accumulation(), pytest.raises(ValueError, match="scale the gradients"):
         (model(ids, ids) * 0.5).backward()

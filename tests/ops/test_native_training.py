@@ -10,14 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.model.gpt import GPT, add
-from gpt_dist.ops import build, training_kernels
-from gpt_dist.ops.attention import self_attention
-from gpt_dist.ops.linear import gelu
+from gpt_dist.model.gpt import GPT
+from gpt_dist.ops import add, attention, gelu, layer_norm, native_training
+from gpt_dist.ops.gelu import gelu_backward, gelu_forward
 
-pytestmark = pytest.mark.skipif(
-    build.unavailable() is not None, reason=f"no CPU kernels: {build.unavailable()}"
-)
+pytestmark = pytest.mark.skipif(native_training.library() is None, reason="no CPU kernels")
 
 
 def errors(
@@ -53,8 +50,8 @@ def test_attention(time: int, heads: int, depth: int, size: float) -> None:
     torch.manual_seed(time)
     qkv = (torch.randn(2, time, 3 * heads * depth) * size).bfloat16()
     upstream = torch.randn(2, time, heads * depth).bfloat16().double()
-    assert training_kernels.usable(qkv)
-    own = errors(lambda x: self_attention(x, heads), qkv, upstream)
+    assert native_training.takes(qkv)
+    own = errors(lambda x: attention(x, heads), qkv, upstream)
     plain = errors(plain_attention(heads), qkv, upstream)
     exact = errors(plain_attention(heads), qkv.double(), upstream)
     # A tenth more than PyTorch's where few numbers leave the comparison to chance.
@@ -66,7 +63,7 @@ def test_attention_of_large_scores() -> None:
     torch.manual_seed(0)
     qkv = (torch.randn(1, 40, 3 * 32) * 40).bfloat16()
     upstream = torch.ones(1, 40, 32, dtype=torch.float64)
-    own = errors(lambda x: self_attention(x, 2), qkv, upstream)
+    own = errors(lambda x: attention(x, 2), qkv, upstream)
     exact = errors(plain_attention(2), qkv.double(), upstream)
     assert all(bool(t.isfinite().all()) for t in own)
     assert (own[0] - exact[0]).norm() < 0.01 * exact[0].norm()
@@ -93,7 +90,8 @@ def test_layer_norm(rows: int, width: int, bias: bool) -> None:
     def results(dtype: torch.dtype, own: bool) -> list[Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (x, weight, shift) if t is not None]
         if own:
-            y = training_kernels.LayerNorm.apply(*inputs, *[None] * (not bias), 1e-5)  # type: ignore[no-untyped-call]
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer_norm(*inputs, *[None] * (not bias))
             assert y.dtype == torch.bfloat16
         else:
             y = F.layer_norm(inputs[0], (width,), *inputs[1:], eps=1e-5)
@@ -124,8 +122,8 @@ def test_gelu_once_more() -> None:
     """What the backward pass computes again is what the forward pass had, bit for bit."""
     x = (torch.randn(5000) * 4).bfloat16()
     again = torch.empty_like(x)
-    training_kernels.gelu_backward(x, torch.ones_like(x), again)
-    assert torch.equal(again, training_kernels.gelu(x))
+    gelu_backward(x, torch.ones_like(x), again)
+    assert torch.equal(again, gelu_forward(x))
 
 
 def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +141,7 @@ def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -
 
     exact = gradients(torch.float64)
     fast = gradients(torch.float32)
-    monkeypatch.setattr(training_kernels, "library", lambda: None)
+    monkeypatch.setattr(native_training, "library", lambda: None)
     plain = gradients(torch.float32)
     assert not torch.equal(fast, plain)
     # Other roundings of the same size: the ratio was 0.98 to 1.03 over ten seeds.
@@ -158,9 +156,10 @@ def test_results_do_not_depend_on_the_threads() -> None:
     upstream, slopes = torch.randn(2, 70, 64), torch.randn(2048, 768).bfloat16()
 
     def results() -> list[Tensor]:
-        y = training_kernels.LayerNorm.apply(rows, weight, None, 1e-5)  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer_norm(rows, weight, None)
         gradients = torch.autograd.grad(y, (rows, weight), slopes)
-        return [*errors(lambda x: self_attention(x, 4), qkv, upstream), y, *gradients]
+        return [*errors(lambda x: attention(x, 4), qkv, upstream), y, *gradients]
 
     outcomes = []
     try:

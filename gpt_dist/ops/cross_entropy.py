@@ -1,8 +1,8 @@
-"""Output head and cross-entropy in one piece, so that all logits never exist at once.
+"""Output head and cross-entropy fused, so that the whole batch's logits never exist at once.
 
-The head's gradient is computed chunk by chunk in the forward pass, as Liger-Kernel does
-(arXiv:2410.10989): a step needs one chunk of logits instead of the batch's, and nothing of it is
-kept for the backward pass but the gradients of the inputs.
+The forward pass computes the gradients too, chunk by chunk, as Liger-Kernel does
+(arXiv:2410.10989). A step holds one chunk of logits, and keeps only the gradients of its inputs
+for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_dist.ops import training_kernels
-from gpt_dist.ops.linear import add_product, in_place
-
-IGNORE = -1
-"""Target of positions that do not count."""
+from gpt_dist.ops import native_training as native
+from gpt_dist.ops.linear import add_to_main_grad, fuses
+from gpt_dist.ops.registry import register_in_place
 
 CHUNK_BYTES = 1 << 28
 """Upper bound of one chunk of logits."""
 
 PIECE = 8192
-"""Rows of the head that a CPU converts at once."""
+"""Rows of the head that are converted at once on a CPU."""
 
 CACHED_BYTES = 1 << 21
-"""Upper bound of the fp32 scores that a CPU works on at once, so that they stay in its cache."""
+"""Upper bound of the fp32 logits handled at once on a CPU, so that they stay in its cache."""
 
 
 def linear_cross_entropy(
@@ -36,9 +34,9 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, C) activations.
-        weight: (P, C) head; rows from ``vocab_size`` to P are padding and take no part.
-        targets: (N,) token ids; ``IGNORE`` where a position does not count.
-        vocab_size: V, the classes that exist.
+        weight: (P, C) head; rows from ``vocab_size`` on are padding and are ignored.
+        targets: (N,) token ids; a negative target is ignored.
+        vocab_size: V, the number of classes.
 
     Returns:
         The sum in nats, a scalar in fp32.
@@ -46,45 +44,73 @@ def linear_cross_entropy(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    # Without gradients a Function's needs_input_grad still tells what the inputs alone require.
+    # needs_input_grad of a Function ignores no_grad.
     wanted = torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, vocab_size, dtype, wanted
+        hidden, weight, targets, vocab_size, dtype, wanted, fuses(weight)
     )
     return loss
 
 
-def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Turn logits (N, P) into the gradients of their cross-entropies, in place.
+def cross_entropy_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """Turn logits into the gradients of their cross-entropies, in place.
+
+    Args:
+        logits: (N, P); columns from ``classes`` on are padding and become zero.
+        targets: (N,) int64; where one is negative, loss and gradients are zero.
+        classes: number of classes.
 
     Returns:
-        (N,) cross-entropies in nats, fp32; zero where the target is ``IGNORE``.
+        (N,) cross-entropies in nats, fp32.
     """
-    if training_kernels.usable(logits):
-        return training_kernels.cross_entropy_(logits, targets, vocab_size)
-    losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        counted = targets[part] != IGNORE
-        labels = targets[part].clamp(min=0).unsqueeze(1)
-        scores = logits[part, :vocab_size].float()
-        softmax = scores.softmax(dim=1)
-        # The largest probability is 1 / sum(exp(score - largest score)).
-        log_sum = scores.amax(dim=1) - softmax.amax(dim=1).log()
-        losses[part] = (log_sum - scores.gather(1, labels).squeeze(1)) * counted
-        softmax.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=softmax.dtype))
-        if logits.device.type != "cpu" or not counted.all():  # elsewhere asking would wait
-            softmax.mul_(counted.unsqueeze(1))
-        logits[part, :vocab_size] = softmax
-    logits[:, vocab_size:] = 0
+    losses: Tensor = _cross_entropy_(logits, targets, classes)
     return losses
 
 
+def _gradients_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+    counted = targets >= 0
+    labels = targets.clamp(min=0).unsqueeze(1)
+    scores = logits[:, :classes].float()
+    softmax = scores.softmax(dim=1)
+    # The largest probability is 1 / sum(exp(score - largest score)).
+    log_sum = scores.amax(dim=1) - softmax.amax(dim=1).log()
+    losses = (log_sum - scores.gather(1, labels).squeeze(1)) * counted
+    softmax.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=softmax.dtype))
+    # On a GPU `.all()` would synchronise.
+    if logits.device.type != "cpu" or not counted.all():
+        softmax.mul_(counted.unsqueeze(1))
+    logits[:, :classes] = softmax
+    logits[:, classes:] = 0
+    return losses
+
+
+def _cpu(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    if native.takes(logits) and logits.is_contiguous():
+        rows, columns = logits.shape
+        native.run("cross_entropy", logits, targets.contiguous(), rows, columns, classes, losses)
+        return losses
+    rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        losses[part] = _gradients_(logits[part], targets[part], classes)
+    return losses
+
+
+def _fake(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+_cross_entropy_ = register_in_place(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, int classes) -> Tensor",
+    _gradients_,
+    fake=_fake,
+    cpu=_cpu,
+)
+
+
 class _Head:
-    """The output head in the dtype of its products; a CPU converts it piece by piece.
+    """The output head in the dtype of its products, converted piece by piece on a CPU.
 
     Args:
         weight: (P, C).
@@ -128,6 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         dtype: torch.dtype,
         wanted: bool,
+        fused: bool,
     ) -> Tensor:
         backward = wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         device = hidden.device.type
@@ -141,28 +168,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + rows)
                 inputs, labels = hidden[part].to(dtype), targets[part]
                 logits = head.logits(inputs)
-                losses = _softmax_minus_one_hot_(logits, labels, vocab_size)
+                losses = cross_entropy_(logits, labels, vocab_size)
                 total += losses.sum()
                 if grad_hidden is None:
                     continue
                 grad_hidden[part] = head.backward(logits)
                 if not ctx.needs_input_grad[1]:
                     continue
-                if in_place(weight):
-                    add_product(weight, logits, inputs)
+                if fused:
+                    add_to_main_grad(weight, logits, inputs)
                     continue
                 piece = logits.t() @ inputs
                 grad_weight = piece.float() if grad_weight is None else grad_weight.add_(piece)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.added, ctx.dtypes = in_place(weight), (hidden.dtype, weight.dtype)
+        ctx.fused, ctx.dtypes = fused, (hidden.dtype, weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        if ctx.added and scale != 1:
-            raise ValueError("gradients added in place are those of the sum: scale them, not it")
+        if ctx.fused and scale != 1:
+            raise ValueError("within fused_accumulation, scale the gradients, not the loss")
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(scale)
-        return grad_hidden.to(ctx.dtypes[0]) * scale, grad_weight, None, None, None, None
+        return grad_hidden.to(ctx.dtypes[0]) * scale, grad_weight, None, None, None, None, None

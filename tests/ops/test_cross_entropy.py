@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one piece, against float64 and PyTorch's plain way."""
+"""The fused head and cross-entropy against float64 and unfused PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_dist.data.loader import IGNORE
-from gpt_dist.ops import loss as loss_module
-from gpt_dist.ops.loss import linear_cross_entropy
+from gpt_dist.ops import cross_entropy, linear_cross_entropy
 
 VOCABULARY, PADDED, WIDTH = 203, 256, 48
 
@@ -33,7 +32,7 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -
 
 @pytest.fixture(params=[1 << 28, 4 * PADDED * 32, 1], ids=["one chunk", "32 rows", "1 row"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")

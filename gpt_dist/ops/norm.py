@@ -1,0 +1,75 @@
+"""Layer norm whose output is in the dtype of the matrix product that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt_dist.ops import native_training as native
+from gpt_dist.ops.registry import register
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Layer norm over the last dimension.
+
+    Args:
+        x: (..., C).
+        weight: (C,), as ``bias``.
+        eps: added to the variance.
+
+    Returns:
+        (..., C) in autocast's dtype where it is on, else in the dtype of ``x``.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    y: Tensor = _layer_norm(x, weight, bias, eps, dtype)
+    return y
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bfloat16 and native.takes(x, torch.float32):
+        y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+        return y
+    return _reference(x, weight, bias, eps, dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """fp32 (..., C) → bf16 (..., C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        y = torch.empty_like(x, dtype=torch.bfloat16)
+        stats = torch.empty(rows, 2)
+        native.run("layer_norm", x, weight, bias, rows, width, eps, y, stats)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        rows, width = len(stats), x.shape[-1]
+        grad_x = torch.empty_like(x)
+        total = torch.empty(2, width)
+        upstream = grad_outputs[0].contiguous()
+        native.run("layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, total)
+        grad_weight, grad_bias = total
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
+
+
+_layer_norm = register(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor",
+    _reference,
+    cpu=_cpu,
+)

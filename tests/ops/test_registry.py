@@ -1,0 +1,91 @@
+"""What PyTorch asks of a registered operation, for each of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_dist import ops
+from gpt_dist.ops import registry
+
+
+def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    plain = torch.randn(8, 64).to(dtype)
+    return {
+        "add": (leaf(2, 5, 32, dtype=torch.float32), leaf(2, 5, 32)),
+        "attention": (leaf(2, 5, 96), 2, 0.0),
+        "dropout": (leaf(3, 7), 0.0),
+        "gelu": (leaf(3, 7),),
+        "layer_norm": (
+            leaf(3, 32, dtype=torch.float32), leaf(32, dtype=torch.float32), None, 1e-5, dtype,
+        ),
+        "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60),
+        "add_product_": (torch.randn(16, 4), plain[:, :16], plain[:, :4], False),
+    }[name]  # fmt: skip
+
+
+NAMES = sorted(name for name in dir(torch.ops.gpt_dist) if not name.startswith("_"))
+"""Filled by the imports above: what is registered is tested."""
+
+
+def test_every_operation_is_here() -> None:
+    assert set(NAMES) >= {"add", "attention", "cross_entropy_", "dropout", "gelu", "layer_norm"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("name",)])
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    """Schema, autograd registration, fake tensors, and eager results equal traced ones."""
+    # Traced, a bf16 operation runs its reference, which rounds at other places than the kernel.
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    result = torch.library.opcheck(
+        getattr(torch.ops.gpt_dist, name).default, arguments(name, dtype), **close
+    )
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_the_device_chooses_the_implementation() -> None:
+    """A CPU tensor takes the CPU's; another device (here: meta) the reference."""
+    chosen: list[str] = []
+
+    def reference(x: Tensor) -> Tensor:
+        chosen.append("reference")
+        return x * 2
+
+    def cpu(x: Tensor) -> Tensor:
+        chosen.append("cpu")
+        return x * 2
+
+    double = registry.register("test_double(Tensor x) -> Tensor", reference, cpu=cpu)
+    for requires_grad in (False, True):
+        double(torch.ones(3, requires_grad=requires_grad))
+        double(torch.ones(3, device="meta", requires_grad=requires_grad))
+    with torch.inference_mode():
+        double(torch.ones(3))
+    assert chosen == ["cpu", "reference", "cpu", "reference", "cpu"]
+
+
+def test_compiling_traces_through_without_a_graph_break() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def block(x: Tensor, qkv: Tensor, weight: Tensor) -> Tensor:
+        x = ops.add(x, ops.attention(ops.linear(x, qkv, None), 2))
+        return ops.gelu_linear(ops.layer_norm(x, weight, None), qkv[:32], None)
+
+    x, qkv, weight = torch.randn(2, 6, 32), torch.randn(96, 32), torch.ones(32)
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    with ops.fused_accumulation():
+        torch.testing.assert_close(compiled(x, qkv, weight), block(x, qkv, weight))
+    assert len(graphs) == 1
