@@ -158,8 +158,7 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
     print(f"  1 and 2 workers: {'identical' if workers_same else 'DIFFERENT'}")
     generator = random.Random(0)
     code = (  # a journal entry after each chunk, so that a kill can fall between any two
-        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main
-"
+        "from gpt_dist.data.preparation import run; from gpt_dist.errors import run_main\n"
         "from gpt_dist.prepare import main; run.COMMIT_SECONDS = 0; run_main(main)"
     )
     kills = resumed = 0
