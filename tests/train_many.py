@@ -15,7 +15,7 @@ from gpt_dist.config.command_line import load
 from gpt_dist.errors import run_main
 from gpt_dist.parallel import world as distributed
 from gpt_dist.training.signals import StopSignal
-from gpt_dist.training.trainer import Trainer
+from gpt_dist.training.trainer import train_here
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
             if arguments[0] == "--copy":
                 world.decide(lambda: shutil.copytree(*arguments[1:], symlinks=True))  # noqa: B023
             else:
-                Trainer(load(arguments)[0], world, stop).run()
+                train_here(load(arguments)[0], world, stop)
 
 
 if __name__ == "__main__":

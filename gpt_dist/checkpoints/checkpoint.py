@@ -15,7 +15,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +34,6 @@ NICENESS = 10
 LARGE = 100_000_000
 """Bytes of a checkpoint that takes more than a step to write; smaller ones are in nobody's way."""
 STEP_DIRECTORY = re.compile(r"step-(\d{8})")
-
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint remembers besides tensors."""
-
-    step: int = 0
-    """Updates done."""
-    sequences: int = 0
-    """Sequences consumed."""
-    evaluated: int = -1
-    """Last step that was validated."""
-    sampled: int = -1
-    """Last step that was sampled from."""
-    best_loss: float | None = None
-    """Lowest validation loss so far."""
 
 
 # --- writing ------------------------------------------------------------------------------------

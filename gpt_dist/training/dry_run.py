@@ -9,7 +9,7 @@ from gpt_dist.data.loader import open_datasets
 from gpt_dist.data.order import TrainingData
 from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.world import env_world_size
-from gpt_dist.training.monitor import size
+from gpt_dist.training.formatting import file_size
 from gpt_dist.training.setup import count_steps, with_vocabulary
 
 
@@ -56,9 +56,10 @@ def report(config: Config) -> str:
         f"{accumulation} micro-batches x {micro_batch} sequences x {config.model.context_length}",
         "tokens": f"{tokens:,} ({epochs:.2f} epochs)",
         "compute": f"{tokens * model.flops_per_token():.3g} FLOPs",
-        "memory": f"{size(state)} weights, gradients and AdamW state + about "
-        f"{size(activations)} activations on each rank (DDP)",
-        "checkpoint": f"{size(12 * parameters)} each, {config.train.keep_checkpoints + 1} kept",
+        "memory": f"{file_size(state)} weights, gradients and AdamW state + about "
+        f"{file_size(activations)} activations on each rank (DDP)",
+        "checkpoint": f"{file_size(12 * parameters)} each, "
+        f"{config.train.keep_checkpoints + 1} kept",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TextIO
+
+from pydantic import ValidationError
 
 from gpt_dist.checkpoints.checkpoint import (
     complete_checkpoints,
@@ -17,10 +21,11 @@ from gpt_dist.checkpoints.checkpoint import (
     resolve,
     verify,
 )
-from gpt_dist.config.command_line import build, flags, parse_yaml
+from gpt_dist.config.command_line import flags
 from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.files import write_atomically
+from gpt_dist.files import needing_directory, write_atomically
+from gpt_dist.parallel.rendezvous import launch_id
 from gpt_dist.parallel.world import World
 
 FREE_ON_RESUME = {
@@ -34,52 +39,181 @@ FREE_ON_RESUME = {
 """Settings that a continued run may change. Data sets are compared by fingerprint, not by path."""
 
 LOCK_WAIT = 5.0
-"""Seconds to wait for a writer that is just dying."""
+"""Seconds to wait for the lock of a process that is about to end, and for a slow file system."""
+
+
+class Start(NamedTuple):
+    """The checkpoint that a run continues."""
+
+    path: Path
+    state: dict[str, Any]
+    """Its ``state.json``."""
 
 
 class RunDirectory:
-    """World rank 0's hold on a run's directory; the lock lasts as long as the process.
+    """A run's directory. Making one touches nothing; ``claim`` locks it until the block ends.
 
-    Raises:
-        GptDistError: the directory cannot be made or written, or another run is writing to it.
+    A block that ends without having written anything leaves no directory behind.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        lock = path / ".lock"
-        self._handle = lock.open("a+")
-        deadline = time.monotonic() + LOCK_WAIT
-        while True:
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self._handle.seek(0)
-                    raise GptDistError(
-                        f"{path}: another run is writing here ({self._handle.read().strip()}); "
-                        "stop it or choose another out_dir"
-                    ) from None
-                time.sleep(0.1)
-        # The token lets the other nodes check that they see this very directory.
-        self.token = uuid.uuid4().hex
-        self._handle.truncate(0)
-        self._handle.write(f"process {os.getpid()} on {socket.gethostname()}, {self.token}\n")
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        self._held = ExitStack()
 
-    def close(self) -> None:
-        self._handle.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def claim(self, config: Config, fingerprint: str, world: World) -> Start | None:
+        """Lock the directory and find where the run continues; None for a new run. Collective.
+
+        World rank 0 holds the lock and decides, because another process may have written a later
+        checkpoint before the lock was free, and because file systems differ in what they show.
+
+        Args:
+            config: the run's configuration.
+            fingerprint: of its data sets.
+            world: all of the run's ranks.
+
+        Raises:
+            UsageError: ``resume`` or a setting contradicts what the directory holds.
+            GptDistError: another run is writing there, a rank does not see the directory, or the
+                checkpoint is damaged.
+        """
+        token = world.broadcast(world.decide(self._lock))
+        world.together(lambda: check_shared(self.path, token))
+        start: Start | None = world.broadcast(
+            world.decide(lambda: self._find_start(config, fingerprint))
+        )
+        return start
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved ``config.yaml``, and which launch writes here from now on."""
+        write_if_changed(self.path / "config.yaml", to_yaml(config).encode())
+        write_if_changed(self.path / ".launch", json.dumps(this_launch()).encode())
+
+    def _lock(self) -> str:
+        """Take the lock; returns a token by which other nodes recognise the directory."""
+        self._held.enter_context(needing_directory(self.path))
+        lock = self._held.enter_context(lock_file(self.path))
+        self._held.callback(remove_lone_lock, self.path)  # while it is still locked
+        token = uuid.uuid4().hex
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, {token}\n")
+        lock.flush()
+        os.fsync(lock.fileno())
+        return token
+
+    def _find_start(self, config: Config, fingerprint: str) -> Start | None:
+        path = self._choose(config.resume)
+        if path is None:
+            return None
+        state = read_state(path) if (path / "state.json").is_file() else {}
+        if "sequences" not in state:  # imported, or exported
+            raise UsageError(
+                f"resume = {path}: these are weights without a run's state; start a new run "
+                f"from them with --train.init_from {path}"
+            )
+        check_same_run(config, state, fingerprint, path)
+        verify(path, state)
+        return Start(path, state)
+
+    def _choose(self, resume: str) -> Path | None:
+        """The checkpoint that ``resume`` means."""
+        checkpoints = self.path / "checkpoints"
+        newest = newest_checkpoint(checkpoints)
+        if resume == "auto" or (newest and self._is_restart()):
+            return newest
+        if resume == "never":
+            if newest:
+                raise UsageError(
+                    f"resume = never: {self.path} already holds a run ({newest.name}); choose "
+                    "another out_dir, or resume = auto to continue it"
+                )
+            return None
+        chosen = resolve(resume)
+        later = [c for c in complete_checkpoints(checkpoints) if c.name > chosen.name]
+        if later:
+            raise UsageError(
+                f"resume = {resume}: {self.path} holds later checkpoints ({later[-1].name}); "
+                "choose another out_dir to branch off"
+            )
+        return chosen
+
+    def _is_restart(self) -> bool:
+        """Whether this launch has written here before, so that it continues its own run."""
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not launch_id():
+            return True
+        try:
+            before = json.loads((self.path / ".launch").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(before, dict) and continues(this_launch(), before)
+
+
+def this_launch() -> dict[str, Any]:
+    """What tells this launch of the command from another one."""
+    return {
+        "torchrun": launch_id(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
+
+
+def continues(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a launch is an earlier one that was restarted, and not a second one by hand.
+
+    torchrun restarts its ranks after a crash and after a change of membership. Slurm queues a job
+    again under the same number and counts; inside one allocation the count stays the same.
+    """
+    if now["torchrun"] and now["torchrun"] == before.get("torchrun"):
+        return True
+    requeued = now["slurm_restarts"] > int(before.get("slurm_restarts", 0))
+    return requeued and bool(now["slurm_job"]) and now["slurm_job"] == before.get("slurm_job")
+
+
+def lock_file(directory: Path) -> TextIO:
+    """The directory's ``.lock``, locked until it is closed.
+
+    Raises:
+        GptDistError: another process holds it.
+    """
+    path = directory / ".lock"
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        handle = path.open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                handle.seek(0)
+                raise GptDistError(
+                    f"{directory}: another run is writing here ({handle.read().strip()}); "
+                    "stop it or choose another out_dir"
+                ) from None
+        else:
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(handle.fileno())):
+                return handle
+            # Its holder removed the file before we got the lock: lock the new one.
+        handle.close()
+        time.sleep(0.1)
+
+
+def remove_lone_lock(directory: Path) -> None:
+    """Remove ``.lock`` from a directory that holds nothing else."""
+    if [path.name for path in directory.iterdir()] == [".lock"]:
+        (directory / ".lock").unlink()
 
 
 def check_shared(path: Path, token: str) -> None:
-    """That this rank sees the directory which world rank 0 locked.
+    """Check that this rank sees the directory which world rank 0 locked.
 
     Raises:
         GptDistError: it does not: ``out_dir`` is not on a shared file system.
     """
-    deadline = time.monotonic() + LOCK_WAIT  # network file systems may lag
+    deadline = time.monotonic() + LOCK_WAIT
     while True:
         try:
             if token in (path / ".lock").read_text():
@@ -94,45 +228,18 @@ def check_shared(path: Path, token: str) -> None:
         time.sleep(0.2)
 
 
-def find_start(config: Config, world: World) -> Path | None:
-    """The checkpoint that the run continues from, verified; None for a fresh start.
-
-    Raises:
-        UsageError: ``resume`` contradicts what the directory holds.
-        GptDistError: the checkpoint is damaged.
-    """
-    checkpoints = Path(config.out_dir) / "checkpoints"
-    newest = newest_checkpoint(checkpoints)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if config.resume == "auto" or (restarted and newest):
-        start = newest
-    elif config.resume == "never":
-        if newest:
-            raise UsageError(
-                f"resume = never: {config.out_dir} already holds a run ({newest.name}); choose "
-                "another out_dir, or resume = auto to continue it"
-            )
-        start = None
-    else:
-        start = resolve(config.resume)
-        later = [c for c in complete_checkpoints(checkpoints) if c.name > start.name]
-        if later:
-            raise UsageError(
-                f"resume = {config.resume}: {config.out_dir} holds later checkpoints "
-                f"({later[-1].name}); choose another out_dir to branch off"
-            )
-    if start is not None and world.is_main:
-        verify(start, read_state(start))
-    return start
-
-
 def check_same_run(config: Config, state: dict[str, Any], fingerprint: str, source: Path) -> None:
-    """That a checkpoint belongs to this configuration.
+    """Check that a checkpoint belongs to this configuration.
 
     Raises:
         UsageError: naming every setting that differs, with both values.
+        GptDistError: the checkpoint's configuration cannot be read.
     """
-    saved = build(state["config"])
+    try:
+        # Each setting alone: whether they fit together depends on the ranks, which may change.
+        saved = Config.model_validate(state["config"])
+    except ValidationError as error:
+        raise GptDistError(f"{source}/state.json: its configuration is damaged: {error}") from None
     problems = []
     for flag in flags():
         if flag in FREE_ON_RESUME:
@@ -158,14 +265,7 @@ def setting(config: Config, flag: str) -> Any:
     return value
 
 
-def write_config(config: Config) -> None:
-    """Write the resolved ``config.yaml``."""
-    path = Path(config.out_dir) / "config.yaml"
-    text = to_yaml(config).encode()
-    if not path.exists() or path.read_bytes() != text:
-        write_atomically(path, text)
-
-
-def read_config(path: Path) -> Config:
-    """The resolved configuration of a run directory."""
-    return build(parse_yaml((path / "config.yaml").read_text(encoding="utf-8")))
+def write_if_changed(path: Path, data: bytes) -> None:
+    """Write a file, but leave one alone that holds this already."""
+    if not path.exists() or path.read_bytes() != data:
+        write_atomically(path, data)

@@ -1,19 +1,156 @@
-"""What a run starts from: its vocabulary, its length, its first weights and its engine."""
+"""From a configuration to a run that is ready for its next step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-from gpt_dist.checkpoints.checkpoint import empty_model, load_model, load_weights
+from gpt_dist.checkpoints.checkpoint import (
+    CheckpointReader,
+    empty_model,
+    load_model,
+    load_weights,
+)
 from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import Loader, open_datasets
+from gpt_dist.data.order import TrainingData
+from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.parallel.ddp import DDPEngine
-from gpt_dist.parallel.engine import Engine
+from gpt_dist.parallel.engine import Engine, pick_dtype
 from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
+from gpt_dist.training.formatting import human
+from gpt_dist.training.memory import keep_freed_memory
+from gpt_dist.training.progress import Progress
+from gpt_dist.training.run_directory import RunDirectory
+
+
+@dataclass
+class Run:
+    """What a run is, on one rank: ready for its next step, whatever directory it belongs to."""
+
+    config: Config
+    """With ``model.vocab_size`` filled in."""
+    world: World
+    data: TrainingData
+    validation: list[tuple[TokenStream, float]]
+    """Validation splits and their weights; empty where the data sets have none."""
+    tokenizer: Tokenizer
+    engine: Engine
+    compiled: str
+    """How the blocks run, for the headline: ``eager``, ``compiled``, …"""
+    dtype: torch.dtype
+    """Of the matrix products; weights and updates are fp32."""
+    loader: Loader
+    progress: Progress
+    total_steps: int
+    start: Path | None
+    """The checkpoint that the run continues; None for a new run."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass on one rank."""
+        return self.config.micro_batch(self.world.size)[0]
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one rank in one step."""
+        return self.config.micro_batch(self.world.size)[1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.step >= self.total_steps
+
+    def headline(self) -> str:
+        """Two lines that say what is about to run."""
+        config, world = self.config, self.world
+        begin = f"continuing {self.start}" if self.start else "starting"
+        return (
+            f"{begin}: {human(self.engine.model.num_parameters())} parameters, "
+            f"{self.total_steps} steps of {human(config.train.batch_tokens)} tokens "
+            f"({world.size} ranks x {self.accumulation} x {self.micro_batch} sequences of "
+            f"{config.model.context_length}), {str(self.dtype).removeprefix('torch.')} on "
+            f"{world.device.type}, {self.compiled}\n"
+            f"data: {', '.join(config.data.path)} ({human(self.data.windows)} windows)   "
+            f"run: {config.out_dir}"
+        )
+
+    def say(self, text: str) -> None:
+        """Print on world rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Stop the loader's thread."""
+        self.loader.close()
+
+
+def setup(config: Config, world: World, directory: RunDirectory | None = None) -> Run:
+    """Make a run: open the data, claim the directory, build the model and load its state.
+
+    Collective; a problem on any rank is raised on all. Writes nothing but the directory's lock.
+
+    Args:
+        config: the run's configuration.
+        world: the ranks that share a step.
+        directory: says where the run continues. Without one it starts anew and leaves nothing.
+
+    Raises:
+        UsageError: the configuration cannot be run here.
+        GptDistError: the data or the checkpoint is damaged, or the directory is in use.
+    """
+    datasets = world.together(lambda: open_datasets(config))
+    tokenizer = datasets[0].tokenizer
+    config = world.together(lambda: with_vocabulary(config, tokenizer))
+    data = world.together(lambda: TrainingData(config, datasets))
+    start = directory.claim(config, data.fingerprint, world) if directory else None
+    dtype = pick_dtype(config.train.precision, world.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+
+    def build() -> tuple[Engine, str]:
+        model = initial_model(config, tokenizer, start.path if start else None)
+        model = model.to(world.device).train()
+        compiled = compile_blocks(model, config.train.compile, world.device)
+        engine = make_engine(model, world, config, dtype)
+        if start:
+            engine.load_optimizer(CheckpointReader(start.path, model))
+        return engine, compiled
+
+    engine, compiled = world.together(build)
+    progress = Progress.from_state(start.state) if start else Progress()
+    micro_batch, _ = config.micro_batch(world.size)
+    loader = Loader(
+        data,
+        batch_sequences=config.batch_sequences,
+        micro_batch=micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        consumed=progress.sequences,
+    )
+    splits = [d.split("val") for d in datasets]
+    weighted = zip(splits, config.data.path.values(), strict=True)
+    return Run(
+        config=config,
+        world=world,
+        data=data,
+        validation=[(s, w) for s, w in weighted if s is not None and len(s) > 1],
+        tokenizer=tokenizer,
+        engine=engine,
+        compiled=compiled,
+        dtype=dtype,
+        loader=loader,
+        progress=progress,
+        total_steps=count_steps(config, data.windows),
+        start=start.path if start else None,
+    )
 
 
 def count_steps(config: Config, windows: int) -> int:
@@ -37,6 +174,23 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         )
     model = config.model.model_copy(update={"vocab_size": size})
     return config.model_copy(update={"model": model})
+
+
+def initial_model(config: Config, tokenizer: Tokenizer, start: Path | None) -> GPT:
+    """The model with the weights to start from, on the CPU.
+
+    Raises:
+        UsageError: ``train.init_from`` does not fit the data.
+        GptDistError: a checkpoint has another shape, or is damaged.
+    """
+    if start:
+        model = empty_model(config.model)
+        load_weights(model, CheckpointReader(start, model).weights(), start)
+        return model
+    if config.train.init_from:
+        return pretrained(config, tokenizer)
+    torch.manual_seed(config.seed)
+    return GPT(config.model)
 
 
 def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:

@@ -13,7 +13,7 @@ import torch
 from gpt_dist.config.command_line import load, presets
 from gpt_dist.model.gpt import GPT
 from gpt_dist.training.dry_run import activation_bytes
-from gpt_dist.training.monitor import human
+from gpt_dist.training.formatting import human
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]

@@ -1,0 +1,186 @@
+"""The trainer inside this process: no directory, no torchrun, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt_dist.checkpoints.checkpoint import CheckpointWriter
+from gpt_dist.config.command_line import load
+from gpt_dist.model.gpt import GPT
+from gpt_dist.parallel.world import World
+from gpt_dist.training.callbacks import make_callbacks
+from gpt_dist.training.metrics import Row
+from gpt_dist.training.monitor import Monitor
+from gpt_dist.training.setup import Run, setup
+from gpt_dist.training.trainer import Trainer
+
+Config = Callable[..., Path]
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+class Recorder:
+    """A sink, and a writer of checkpoints, that only remember what they were given."""
+
+    def __init__(self) -> None:
+        self.steps: list[Row] = []
+        self.rows: list[Row] = []
+        self.samples: list[int] = []
+        self.saved: list[tuple[dict[str, Any], bool]] = []
+
+    def train(self, row: Row) -> None:
+        self.steps.append(row)
+
+    def validation(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def sample(self, step: int, text: str) -> None:
+        self.samples.append(step)
+
+    def save(
+        self, tensors: object, state: dict[str, Any], *_: object, best: bool, **__: Any
+    ) -> None:
+        self.saved.append((state, best))
+
+    def flush(self) -> None:
+        pass
+
+    close = check = flush
+
+
+@contextmanager
+def stepping(config: Path, *flags: str) -> Iterator[Run]:
+    """A run that was set up without a directory."""
+    run = setup(load(["--config", str(config), *flags])[0], ALONE)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+@pytest.fixture
+def nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory in which the test must leave nothing."""
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    yield directory
+    assert not list(directory.iterdir())
+
+
+def test_it_is_built_and_stepped_without_a_directory(
+    tiny_config: Config, nothing_written: Path
+) -> None:
+    class EveryThird:
+        calls: list[int] = []  # noqa: RUF012
+
+        def due(self, trainer: Trainer) -> bool:
+            return trainer.on_schedule(3)
+
+        def __call__(self, trainer: Trainer) -> None:
+            self.calls.append(trainer.run.progress.step)
+
+    recorder, callback = Recorder(), EveryThird()
+    with stepping(tiny_config(train={"steps": 7}), "--optim.warmup_steps", "1") as run:
+        torch.manual_seed(run.config.seed)
+        model = GPT(run.config.model).double()
+        tokens = torch.from_numpy(run.data.sequences(np.arange(32)).astype(np.int64))
+        logits = model(tokens[:, :-1])
+        expected = F.cross_entropy(
+            logits.flatten(0, 1)[:, : model.vocab_size], tokens[:, 1:].flatten()
+        )
+
+        trainer = Trainer(run, [callback], Monitor([recorder]))
+        trainer.step()
+        assert [row["step"] for row in recorder.steps] == [1]
+        assert recorder.steps[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-6)
+        assert (run.progress.step, run.progress.sequences) == (1, 32)
+        trainer.train()
+    assert [row["step"] for row in recorder.steps] == list(range(1, 8))
+    assert callback.calls == [3, 6, 7]
+    assert recorder.steps[-1]["train_loss"] < recorder.steps[0]["train_loss"] - 0.1
+
+
+def trainer_of(run: Run, stop: Callable[[], bool] = lambda: False) -> tuple[Trainer, Recorder]:
+    """A trainer with the usual callbacks, whose results are only recorded."""
+    recorder = Recorder()
+    writer: CheckpointWriter = recorder  # type: ignore[assignment]
+    return Trainer(run, make_callbacks(run.config, writer), Monitor([recorder]), stop), recorder
+
+
+CADENCES = ["--train.eval_every", "2", "--train.sample_every", "3", "--train.checkpoint_every", "4"]
+
+
+def test_each_callback_keeps_its_cadence(tiny_config: Config, nothing_written: Path) -> None:
+    with stepping(tiny_config(train={"steps": 9}, optim={"warmup_steps": 2}), *CADENCES) as run:
+        trainer, recorder = trainer_of(run)
+        trainer.train()
+    assert [row["step"] for row in recorder.rows] == [0, 2, 4, 6, 8, 9]
+    assert recorder.samples == [0, 3, 6, 9]
+    # The loss falls at every validation, so each of them saves; 4, 8 and 9 are due anyway.
+    assert [(state["step"], best) for state, best in recorder.saved] == [
+        (2, True), (4, True), (6, True), (8, True), (9, True),
+    ]  # fmt: skip
+    losses = {row["step"]: row["val_loss"] for row in recorder.rows}
+    for state, _ in recorder.saved:
+        assert state["best_loss"] == losses[state["step"]]
+        assert state["evaluated"] == state["step"]
+        assert state["sampled"] == state["step"] // 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "sampled", "rows", "samples"),
+    [(6, 6, [], []), (6, 3, [], [6]), (4, 6, [6], []), (4, 3, [6], [6])],
+)
+def test_a_continued_run_does_what_is_missing(
+    tiny_config: Config, evaluated: int, sampled: int, rows: list[int], samples: list[int]
+) -> None:
+    with stepping(tiny_config(train={"steps": 9}, optim={"warmup_steps": 2}), *CADENCES) as run:
+        progress = run.progress
+        progress.step, progress.evaluated, progress.sampled = 6, evaluated, sampled
+        progress.best_loss = 0.0
+        trainer, recorder = trainer_of(run)
+        trainer.call_back()
+        trainer.call_back()  # nothing twice
+    assert [row["step"] for row in recorder.rows] == rows
+    assert recorder.samples == samples
+    assert not recorder.saved
+    assert (progress.evaluated, progress.sampled) == (6, 6)
+
+
+def test_a_stop_during_validation_saves_and_leaves_it_to_the_next_start(
+    tiny_config: Config, nothing_written: Path
+) -> None:
+    with stepping(tiny_config(train={"steps": 9}, optim={"warmup_steps": 2}), *CADENCES) as run:
+        asked: list[bool] = []
+        trainer, recorder = trainer_of(run, lambda: bool(asked))
+        trainer.step()
+        trainer.step()
+        asked.append(True)
+        trainer.train()
+    assert run.progress.step == 2
+    assert not recorder.rows
+    assert not recorder.samples
+    ((state, best),) = recorder.saved
+    assert (state["step"], state["evaluated"], best) == (2, -1, False)
+
+
+def test_a_failed_write_ends_the_run_at_the_next_step(tiny_config: Config) -> None:
+    with stepping(tiny_config(train={"steps": 9}, optim={"warmup_steps": 2})) as run:
+        trainer, recorder = trainer_of(run)
+
+        def fail() -> None:
+            if run.progress.step == 3:
+                raise OSError("no space")
+
+        recorder.check = fail  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="no space"):
+            trainer.train()
+    assert run.progress.step == 3
