@@ -15,6 +15,9 @@ from torch import Tensor
 
 _library = torch.library.Library("gpt_dist", "DEF")
 
+names: list[str] = []
+"""Every registered operation."""
+
 
 def register(schema: str, reference: Callable[..., Any], **devices: Callable[..., Any]) -> Any:
     """Define a differentiable operation.
@@ -31,6 +34,7 @@ def register(schema: str, reference: Callable[..., Any], **devices: Callable[...
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+    names.append(name)
     _library.impl(name, reference, "CompositeImplicitAutograd")
     for device, implementation in devices.items():
         for key in (device.upper(), f"Autograd{device.upper()}"):
@@ -54,6 +58,7 @@ def register_in_place(
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+    names.append(name)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     for device, implementation in devices.items():
         _library.impl(name, implementation, device.upper())
