@@ -7,7 +7,8 @@ Matrices are (out, in); the embedding has zero rows up to the padded vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,43 @@ MAGIC = 20240326
 HEADER_BYTES = 1024
 PADDING = 128
 VERSIONS = {3: torch.float32, 5: torch.bfloat16}
-LAYER_TENSORS = [
-    f"{module}.{kind}"
-    for module in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    for kind in ("weight", "bias")
-]
 
 
-def tensor_order(n_layer: int) -> list[str]:
-    """Names of the tensors in the order of the file."""
-    layers = [f"h.{layer}.{name}" for name in LAYER_TENSORS for layer in range(n_layer)]
-    return ["wte.weight", "wpe.weight", *layers, "ln_f.weight", "ln_f.bias"]
+def block_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors of one block, in the order of the file."""
+    weights = {
+        "ln_1": (width,),
+        "attn.c_attn": (3 * width, width),
+        "attn.c_proj": (width, width),
+        "ln_2": (width,),
+        "mlp.c_fc": (4 * width, width),
+        "mlp.c_proj": (width, 4 * width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, shape in weights.items():
+        shapes[f"{module}.weight"], shapes[f"{module}.bias"] = shape, shape[:1]
+    return shapes
+
+
+def tensor_shapes(config: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all tensors, in the order of the file: each kind for all layers in turn.
+
+    Args:
+        config: the model's shape.
+        rows: of the embedding, padding included.
+    """
+    width = config.n_embd
+    return {
+        "wte.weight": (rows, width),
+        "wpe.weight": (config.context_length, width),
+        **{
+            f"h.{layer}.{name}": shape
+            for name, shape in block_shapes(width).items()
+            for layer in range(config.n_layer)
+        },
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
 
 
 def is_llmc_file(path: Path) -> bool:
@@ -50,7 +77,7 @@ def to_llmc(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
         dtype: torch.float32 (version 3) or torch.bfloat16 (version 5).
 
     Raises:
-        UsageError: a model or a dtype that llm.c has not; the message says why.
+        UsageError: llm.c does not support the model or the dtype; the message says why.
     """
     config = model.config
     hidden = config.mlp_hidden or 4 * config.n_embd
@@ -75,14 +102,11 @@ def _chunks(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
     fields += [config.n_layer, config.n_head, config.n_embd, rows]
     yield np.array(fields + [0] * (256 - len(fields)), dtype="<i4").tobytes()
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    for name in tensor_order(config.n_layer):
+    for name, shape in tensor_shapes(config, rows).items():
+        tensor = weights[name] if name in weights else torch.zeros(shape)
         if name == "wte.weight":
-            tensor = torch.zeros(rows, config.n_embd)
+            tensor = torch.zeros(shape)
             tensor[: model.vocab_size] = weights[name][: model.vocab_size]
-        elif name in weights:
-            tensor = weights[name]
-        else:
-            tensor = torch.zeros(len(weights[name.replace(".bias", ".weight")]))
         yield tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -103,34 +127,26 @@ def read_llmc(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
         raise GptDistError(f"{path}: version {version}; valid are 3 (fp32) and 5 (bf16)")
     if min(context, vocab, layers, heads, width) < 1 or rows < vocab or width % heads:
         raise GptDistError(f"{path}: its header makes no sense: {header[1:8].tolist()}")
-    config = ModelConfig(
-        n_layer=layers, n_head=heads, n_embd=width, context_length=context, vocab_size=vocab
-    )
     dtype = VERSIONS[version]
-    shape_of = _shapes(config, rows)
-    order = tensor_order(layers)
-    count = sum(int(np.prod(shape_of(name))) for name in order)
+    # Before anything is made from these counts: they may be those of a damaged or hostile file.
+    per_block = sum(map(math.prod, block_shapes(width).values()))
+    count = (rows + context + 2) * width + layers * per_block
     expected = HEADER_BYTES + dtype.itemsize * count
     if path.stat().st_size != expected:
         raise GptDistError(
             f"{path}: {path.stat().st_size} bytes, but its header asks for {expected}; truncated?"
         )
+    config = ModelConfig(
+        n_layer=layers, n_head=heads, n_embd=width, context_length=context, vocab_size=vocab
+    )
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         data = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER_BYTES)
         offset = 0
-        for name in order:
-            shape = shape_of(name)
-            size = int(np.prod(shape)) * dtype.itemsize
+        for name, shape in tensor_shapes(config, rows).items():
+            size = math.prod(shape) * dtype.itemsize
             part = torch.from_numpy(data[offset : offset + size].copy()).view(dtype).view(shape)
             offset += size
             yield name, (part[:vocab] if name == "wte.weight" else part).float()
 
     return config, tensors()
-
-
-def _shapes(config: ModelConfig, rows: int) -> Callable[[str], tuple[int, ...]]:
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    shapes["wte.weight"] = (rows, config.n_embd)
-    return shapes.__getitem__

@@ -132,3 +132,18 @@ def test_broken_files(tmp_path: Path, data: bytes, kind: type[GptDistError], mes
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.bin"]
+
+
+def test_huge_counts_are_refused_before_a_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's size disproves its header; a model of two billion layers is never begun."""
+    source = tmp_path / "huge.bin"
+    source.write_bytes(damaged(4, 2_000_000_000))
+
+    def build(*_: object) -> None:
+        raise AssertionError("built a model from an unchecked header")
+
+    monkeypatch.setattr(GPT, "__init__", build)
+    with pytest.raises(GptDistError, match="its header asks for 1"):
+        read_llmc(source)
