@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import Config
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import load_tokenizer

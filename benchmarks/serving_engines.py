@@ -32,7 +32,7 @@ def make_own(settings: dict[str, Any]) -> Run:
     import torch
     from bandwidth import bandwidth
 
-    from gpt_dist.checkpoints.checkpoint import load_model
+    from gpt_dist.checkpoints.reader import load_model
     from gpt_dist.inference.decoder import Decoder
     from gpt_dist.inference.sampling import SamplingParams
 

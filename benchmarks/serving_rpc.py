@@ -34,7 +34,7 @@ import psutil
 import torch
 from record import record
 
-from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.decoder import Decoder, generate_many
 from gpt_dist.inference.sampling import SamplingParams

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check(args)
 
-    from gpt_dist.checkpoints.checkpoint import load_model, resolve
+    from gpt_dist.checkpoints.checkpoint import resolve
+    from gpt_dist.checkpoints.reader import load_model
     from gpt_dist.parallel.world import start
 
     directory = resolve(args.checkpoint)

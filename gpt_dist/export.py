@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from gpt_dist.checkpoints.checkpoint import load_model, resolve
+    from gpt_dist.checkpoints.checkpoint import resolve
+    from gpt_dist.checkpoints.reader import load_model
 
     directory = resolve(args.checkpoint)
     model, tokenizer, state = load_model(directory)

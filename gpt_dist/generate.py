@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from dataclasses import replace
 
-    from gpt_dist.checkpoints.checkpoint import load_model
+    from gpt_dist.checkpoints.reader import load_model
     from gpt_dist.inference.decoder import Decoder, generate_many
     from gpt_dist.parallel.world import pick_device
 

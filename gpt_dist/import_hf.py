@@ -160,7 +160,7 @@ def write(
     source: str,
 ) -> None:
     """Fill an empty directory with a checkpoint of step 0 (without optimizer state)."""
-    from gpt_dist.checkpoints.checkpoint import write_checkpoint
+    from gpt_dist.checkpoints.writer import write_checkpoint
 
     tensors = {f"model.{name}": tensor for name, tensor in weights}
     state = {"step": 0, "config": {"model": config.model_dump()}, "imported_from": source}

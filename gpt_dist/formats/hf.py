@@ -161,11 +161,6 @@ def load_pretrained(
     return config, _read_weights(config, files, stored_rows), tokenizer
 
 
-def is_hf_directory(directory: str | Path) -> bool:
-    """Whether a directory looks like a Hugging Face model (it has a config.json)."""
-    return (Path(directory) / "config.json").is_file()
-
-
 def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
     """Our configuration for a ``config.json``.
 

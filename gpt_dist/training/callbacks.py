@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from gpt_dist.checkpoints.checkpoint import CheckpointWriter
+from gpt_dist.checkpoints.writer import CheckpointWriter
 from gpt_dist.config.settings import Config
 from gpt_dist.data.order import key_of
 from gpt_dist.evaluation.tasks import HellaSwagRow, hellaswag, read_hellaswag

@@ -8,12 +8,7 @@ from typing import Literal
 
 import torch
 
-from gpt_dist.checkpoints.checkpoint import (
-    CheckpointReader,
-    empty_model,
-    load_model,
-    load_weights,
-)
+from gpt_dist.checkpoints.reader import CheckpointReader, empty_model, load_model, load_weights
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt_dist.checkpoints.checkpoint import CheckpointWriter
+from gpt_dist.checkpoints.writer import CheckpointWriter
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import to_batch
 from gpt_dist.data.order import key_of

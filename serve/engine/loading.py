@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt_dist.checkpoints.checkpoint import load_model, resolve
+from gpt_dist.checkpoints.checkpoint import resolve
+from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.decoder import Decoder, Weights
 from gpt_dist.inference.sampling import SamplingParams

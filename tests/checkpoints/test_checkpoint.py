@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gpt_dist.checkpoints.writer
 from gpt_dist.checkpoints.checkpoint import (
-    CheckpointWriter,
     complete_checkpoints,
-    load_model,
     newest_checkpoint,
     read_state,
     resolve,
     verify,
-    write_checkpoint,
 )
+from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.checkpoints.tensor_files import TensorFile
+from gpt_dist.checkpoints.writer import CheckpointWriter, write_checkpoint
 from gpt_dist.config.settings import Config, ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model.gpt import GPT
@@ -96,6 +97,54 @@ def die_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     return count
 
 
+def killed_at_every_operation(
+    monkeypatch: pytest.MonkeyPatch, base: Path, step: int, *, best: bool
+) -> Iterator[Path]:
+    """Copies of ``base``, in each of which saving a step died one operation later."""
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        directory = base.with_name(f"killed-{number}")
+        shutil.copytree(base, directory, symlinks=True)
+        child = os.fork()
+        if child == 0:
+            die_at(monkeypatch, number)
+            try:
+                doomed = CheckpointWriter(directory, keep=2)
+                doomed._write(tensors(step + 10), state(step), TOKENIZER, best)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 77)
+        finished = status == 0
+        yield directory
+    assert number > 18  # five of them write, the others move and remove
+
+
+def check_readers(directory: Path) -> list[int]:
+    """Whatever readers find is complete, ``best`` too; returns the steps they find."""
+    found = complete_checkpoints(directory)
+    for checkpoint in found:
+        verify(checkpoint, read_state(checkpoint))
+    steps = [read_state(checkpoint)["step"] for checkpoint in found]
+    assert steps == sorted(set(steps))
+    assert resolve(directory / "best") in [checkpoint.resolve() for checkpoint in found]
+    for step in steps:
+        assert read_state(resolve(directory / f"step-{step:08d}"))["step"] == step
+    assert resolve(directory) == found[-1]
+    return steps
+
+
+def check_next_start(directory: Path) -> None:
+    """The next start clears away what was left half done, and goes on."""
+    save(CheckpointWriter(directory, keep=2), 4)
+    names = sorted(path.name for path in directory.iterdir())
+    assert all(name == "best" or name.removeprefix("step-").isdigit() for name in names), names
+    assert newest_checkpoint(directory) == directory / "step-00000004"
+    check_readers(directory)
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_killed_at_every_operation_of_writing_and_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: bool
@@ -105,41 +154,56 @@ def test_killed_at_every_operation_of_writing_and_rotation(
     writer = CheckpointWriter(base, keep=2)
     save(writer, 1)
     save(writer, 2, best=True)
-    finished = False
-    number = 0
-    while not finished:
-        number += 1
-        directory = tmp_path / f"killed-{number}"
-        shutil.copytree(base, directory, symlinks=True)
-        child = os.fork()
-        if child == 0:
-            die_at(monkeypatch, number)
-            try:
-                doomed = CheckpointWriter(directory, keep=2)
-                doomed._write(tensors(3), state(3), TOKENIZER, best)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 77)
-        finished = status == 0
-        found = complete_checkpoints(directory)
-        for checkpoint in found:  # whatever bears the name is complete
-            verify(checkpoint, read_state(checkpoint))
-        steps = [read_state(checkpoint)["step"] for checkpoint in found]
+    for directory in killed_at_every_operation(monkeypatch, base, 3, best=best):
+        steps = check_readers(directory)
         assert 2 in steps
-        assert steps == sorted(set(steps))
-        link = (directory / "best").resolve()
-        assert link in [checkpoint.resolve() for checkpoint in found]  # never dangling
-        # The next start clears what was left half done, and goes on.
-        again = CheckpointWriter(directory, keep=2)
-        save(again, 4)
-        names = sorted(path.name for path in directory.iterdir())
-        assert not [name for name in names if name.startswith(".")], names
-        assert newest_checkpoint(directory) == directory / "step-00000004"
+        check_next_start(directory)
         best_step = 3 if best and 3 in steps else 2
         assert read_state(directory / "best")["step"] == best_step
-    assert number > 18  # five of them write, the others move and remove
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("was_best", [False, True])
+def test_killed_at_every_operation_of_saving_a_step_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_best: bool, best: bool
+) -> None:
+    """A child writes checkpoint 2 a second time: one of the two is there at every instant."""
+    base = tmp_path / "base"
+    writer = CheckpointWriter(base, keep=2)
+    save(writer, 1, best=True)
+    save(writer, 2, best=was_best)
+    before = (base / "step-00000002/model.safetensors").read_bytes()
+    versions = set()
+    for directory in killed_at_every_operation(monkeypatch, base, 2, best=best):
+        assert check_readers(directory) == [1, 2]
+        now = resolve(directory / "step-00000002") / "model.safetensors"
+        versions.add(now.read_bytes())
+        check_next_start(directory)
+        weights = directory / "step-00000002/model.safetensors"
+        assert weights.read_bytes() in versions
+    assert before in versions
+    assert len(versions) == 2
+    assert weights.read_bytes() != before
+
+
+def test_a_step_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    save(writer, 2, best=True)
+    before = read_state(tmp_path / "step-00000002")["files"]
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name == ".writing-step-00000002":
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(GptDistError, match=r"newest complete one is .*step-00000002"):
+        save(writer, 2)
+    assert read_state(tmp_path / "best")["files"] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000002"]
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "remove"])
@@ -160,7 +224,7 @@ def test_damage_is_named(tmp_path: Path, kind: str, name: str) -> None:
 def test_tensors_of_another_shape_or_name_are_refused(tmp_path: Path) -> None:
     for change, message in (
         (lambda t: t.pop("model.ln_f.weight"), "lacks the tensor ln_f.weight"),
-        (lambda t: t.update({"model.extra": torch.zeros(2)}), "has a tensor .* extra"),
+        (lambda t: t.update({"model.extra": torch.zeros(2)}), "contains a tensor .* extra"),
         (lambda t: t.update({"model.wpe.weight": torch.zeros(9, 8)}), r"wpe.weight .*\[9, 8\]"),
     ):
         directory = tmp_path / message[:4].strip()
@@ -200,16 +264,53 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(
 ) -> None:
     writer = CheckpointWriter(tmp_path, keep=2)
     save(writer, 1)
-    import errno
-
-    import gpt_dist.checkpoints.checkpoint
 
     def full(path: Path, chunks: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(gpt_dist.checkpoints.checkpoint, "write_file", full)
+    monkeypatch.setattr(gpt_dist.checkpoints.writer, "write_file", full)
     with pytest.raises(
         GptDistError, match=r"No space left.*newest complete one is .*step-00000001"
     ):
         save(writer, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 10):
+        save(writer, step, best=step == 4)
+    names = [path.name for path in complete_checkpoints(tmp_path)]
+    assert names == [f"step-{step:08d}" for step in (3, 4, 6, 8, 9)]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that claims to be on another device, whose asynchronous copies come late.
+
+    As on MPS: until the device is synchronised, the target of such a copy holds what it held.
+    """
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("mps")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.Tensor.copy_ and (kwargs or {}).get("non_blocking"):
+            return args[0]
+        return super().__torch_function__(function, kinds, args, kwargs or {})
+
+
+def test_copies_from_mps_have_arrived_before_they_are_written(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=2)
+    save(writer, 1)  # makes the buffers, with other values
+    expected = tensors(2)
+    there = {name: tensor.as_subclass(OnDevice) for name, tensor in expected.items()}
+    writer.save(iter(there.items()), state(2), TOKENIZER, vocab_size=8, best=False, write=True)
+    writer.wait()
+    read = load_file(tmp_path / "step-00000002/optimizer.safetensors")
+    for name, tensor in read.items():
+        whole = expected[f"optimizer.{name}"]
+        assert torch.equal(tensor, whole[:8] if name.endswith("wte.weight") else whole), name

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_dist.checkpoints.checkpoint import load_model, newest_checkpoint, read_state
+from gpt_dist.checkpoints.checkpoint import newest_checkpoint, read_state
+from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.config.command_line import load
 from gpt_dist.data.shards import open_dataset
 from gpt_dist.files import file_sha256

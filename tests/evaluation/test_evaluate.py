@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt_dist import evaluate
-from gpt_dist.checkpoints.checkpoint import load_model
+from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.evaluation import tasks

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt_dist import export, import_hf
-from gpt_dist.checkpoints.checkpoint import load_model, write_checkpoint
+from gpt_dist.checkpoints.reader import load_model
+from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import Config, ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.hf_tokenizers import tokenizer_files

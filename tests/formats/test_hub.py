@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_dist.checkpoints.checkpoint import load_model
+from gpt_dist.checkpoints.reader import load_model
 from tests.formats.test_export import exported, make_model, make_tokenizer
 
 

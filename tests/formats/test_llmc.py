@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt_dist import export, import_hf
-from gpt_dist.checkpoints.checkpoint import load_model, load_weights
+from gpt_dist.checkpoints.reader import load_model, load_weights
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.llmc import read_llmc, to_llmc

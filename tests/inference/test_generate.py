@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import Config, ModelConfig
 from gpt_dist.errors import UsageError
 from gpt_dist.generate import main

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_dist.checkpoints.checkpoint import write_checkpoint
+from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt_dist.checkpoints.checkpoint import CheckpointWriter
+from gpt_dist.checkpoints.writer import CheckpointWriter
 from gpt_dist.config.command_line import load
 from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.world import World

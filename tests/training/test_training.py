@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt_dist.checkpoints.checkpoint import complete_checkpoints, load_model
+from gpt_dist.checkpoints.checkpoint import complete_checkpoints
+from gpt_dist.checkpoints.reader import load_model
 from tests.conftest import column, read_rows, run_train, train_command
 
 Config = Callable[..., Path]

@@ -1,0 +1,111 @@
+"""The names in ``OUT_DIR/checkpoints``: complete checkpoints appear, stay or go, and ``best``.
+
+The process may be killed between any two operations here. Whatever it leaves, readers find a
+complete checkpoint of every step that had one and was not due to go, and ``recover`` clears the
+rest away.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpt_dist.checkpoints.checkpoint import (
+    REPLACED,
+    complete_checkpoints,
+    read_state,
+    step_name,
+    step_of,
+)
+from gpt_dist.files import sync_directory
+
+
+class CheckpointDirectory:
+    """``OUT_DIR/checkpoints``, to one process that writes there.
+
+    Args:
+        path: the directory; it is made when it is needed.
+        keep: how many of the newest checkpoints stay beside the best.
+        keep_every: checkpoints whose step is a multiple of this stay for good; 0 = none.
+    """
+
+    def __init__(self, path: Path, keep: int, keep_every: int = 0) -> None:
+        self.path, self.keep, self.keep_every = path, keep, keep_every
+
+    def recover(self) -> None:
+        """Finish or clear away what a killed process left half done.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for pattern in (".writing-*", ".removing-*"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path)
+        for path in self.path.glob(f"step-*{REPLACED}"):
+            self._end_replacing(path.with_name(path.name.removesuffix(REPLACED)))
+        (self.path / ".best").unlink(missing_ok=True)
+        # Losses fall from one best checkpoint to the next, so the newest that was one is the best.
+        for path in reversed(complete_checkpoints(self.path)):
+            if read_state(path).get("best"):
+                if (self.path / "best").resolve() != path.resolve():
+                    self.point_best_at(step_of(path))
+                break
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """An empty directory to fill; when the block ends well, it is the checkpoint of ``step``.
+
+        Raises:
+            OSError: a directory cannot be made or renamed; an older checkpoint of this step is as
+                it was.
+        """
+        final = self.path / step_name(step)
+        temporary = self.path / f".writing-{final.name}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            if final.exists():  # this step was saved before, by a run that was stopped there
+                final.rename(final.with_name(final.name + REPLACED))
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._end_replacing(final)
+            raise
+        sync_directory(self.path)
+        self._end_replacing(final)
+
+    def point_best_at(self, step: int) -> None:
+        """Let the link ``best`` point to the checkpoint of a step."""
+        link = self.path / ".best"
+        link.unlink(missing_ok=True)
+        link.symlink_to(step_name(step))
+        link.rename(self.path / "best")
+        sync_directory(self.path)
+
+    def rotate(self) -> None:
+        """Remove the checkpoints that are not to be kept."""
+        best = self.path / "best"
+        spared = best.resolve() if best.is_symlink() else None
+        for old in complete_checkpoints(self.path)[: -self.keep]:
+            forever = self.keep_every and step_of(old) % self.keep_every == 0
+            if not forever and old.resolve() != spared:
+                self._remove(old)
+
+    def _end_replacing(self, final: Path) -> None:
+        """Settle which of two checkpoints of the same step stays: the new one if it is there."""
+        replaced = final.with_name(final.name + REPLACED)
+        if not replaced.exists():
+            return
+        if final.exists():
+            self._remove(replaced)
+        else:
+            replaced.rename(final)
+
+    def _remove(self, path: Path) -> None:
+        doomed = path.with_name(f".removing-{path.name}")
+        path.rename(doomed)
+        sync_directory(self.path)
+        shutil.rmtree(doomed)

@@ -1,0 +1,123 @@
+"""Reading a checkpoint's tensors, into a run that continues or into a model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt_dist.checkpoints.checkpoint import read_state, resolve, verify
+from gpt_dist.checkpoints.tensor_files import TensorFile
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.errors import GptDistError
+from gpt_dist.formats.hf import load_pretrained
+from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row for each token. Files hold it without padding rows."""
+    return any(name.endswith(f".{parameter}") for parameter in VOCAB_PARAMETERS)
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Append zero rows up to ``rows``, as the model holds a vocabulary tensor."""
+    missing = rows - tensor.shape[0]
+    return (
+        torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing > 0 else tensor
+    )
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint's files, by the names of ``Engine.full_state``.
+
+    Args:
+        directory: the checkpoint.
+        model: the model that they are for; it says how many padding rows it has.
+    """
+
+    def __init__(self, directory: Path, model: GPT) -> None:
+        self._files = {
+            part: TensorFile(directory / f"{part}.safetensors") for part in ("model", "optimizer")
+        }
+        self._rows = model.wte.weight.shape[0]
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor ``model.<parameter>`` or ``optimizer.<state>.<parameter>``, with padding rows.
+
+        Raises:
+            GptDistError: the checkpoint lacks it.
+        """
+        part, _, key = name.partition(".")
+        tensor = self._files[part](key)
+        return pad_rows(tensor, self._rows) if is_vocabulary(name) else tensor
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter, tensor) of the whole model, without padding rows."""
+        file = self._files["model"]
+        return ((name, file(name)) for name in sorted(file.names))
+
+
+def load_weights(model: GPT, tensors: Iterable[tuple[str, Tensor]], source: object) -> None:
+    """Copy named tensors into a model. Every parameter must be among them, in its shape.
+
+    Args:
+        model: what to copy into.
+        tensors: (parameter, tensor); vocabulary tensors may come without padding rows.
+        source: where they are from, for error messages.
+
+    Raises:
+        GptDistError: naming the parameter that is missing, unknown or misshapen.
+    """
+    wanted = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors:
+            parameter = wanted.pop(name, None)
+            if parameter is None:
+                raise GptDistError(f"{source}: contains a tensor that this model lacks: {name}")
+            full = pad_rows(tensor, parameter.shape[0]) if name in VOCAB_PARAMETERS else tensor
+            if full.shape != parameter.shape:
+                raise GptDistError(
+                    f"{source}: {name} has the shape {list(tensor.shape)}, "
+                    f"but this model expects {list(parameter.shape)}"
+                )
+            parameter.copy_(full)
+    if wanted:
+        raise GptDistError(f"{source}: lacks the tensor {min(wanted)}")
+
+
+def empty_model(config: ModelConfig) -> GPT:
+    """A model with uninitialised weights, for weights that are about to be loaded."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device="cpu")
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Load a model for inference or fine-tuning from anything that ``resolve`` accepts.
+
+    Returns:
+        The model in evaluation mode, its tokenizer, and ``state.json``. Of an exported model, which
+        has no ``state.json``, a dictionary with ``config`` alone.
+
+    Raises:
+        UsageError: there is nothing to load.
+        GptDistError: a file is missing, damaged or of another model.
+    """
+    directory = resolve(path)
+    if (directory / "config.json").is_file():
+        config, tensors, tokenizer = load_pretrained(directory)
+        model = empty_model(config)
+        load_weights(model, tensors, directory)
+        return model.to(device).eval(), tokenizer, {"config": {"model": config.model_dump()}}
+    state = read_state(directory)
+    verify(directory, state, optimizer=False)
+    model = empty_model(ModelConfig.model_validate(state["config"]["model"]))
+    file = TensorFile(directory / "model.safetensors")
+    load_weights(model, ((name, file(name)) for name in sorted(file.names)), file.path)
+    return model.to(device).eval(), load_tokenizer(directory), state
