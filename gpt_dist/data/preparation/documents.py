@@ -7,13 +7,12 @@ cut, so that memory stays bounded and the ids are those of the whole document.
 from __future__ import annotations
 
 import codecs
-import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from gpt_dist.errors import GptDistError
+from gpt_dist.text.cuts import Cut
 
 PIECE_BYTES = 1 << 18
 """Longest piece, about, where the text allows a cut; also how much is read at a time."""
@@ -44,55 +43,21 @@ class Piece(NamedTuple):
     """Share of the file that has been read, 0 to 1."""
 
 
-# --- where a text may be cut ---------------------------------------------------------------------
-
-# GPT-2's pre-tokenizer never joins a character that is not white space with white space after it,
-# and looks back over no boundary: before such white space a cut changes no id. (Python's \s holds
-# all that the tokenizers' \s holds.)
-_BEFORE_SPACE = re.compile(r"(?<=\S)[ \t\n\r]")
+# --- long documents -------------------------------------------------------------------------------
 
 
-def safe_cut(text: str, limit: int) -> int:
-    """The last place in a text, at most ``limit``, where cutting it changes no token id.
-
-    Holds for the gpt2 and bpe tokenizers (both use GPT-2's pre-tokenizer) and trivially for char.
-
-    Returns:
-        The length of the first part; 0 where there is no such place.
-    """
-    for low in (max(0, limit - 4096), 0):
-        cuts = [match.start() for match in _BEFORE_SPACE.finditer(text, low, limit + 1)]
-        if cuts and cuts[-1] <= limit:
-            return cuts[-1]
-    # No white space, as in base64 or Chinese: letters, digits and signs make separate tokens too,
-    # except that a sign joins a space before it and an apostrophe some letters after it.
-    for cut in range(min(limit, len(text) - 1), 0, -1):
-        kinds = _kind(text[cut - 1]), _kind(text[cut])
-        if None not in kinds and kinds[0] != kinds[1] and text[cut - 1] != "'":
-            return cut
-    return 0
-
-
-def _kind(character: str) -> str | None:
-    """Letter, number or sign, as the pre-tokenizer tells them apart; None where unsure."""
-    category = unicodedata.category(character)
-    if character.isspace() or category in ("Cn", "Cs", "Co"):
-        return None
-    return category[0] if category[0] in "LN" else "sign"
-
-
-def cut_text(text: str, name: str) -> Iterator[str]:
+def cut_text(text: str, name: str, cut: Cut) -> Iterator[str]:
     """A document in pieces; joined they are the document.
 
     Raises:
-        GptDistError: a stretch of text that is too long and has no place to cut.
+        GptDistError: the text is too long, and nowhere can it be cut.
     """
     start, size = 0, PIECE_BYTES
     while len(text) - start > size:
-        cut = safe_cut(text[start : start + size + 1], size)
-        if cut:
-            yield text[start : start + cut]
-            start, size = start + cut, PIECE_BYTES
+        length = cut(text[start : start + size + 1], size)
+        if length:
+            yield text[start : start + length]
+            start, size = start + length, PIECE_BYTES
         else:
             size = longer(size, name)
     yield text[start:]
@@ -107,7 +72,7 @@ def longer(size: int, name: str) -> int:
     if size >= MAX_RUN:
         raise GptDistError(
             f"{name}: more than {MAX_RUN:,} characters without a space, line end or other place "
-            "where a text can be cut; is this text?"
+            "where this tokenizer lets a text be cut; is this text?"
         )
     return 2 * size
 
@@ -121,17 +86,18 @@ def clean(text: str) -> str:
     return text
 
 
-def whole_document(text: str, name: str, following: int, done: float) -> Iterator[Piece]:
-    """A document that is in memory, in pieces; reading goes on only after the last one.
+def whole_document(text: str, name: str, cut: Cut, following: int, done: float) -> Iterator[Piece]:
+    """A document that is in memory, in pieces; reading can resume only after the last one.
 
     Args:
-        following: place of the next document.
-        done: share of the file before it.
+        cut: where the tokenizer lets a text be cut.
+        following: offset of the next document.
+        done: share of the file that has been read.
     """
     if not text or text.isspace():
         return
     starts, previous = True, None
-    for piece in cut_text(clean(text), name):
+    for piece in cut_text(clean(text), name, cut):
         if previous is not None:
             yield Piece(previous, starts, None, done)
             starts = False

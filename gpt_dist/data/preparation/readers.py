@@ -17,10 +17,10 @@ from gpt_dist.data.preparation.documents import (
     Piece,
     Position,
     longer,
-    safe_cut,
     whole_document,
 )
 from gpt_dist.errors import GptDistError
+from gpt_dist.text.cuts import Cut, gpt2_cut
 from gpt_dist.text.gpt2_vocabulary import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ SEPARATORS: dict[TextMode, str | None] = {"files": None, "lines": "\n", "eot": E
 
 
 def read_text(
-    path: Path, mode: TextMode, at: Position, start: int = 0, end: int | None = None
+    path: Path,
+    mode: TextMode,
+    at: Position,
+    start: int = 0,
+    end: int | None = None,
+    cut: Cut = gpt2_cut,
 ) -> Iterator[Piece]:
     """The documents of a UTF-8 text file.
 
@@ -44,6 +49,7 @@ def read_text(
             it does not count. Documents of nothing but white space are left out.
         at: where to go on, from an earlier piece's ``next``.
         start, end: the part of the file to read, in bytes.
+        cut: where the tokenizer lets a text be cut.
 
     Raises:
         GptDistError: the file cannot be read, is not UTF-8, or cannot be cut.
@@ -69,15 +75,15 @@ def read_text(
                     if text and (inside or not text.isspace()):
                         yield Piece(text, not inside, Position(position), done)
                     inside, wanted = False, PIECE_BYTES
-            else:  # a long document: give out what is surely not its end, nor of a separator
+            else:  # a long document: yield a part without its end or a part of a separator
                 text = window.text(len(window) - len(END_OF_TEXT), partial=True)
-                cut = safe_cut(text, len(text) - 1)
-                if not cut:
+                body = _strip(text, mode, not inside, False)  # a cut is judged from where ids begin
+                length = cut(body, len(body) - 1)
+                if not length:
                     wanted = longer(wanted, str(path))
                     continue
-                window.take(len(text[:cut].encode()))
-                text = _strip(text[:cut], mode, not inside, False)
-                yield Piece(text, not inside, Position(window.position, True), window.done)
+                window.take(len(text[: len(text) - len(body) + length].encode()))
+                yield Piece(body[:length], not inside, Position(window.position, True), window.done)
                 inside, wanted = True, PIECE_BYTES
 
 
@@ -90,7 +96,7 @@ def _strip(text: str, mode: TextMode, first: bool, last: bool) -> str:
     return text
 
 
-def read_jsonl(path: Path, field: str, at: Position) -> Iterator[Piece]:
+def read_jsonl(path: Path, field: str, at: Position, cut: Cut = gpt2_cut) -> Iterator[Piece]:
     """The documents of a file with a JSON object on each line.
 
     Args:
@@ -120,7 +126,7 @@ def read_jsonl(path: Path, field: str, at: Position) -> Iterator[Piece]:
                 number = _line_number(path, window.position)
                 raise GptDistError(f"{path}: line {number}: {error}") from None
             window.take(length if ended else length + 1)
-            yield from whole_document(text, str(path), window.position, window.done)
+            yield from whole_document(text, str(path), cut, window.position, window.done)
 
 
 def _field(row: Any, field: str) -> str:
@@ -138,7 +144,7 @@ def _field(row: Any, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"field {field!r} is no text but {json.dumps(value, default=str)[:60]}")
+        raise ValueError(f"field {field!r} is not text: {json.dumps(value, default=str)[:60]}")
     return value
 
 
@@ -152,7 +158,7 @@ def _line_number(path: Path, position: int) -> str:
     return f"{count:,}"
 
 
-def read_parquet(path: Path, column: str, at: Position) -> Iterator[Piece]:
+def read_parquet(path: Path, column: str, at: Position, cut: Cut = gpt2_cut) -> Iterator[Piece]:
     """The documents of one column of a parquet file; empty ones are left out.
 
     Raises:
@@ -179,7 +185,8 @@ def read_parquet(path: Path, column: str, at: Position) -> Iterator[Piece]:
                         row += 1
                         if text and row > at.offset:
                             done = row / file.metadata.num_rows
-                            yield from whole_document(text, f"{path}: row {row:,}", row, done)
+                            name = f"{path}: row {row:,}"
+                            yield from whole_document(text, name, cut, row, done)
     except UnicodeDecodeError as error:
         raise GptDistError(f"{path}: row {row + 1:,}: not UTF-8: byte {error.start:,}") from None
     except (pa.ArrowException, OSError) as error:
@@ -206,7 +213,9 @@ def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
         raise GptDistError(f"{path}: column {column!r} holds {kind}, not text")
 
 
-def read_hub(rows: Any, name: str, field: str, total: int | None, at: Position) -> Iterator[Piece]:
+def read_hub(
+    rows: Any, name: str, field: str, total: int | None, at: Position, cut: Cut = gpt2_cut
+) -> Iterator[Piece]:
     """The documents of a streaming data set of Hugging Face ``datasets``.
 
     Args:
@@ -222,4 +231,5 @@ def read_hub(rows: Any, name: str, field: str, total: int | None, at: Position) 
             text = _field(value, field)
         except ValueError as error:
             raise GptDistError(f"{name}: row {row:,}: {error}") from None
-        yield from whole_document(text, f"{name}: row {row:,}", row, row / total if total else 0.0)
+        done = row / total if total else 0.0
+        yield from whole_document(text, f"{name}: row {row:,}", cut, row, done)

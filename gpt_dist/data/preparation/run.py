@@ -103,8 +103,9 @@ def _tokenize_into(
     """The work itself: read, tokenise, write, and note in the journal how far it is."""
     last_commit = time.monotonic()
     splits = writer.splits.values()
-    chunks = read_chunks(inputs, writer.cursor, split_chooser(args.val_fraction, args.seed))
-    for chunk, parts in tokenize(chunks, writer.tokenizer, args.workers):
+    tokenizer, choose = writer.tokenizer, split_chooser(args.val_fraction, args.seed)
+    chunks = read_chunks(inputs, writer.cursor, choose, tokenizer.safe_cut)
+    for chunk, parts in tokenize(chunks, tokenizer, args.workers):
         writer.write(parts)
         if chunk.after is not None and time.monotonic() - last_commit >= COMMIT_SECONDS:
             writer.commit(chunk.after)

@@ -29,11 +29,12 @@ from gpt_dist.data.preparation.readers import (
 )
 from gpt_dist.data.shards import Split
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.text.cuts import Cut
 
 if TYPE_CHECKING:
     pass
 
-Reader = Callable[[Path, Position], Iterator[Piece]]
+Reader = Callable[[Path, Position, Cut], Iterator[Piece]]
 
 TINYSHAKESPEARE = RemoteFile(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -99,8 +100,8 @@ class FileInput:
             self._fetching = pool.submit(self.file.fetch, self.downloads, self.report)
             pool.shutdown(wait=False)
 
-    def read(self, at: Position) -> Iterator[Piece]:
-        return self.reader(self.path(), at)
+    def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
+        return self.reader(self.path(), at, cut)
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class HubInput:
     split: Split | None = None
     size: int = 1
 
-    def read(self, at: Position) -> Iterator[Piece]:
-        return read_hub(self.rows, self.name, self.field, self.total, at)
+    def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
+        return read_hub(self.rows, self.name, self.field, self.total, at, cut)
 
     def prefetch(self) -> None:
         pass
@@ -277,15 +278,15 @@ _OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
 
 
 def text_reader(mode: TextMode, start: int = 0, end: int | None = None) -> Reader:
-    return lambda path, at: read_text(path, mode, at, start, end)
+    return lambda path, at, cut: read_text(path, mode, at, start, end, cut)
 
 
 def _jsonl_reader(field: str) -> Reader:
-    return lambda path, at: read_jsonl(path, field, at)
+    return lambda path, at, cut: read_jsonl(path, field, at, cut)
 
 
 def _parquet_reader(column: str) -> Reader:
-    return lambda path, at: read_parquet(path, column, at)
+    return lambda path, at, cut: read_parquet(path, column, at, cut)
 
 
 # --- files ---------------------------------------------------------------------------------------

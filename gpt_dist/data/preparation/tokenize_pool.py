@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gpt_dist.data.preparation.documents import START, Piece, Position
 from gpt_dist.data.shards import Split
+from gpt_dist.text.cuts import Cut, gpt2_cut
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +40,8 @@ class Input(Protocol):
     def size(self) -> int:
         """Weight of this input in the progress, for example bytes."""
 
-    def read(self, at: Position) -> Iterator[Piece]:
-        """The documents, from a position on."""
+    def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
+        """The documents from a position on; long ones in pieces, cut where ``cut`` allows it."""
 
     def prefetch(self) -> None:
         """This input is read next: begin to fetch it, if it is far away."""
@@ -87,13 +88,14 @@ class Tokens:
 
 
 def read_chunks(
-    inputs: Sequence[Input], at: Cursor, choose: Callable[[int], Split]
+    inputs: Sequence[Input], at: Cursor, choose: Callable[[int], Split], cut: Cut = gpt2_cut
 ) -> Iterator[Chunk]:
     """Read inputs one after the other, in chunks of about half a million characters.
 
     Args:
         at: where to begin.
-        choose: split of the document of an index, for inputs that leave it open.
+        choose: the split of the document with a given index, for inputs that do not set it.
+        cut: where the tokenizer lets a long document be cut.
     """
     documents = at.documents
     total = sum(source.size for source in inputs) or 1
@@ -105,7 +107,7 @@ def read_chunks(
         source = inputs[index]
         if index + 1 < len(inputs):
             inputs[index + 1].prefetch()
-        for piece in source.read(at.position if index == at.input else START):
+        for piece in source.read(at.position if index == at.input else START, cut):
             documents += piece.starts
             split = source.split or choose(documents - 1)
             if not runs or runs[-1].split != split:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt_dist.errors import UsageError
 from gpt_dist.files import write_atomically
+from gpt_dist.text.cuts import gpt2_cut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +64,14 @@ class Tokenizer(ABC):
                 pieces.append(np.array([self.eot_id], dtype=np.uint16))
             pieces.append(np.asarray(ids, dtype=np.uint16))
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
+
+    def safe_cut(self, text: str, limit: int) -> int:
+        """The last place, at most ``limit``, where a cut changes no token id; see ``cuts.py``.
+
+        Returns:
+            The length of the first part; 0 where there is no such place.
+        """
+        return gpt2_cut(text, limit)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD.

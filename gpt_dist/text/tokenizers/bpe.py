@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from gpt_dist.errors import UsageError
+from gpt_dist.text.cuts import checked_cut, gpt2_cut
 from gpt_dist.text.gpt2_vocabulary import END_OF_TEXT, byte_characters
 from gpt_dist.text.tokenizers.base import FORMAT_VERSION, Tokenizer, check_vocab_size
 
@@ -18,7 +20,7 @@ PADDING = "<|padding|>"
 
 
 class BpeTokenizer(Tokenizer):
-    """A byte-level BPE of Hugging Face ``tokenizers``, with GPT-2's pre-tokenizer.
+    """A byte-level BPE of Hugging Face ``tokenizers``; trained here, it splits text as GPT-2 does.
 
     Args:
         backend: the trained tokenizer.
@@ -84,6 +86,25 @@ class BpeTokenizer(Tokenizer):
         # Its threads are the library's own (RAYON_NUM_THREADS).
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def safe_cut(self, text: str, limit: int) -> int:
+        if self._splits_like_gpt2:
+            return gpt2_cut(text, limit)
+        return checked_cut(text, limit, self._pieces)
+
+    @cached_property
+    def _splits_like_gpt2(self) -> bool:
+        data = json.loads(self._backend.to_str())
+        match data["pre_tokenizer"]:
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+                return not data["normalizer"] and all(t["special"] for t in data["added_tokens"])
+        return False
+
+    def _pieces(self, text: str) -> list[list[int]]:
+        """Token ids, one group for each piece of text that the pre-tokenizer makes."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        pairs = zip(encoding.word_ids, encoding.ids, strict=True)
+        return [[token for _, token in group] for _, group in groupby(pairs, lambda pair: pair[0])]
 
     @cached_property
     def _table(self) -> Sequence[bytes]:
