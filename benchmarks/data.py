@@ -177,7 +177,7 @@ def determinism(args: argparse.Namespace, documents: list[str], place: Path) -> 
                 process.send_signal(signal.SIGKILL)
                 kills += 1
         _, errors = process.communicate()
-        resumed += "going on after" in errors
+        resumed += "resuming after" in errors
         done = process.returncode == 0
     killed_same = digest(place / "killed") == expected
     print(

@@ -82,7 +82,7 @@ def _write(
             tokenizer = given or _make_tokenizer(args, source, inputs, progress)
         writer = DatasetWriter(out, arguments, tokenizer, args.shard_tokens, journal)
         if journal is not None:
-            print(f"{out}: going on after {writer.cursor.documents:,} documents", file=sys.stderr)
+            print(f"{out}: resuming after {writer.cursor.documents:,} documents", file=sys.stderr)
         _tokenize_into(writer, inputs, args, progress)
         info = writer.finish()
     except BaseException as error:
