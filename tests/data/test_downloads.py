@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt_dist.data.preparation import downloads
-from gpt_dist.data.preparation.downloads import RemoteFile, hub_files
+from gpt_dist.data.preparation import downloads, hub
+from gpt_dist.data.preparation.downloads import RemoteFile
+from gpt_dist.data.preparation.hub import hub_files, resolve_commit
 from gpt_dist.errors import GptDistError
-from tests.file_server import FileServer, serve
+from tests.file_server import HEAD, FileServer, serve
 
 DATA = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -117,7 +118,7 @@ def test_what_is_not_the_file_is_refused(server: FileServer, tmp_path: Path) -> 
     with pytest.raises(GptDistError, match=r"nothing\.bin: HTTP 404"):
         remote(server, "nothing.bin").fetch(tmp_path / "d")
     server.errors = [503] * 20
-    with pytest.raises(GptDistError, match=r"file\.bin: HTTP 503 .*; run again to go on"):
+    with pytest.raises(GptDistError, match=r"file\.bin: HTTP 503 .*; run again to resume"):
         remote(server).fetch(tmp_path / "d")
     assert not (tmp_path / "d" / "host" / "file.bin").exists()
 
@@ -129,7 +130,7 @@ def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client retries
     with pytest.raises(GptDistError, match=r"no connection .*give the files with --source DIR"):
-        hub_files("owner/name", "", "http://127.0.0.1:9")
+        hub_files("owner/name", "", HEAD, "http://127.0.0.1:9")
 
 
 def test_a_mirror_of_the_hub(server: FileServer, tmp_path: Path) -> None:
@@ -137,7 +138,8 @@ def test_a_mirror_of_the_hub(server: FileServer, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("001.parquet", "000.parquet", "README.md"):
         (folder / name).write_bytes(name.encode() * 1000)
-    found = hub_files("owner/name", "sample/10BT", server.url)
+    assert resolve_commit("owner/name", None, server.url) == HEAD
+    found = hub_files("owner/name", "sample/10BT", HEAD, server.url)
     assert [file.name for file in found] == [
         "name/sample/10BT/000.parquet",
         "name/sample/10BT/001.parquet",
@@ -148,9 +150,61 @@ def test_a_mirror_of_the_hub(server: FileServer, tmp_path: Path) -> None:
     assert path == tmp_path / "d" / "name" / "sample" / "10BT" / "000.parquet"
     assert server.requests[1][1] == "bytes=5000-"
     with pytest.raises(GptDistError, match=r"owner/name/nothing: HTTP 404; is there such a data"):
-        hub_files("owner/name", "nothing", server.url)
+        hub_files("owner/name", "nothing", HEAD, server.url)
     with pytest.raises(GptDistError, match=r"no \.txt files there"):
-        hub_files("owner/name", "sample", server.url, ".txt")
+        hub_files("owner/name", "sample", HEAD, server.url, ".txt")
+
+
+def test_a_file_of_another_commit_is_fetched_again(server: FileServer, tmp_path: Path) -> None:
+    """Of the same name and size; its checksum tells."""
+    remote(server, size=len(DATA), sha256=SHA256).fetch(tmp_path / "d")
+    other = DATA[::-1]
+    (tmp_path / "web" / "file.bin").write_bytes(other)
+    changed = remote(server, size=len(DATA), sha256=hashlib.sha256(other).hexdigest())
+    assert changed.fetch(tmp_path / "d").read_bytes() == other
+
+
+UNSAFE = ["../x.parquet", "a/../../x.parquet", "a\\..\\x.parquet", "/etc/x.parquet"]
+UNSAFE += ["\\\\host\\x.parquet", "C:\\x.parquet", "c:x.parquet", "x\0.parquet"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_unsafe_names_are_refused(name: str, server: FileServer, tmp_path: Path) -> None:
+    """Whether a URL says them or a mirror's list."""
+    with pytest.raises(GptDistError, match="not a safe file name: '.*parquet'") as caught:
+        RemoteFile(f"{server.url}/x", name)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "web" / "datasets" / "owner" / "name").mkdir(parents=True)
+    server.extra_paths = [name]
+    if not name.startswith(
+        ("/", "\\", "C", "c")
+    ):  # behind the repository's name these are harmless
+        with pytest.raises(GptDistError, match="not a safe file name: 'name/"):
+            hub_files("owner/name", "", HEAD, server.url)
+
+
+def test_the_users_token_goes_to_the_users_hub_only(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "web" / "datasets" / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "x.parquet").write_bytes(b"x")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def ask() -> set[str | None]:
+        server.authorizations.clear()
+        commit = resolve_commit("owner/name", None, server.url)
+        (file,) = hub_files("owner/name", "", commit, server.url)
+        file.fetch(tmp_path / "d")
+        (tmp_path / "d" / "name" / "x.parquet").unlink()
+        return server.authorizations
+
+    assert ask() == {None}
+    monkeypatch.setattr(hub, "OWN_ENDPOINT", server.url + "/")
+    assert ask() == {"Bearer hf_secret"}
+    for other in ("https" + server.url[4:], server.url + "0", "http://localhost"):
+        monkeypatch.setattr(hub, "OWN_ENDPOINT", other)
+        assert ask() == {None}
 
 
 def test_two_processes_fetch_once(server: FileServer, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Downloads that go on where they stopped and are checked: plain URLs and files of the hub.
+"""Downloads that resume after a failure and are verified: plain URLs and files of the hub.
 
-A file grows as ``NAME.part`` and gets its name when its size, and its sha256 where the source
-states one, are right. (The hub's own client begins anew after a kill, hence this one.)
+A file grows as ``NAME.part``. It gets its name when its size is right and, where the source states
+one, its sha256. (The hub's own client starts over after a kill, hence this one.)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +17,28 @@ from io import BufferedRandom
 from pathlib import Path
 
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.files import naming, needing_directory, sync_directory
+from gpt_dist.files import file_sha256, naming, needing_directory, sync_directory
 
 ATTEMPTS = 6
-"""Failures in a row, without a byte between them, before giving up."""
+"""Failures in a row, without a byte received between them, before giving up."""
 BACKOFF_SECONDS = 1.0
-"""Before the second attempt; doubles with each further one."""
+"""Pause before the second attempt; it doubles with each further one."""
 TIMEOUT_SECONDS = 60.0
 BLOCK_BYTES = 1 << 20
 
 Report = Callable[[str], None]
+
+
+def check_name(name: str, origin: str) -> None:
+    """Refuse a relative path that could lead out of the directory it is joined to.
+
+    Raises:
+        GptDistError: naming ``origin``, which gave the name.
+    """
+    parts = re.split(r"[/\\]", name)
+    drive = any(re.match("[A-Za-z]:", part) for part in parts)
+    if not parts[0] or ".." in parts or drive or "\0" in name:
+        raise GptDistError(f"{origin}: not a safe file name: {name!r}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,9 @@ class RemoteFile:
         size: in bytes, where known.
         sha256: where known.
         headers: for the request.
+
+    Raises:
+        GptDistError: the name would lead out of the directory for downloads.
     """
 
     url: str
@@ -46,22 +62,25 @@ class RemoteFile:
     sha256: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        check_name(self.name, self.url)
+
     def fetch(self, directory: Path, report: Report = lambda text: None) -> Path:
-        """The file on disk, downloaded if need be.
+        """The file on disk, downloaded unless it is there.
 
         Args:
             directory: where downloads are kept.
-            report: is told now and then how far it is.
+            report: is called now and then with a line on the progress.
 
         Raises:
-            GptDistError: cannot be had, or is not what it should be.
-            OSError: naming the file; the disk is full, for example.
+            GptDistError: the download failed, or the file is not the expected one.
+            OSError: with the file's name; the disk is full, for example.
         """
         target = directory / self.name
         if target.is_file():
-            if self.size is None or target.stat().st_size == self.size:
+            if self._is(target):
                 return target
-            target.unlink()
+            target.unlink()  # of another commit
         part = target.with_name(target.name + ".part")
         with needing_directory(target.parent), naming(part), part.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same file
@@ -77,6 +96,11 @@ class RemoteFile:
                     part.unlink()
         return target
 
+    def _is(self, path: Path) -> bool:
+        if self.size is not None and path.stat().st_size != self.size:
+            return False
+        return self.sha256 is None or file_sha256(path) == self.sha256
+
     def _fill(self, file: BufferedRandom, etag_file: Path, report: Report) -> None:
         failures = 0
         while True:
@@ -88,8 +112,8 @@ class RemoteFile:
                 failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
                 if failures >= ATTEMPTS:
                     raise GptDistError(
-                        f"{self.url}: {error}; run again to go on, or bring the file here and give "
-                        "it with --source"
+                        f"{self.url}: {error}; run again to resume, or bring the file here and "
+                        "name it with --source"
                     ) from None
                 pause = BACKOFF_SECONDS * 2 ** (failures - 1)
                 report(f"{self.name}: {error}; trying again in {pause:.0f} s")
@@ -101,7 +125,7 @@ class RemoteFile:
         etag_file.unlink(missing_ok=True)
 
     def _transfer(self, file: BufferedRandom, etag_file: Path, report: Report) -> None:
-        """One request; asks for what is still missing."""
+        """One request for the missing part."""
         import requests
         import urllib3
 
@@ -113,14 +137,14 @@ class RemoteFile:
         headers = dict(self.headers) | {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
-            if etag_file.exists():  # begin anew if the file has changed meanwhile
+            if etag_file.exists():  # start over if the file has changed since
                 headers["If-Range"] = etag_file.read_text()
         try:
             with requests.get(
                 self.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS
             ) as response:
                 status = response.status_code
-                if status == 416:  # nothing there after what we have: all of it, or another file
+                if status == 416:  # nothing after what we have: it is complete, or another file
                     total = response.headers.get("Content-Range", "").rpartition("/")[2]
                     if total == str(have):
                         return
@@ -143,7 +167,7 @@ class RemoteFile:
                     )
                 if etag := response.headers.get("ETag"):
                     etag_file.write_text(etag)
-                # read1 gives all that came before a connection breaks; iter_content drops some.
+                # read1 returns all bytes that came before a failure; iter_content drops some.
                 while block := response.raw.read1(BLOCK_BYTES):
                     file.write(block)
                     have += len(block)
@@ -153,18 +177,18 @@ class RemoteFile:
         except urllib3.exceptions.ProtocolError:  # IncompleteRead and its like
             raise _Interrupted(f"connection lost after {have:,} bytes") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise _Interrupted(_reason(error)) from None
+            raise _Interrupted(network_reason(error)) from None
 
 
 class _Interrupted(Exception):
-    """A failure that may pass."""
+    """A failure that another attempt may overcome."""
 
 
 def _of(total: int | None) -> str:
     return f" of {total / 1e6:,.0f}" if total else ""
 
 
-def _reason(error: Exception) -> str:
+def network_reason(error: Exception) -> str:
     """The innermost cause of a network error, on one line."""
     reason: BaseException = error
     for _ in range(5):
@@ -173,51 +197,3 @@ def _reason(error: Exception) -> str:
             break
         reason = inner
     return " ".join(str(reason).split()) or type(reason).__name__
-
-
-def hub_files(
-    repository: str, folder: str, endpoint: str | None = None, suffix: str = ".parquet"
-) -> list[RemoteFile]:
-    """The files of a folder of a data set on the Hugging Face hub, or on a mirror of it.
-
-    Args:
-        repository: such as ``HuggingFaceFW/fineweb-edu``.
-        folder: inside the repository, "" for its root.
-        endpoint: address of the mirror; None = the hub (or ``HF_ENDPOINT``).
-
-    Raises:
-        GptDistError: no such data set or folder, or no connection.
-    """
-    from huggingface_hub import HfApi, RepoFile, get_token, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi(endpoint=endpoint)
-    where = f"{api.endpoint}/datasets/{repository}" + (f"/{folder}" if folder else "")
-    try:
-        entries = list(
-            api.list_repo_tree(repository, folder or None, recursive=True, repo_type="dataset")
-        )
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise GptDistError(f"{where}: HTTP {status}; is there such a data set?") from None
-    except Exception as error:  # of the HTTP client, which differs between the library's versions
-        raise GptDistError(
-            f"{where}: no connection ({_reason(error)}); on a machine without internet give the "
-            "files with --source DIR"
-        ) from None
-    token = get_token()
-    headers = (("Authorization", f"Bearer {token}"),) if token else ()
-    files = [
-        RemoteFile(
-            hf_hub_url(repository, entry.path, repo_type="dataset", endpoint=endpoint),
-            f"{repository.rpartition('/')[2]}/{entry.path}",
-            entry.size,
-            entry.lfs.sha256 if entry.lfs else None,
-            headers,
-        )
-        for entry in entries
-        if isinstance(entry, RepoFile) and entry.path.endswith(suffix)
-    ]
-    if not files:
-        raise GptDistError(f"{where}: no {suffix} files there")
-    return sorted(files, key=lambda file: file.name)

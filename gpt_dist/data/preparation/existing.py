@@ -22,7 +22,7 @@ from gpt_dist.text.tokenizers import Tokenizer
 
 @contextmanager
 def own_directory(out: Path) -> Iterator[None]:
-    """Make the directory and hold it against other writers; leave no empty one behind.
+    """Make the directory and lock it against other writers; remove it if it stays empty.
 
     Raises:
         UsageError: it is a file.
@@ -40,7 +40,7 @@ def own_directory(out: Path) -> Iterator[None]:
         except BlockingIOError:
             os.close(handle)
             raise GptDistError(f"{out}: another process is preparing data there") from None
-        except OSError:  # some network file systems know no such locks
+        except OSError:  # some network file systems have no such locks
             pass
         try:
             yield
@@ -53,28 +53,31 @@ def essential_arguments(
 ) -> dict[str, Any]:
     """What determines the tokens of the data set, as flags and values.
 
-    The path of the source is not among them: a data set made from a mirror is the same.
+    Args:
+        given: the tokenizer, unless it is made from the text.
+        source: None where only the hub can say what it is.
     """
-    names = ["name", "subset", "hf_split", "field", "column", "variant", "split", "val_fraction"]
-    names += ["shard_tokens", "seed", *(["vocab_size"] if args.tokenizer == "bpe" else [])]
+    names = ["name", "subset", "hf_split", "field", "column", "variant", "revision", "split"]
+    names += ["val_fraction", "shard_tokens", "seed"]
+    names += ["vocab_size"] if args.tokenizer == "bpe" else []
     tokenizer = args.tokenizer
     if given is not None and given.name != "gpt2":
         tokenizer = f"{given.name} {hashlib.sha256(given.to_json().encode()).hexdigest()[:16]}"
     chosen = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    content = source.content if source else None
     return {
         "source": args.command,
         "tokenizer": tokenizer if given is None or given.name != "gpt2" else "gpt2",
         **chosen,
-        **({"content": content} if content else {}),
+        **({"content": source.content} if source and source.content else {}),
+        **({"urls": source.urls} if source and source.urls else {}),
     }
 
 
 def found_complete(out: Path, arguments: dict[str, Any]) -> bool:
-    """Whether the very data set is there; says so.
+    """Whether the data set is there already, complete; prints so.
 
     Raises:
-        UsageError: another one is there.
+        UsageError: another data set is there.
         GptDistError: it is damaged.
     """
     if not (out / DATASET_FILE).exists():
@@ -89,19 +92,19 @@ def found_complete(out: Path, arguments: dict[str, Any]) -> bool:
         dataset = open_dataset(out)
         streams = [dataset.split("train"), dataset.split("val")]
     except GptDistError as error:
-        raise GptDistError(f"{error}; --overwrite makes the data set anew") from None
+        raise GptDistError(f"{error}; --overwrite makes it again") from None
     if (out / JOURNAL_FILE).exists():
-        remove_journal(out)  # the last thing that a killed attempt may have left to do
+        remove_journal(out)  # a killed attempt may have left this to do
     tokens = sum(len(stream) for stream in streams if stream)
     print(f"{out}: is there already, with the same arguments ({tokens:,} tokens)")
     return True
 
 
 def found_unfinished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The journal of an earlier, interrupted attempt at the very data set.
+    """The journal of an interrupted attempt at the same data set; None where there is none.
 
     Raises:
-        UsageError: it was another data set.
+        UsageError: the attempt was at another data set.
         GptDistError: the journal is damaged.
     """
     journal = read_journal(out)
@@ -113,13 +116,27 @@ def found_unfinished(out: Path, arguments: dict[str, Any]) -> dict[str, Any] | N
     return journal
 
 
+FILES = ("content", "urls")
+"""Arguments that say which files were read."""
+
+
 def _differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     """``val_fraction = 0.1, not 0.05``; empty where all is the same."""
+    # Releases before this record noted no URLs, and a source on the hub is named by its commit.
+    files_known = all(any(name in side for name in FILES) for side in (made, wanted))
     found = []
     for name in dict.fromkeys([*made, *wanted]):
-        # The content is known only where the files were at hand.
-        if name == "content" and not (made.get(name) and wanted.get(name)):
+        old, new = made.get(name), wanted.get(name)
+        if old == new or name == "commit" or (name in FILES and not files_known):
             continue
-        if made.get(name) != wanted.get(name):
-            found.append(f"{name} = {made.get(name)}, not {wanted.get(name)}")
+        if name == "revision" and new is not None and new == made.get("commit"):
+            continue
+        found.append(f"{name} = {_shown(old, new)}, not {_shown(new, old)}")
     return " and ".join(found)
+
+
+def _shown(value: Any, other: Any) -> str:
+    """A value; of a list the first entry that the other does not have."""
+    if isinstance(value, list):
+        value = next((entry for entry in value if entry not in (other or [])), value[0])
+    return "unset" if value is None else str(value)

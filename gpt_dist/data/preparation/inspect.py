@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,11 @@ SAMPLE_TOKENS = 64
 
 
 def inspect(directory: Path) -> int:
-    """Print counts, findings and a decoded sample; 1 if anything is wrong.
+    """Print counts, problems and a decoded sample; returns 1 if there are problems.
 
     Raises:
         UsageError: no data set there.
-        GptDistError: a shard is missing, truncated or no shard.
+        GptDistError: a shard is missing, truncated or not a shard.
     """
     dataset = open_dataset(directory)
     vocabulary = dataset.tokenizer
@@ -33,6 +34,8 @@ def inspect(directory: Path) -> int:
         f"end-of-text token {eot}"
     )
     print(f"  fingerprint  {dataset.fingerprint}")
+    if dataset.info:
+        print(f"  source       {_origin(dataset.info)}")
     problems = _checksum_problems(dataset) if dataset.info else []
     for split in ("train", "val"):
         stream = dataset.split(split)  # type: ignore[arg-type]
@@ -57,6 +60,16 @@ def inspect(directory: Path) -> int:
     if not problems:
         print("  all checks passed" if dataset.info else "  sizes and ids are right (no checksums)")
     return 1 if problems else 0
+
+
+def _origin(info: dict[str, Any]) -> str:
+    """What the data set was made from, as far as it was recorded."""
+    arguments = info.get("arguments", {})
+    source = arguments.get("name") or info.get("source", "unknown")
+    if "commit" in arguments:
+        return f"{source} at commit {arguments['commit']}"
+    files = [*arguments.get("urls", []), *filter(None, [arguments.get("content")])]
+    return f"{source}: {', '.join(files)}" if files else str(source)
 
 
 def _checksum_problems(dataset: Dataset) -> list[str]:

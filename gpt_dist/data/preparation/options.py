@@ -111,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     stories.add_argument(
         "--variant", choices=["v2", "v1"], help="v2 (by GPT-4 only; the default) or v1"
     )
+    _revision(stories)
     for name, what in (("fineweb", "the web, filtered"), ("fineweb-edu", "its educational part")):
         web = add(
             name,
@@ -124,6 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="sample-10BT (default), sample-100BT, sample-350BT or a dump, CC-MAIN-2024-10",
         )
+        _revision(web)
     files = "more files: a path, pattern or URL"
     text = add("text", "text files (UTF-8, may be packed: .gz .bz2 .zst .lz4)", 0.01, files)
     _paths(text)
@@ -150,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     hf.add_argument("name", metavar="NAME", help="such as allenai/c4, or a local directory")
     hf.add_argument("--subset", help="configuration of the data set")
+    _revision(hf)
     hf.add_argument("--hf-split", default="train", help="its split to read (default train)")
     hf.add_argument("--field", default="text", help="field of the text (default text)")
 
@@ -198,9 +201,7 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        default=_cores(),
         metavar="N",
         help="threads that tokenise (default: all cores); the result does not depend on it",
     )
@@ -222,6 +223,15 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # what this process may use, as under Slurm; not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of the hub's data set (default: its main branch as it is now; "
+        "the commit is recorded)",
+    )
 
 
 def _count(text: str) -> int:

@@ -16,11 +16,17 @@ from gpt_dist.data.preparation.existing import (
     found_unfinished,
     own_directory,
 )
+from gpt_dist.data.preparation.inputs import FileInput, split_by_characters
 from gpt_dist.data.preparation.progress import WorkProgress
 from gpt_dist.data.preparation.shard_writing import DatasetWriter, remove_data_set
-from gpt_dist.data.preparation.sources import FileInput, Source, is_remote, open_source
-from gpt_dist.data.preparation.splits import split_by_characters, split_chooser
-from gpt_dist.data.preparation.tokenize_pool import Cursor, Input, read_chunks, tokenize
+from gpt_dist.data.preparation.sources import Source, is_on_hub, open_source
+from gpt_dist.data.preparation.tokenize_pool import (
+    Cursor,
+    Input,
+    read_chunks,
+    split_chooser,
+    tokenize,
+)
 from gpt_dist.errors import GptDistError, UsageError, describe
 from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
@@ -45,8 +51,8 @@ def prepare(args: argparse.Namespace) -> None:
     kind = given.name if given else args.tokenizer
     out = Path(args.out or default_directory(args.command, args.variant, kind))
     with WorkProgress("preparing") as progress:
-        # Local files are looked at first: they are part of what was asked for.
-        source = None if is_remote(args) else open_source(args, progress.say)
+        # What the hub has is asked only if there is work to do.
+        source = None if is_on_hub(args) else open_source(args, progress.say)
         arguments = essential_arguments(args, given, source)
         if not args.overwrite and found_complete(out, arguments):
             return
@@ -56,7 +62,11 @@ def prepare(args: argparse.Namespace) -> None:
             journal = found_unfinished(out, arguments)
             if journal is None and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UsageError(f"{out}: not empty and no data set; choose another --out")
-            source = source or open_source(args, progress.say)
+            if source is None:
+                commit = journal["arguments"].get("commit") if journal else None
+                source = open_source(args, progress.say, commit)
+                if source.commit and (commit or not journal):
+                    arguments["commit"] = source.commit
             _write(args, given, source, arguments, out, journal, progress)
 
 

@@ -1,7 +1,7 @@
 """Where text comes from: each source of ``gpt_dist.prepare`` as a list of inputs to read.
 
-A source is found in local files, or downloaded; in both cases what it is does not depend on where
-it came from, so a data set made from a mirror equals one made from the original.
+A named source (TinyStories, FineWeb) is the same text whether it is read from local files, from the
+hub or from a mirror, so these make equal data sets.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ import argparse
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
-from gpt_dist.data.preparation.documents import COMPRESSED, Piece, Position
-from gpt_dist.data.preparation.downloads import RemoteFile, Report, hub_files
+from gpt_dist.data.preparation.documents import COMPRESSED
+from gpt_dist.data.preparation.downloads import RemoteFile, Report
+from gpt_dist.data.preparation.hub import hub_files, resolve_commit, token_for
+from gpt_dist.data.preparation.inputs import (
+    FileInput,
+    HubInput,
+    jsonl_reader,
+    parquet_reader,
+    text_reader,
+)
 from gpt_dist.data.preparation.readers import (
     TextMode,
-    read_hub,
-    read_jsonl,
-    read_parquet,
-    read_text,
 )
 from gpt_dist.data.shards import Split
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.text.cuts import Cut
 
 if TYPE_CHECKING:
     pass
-
-Reader = Callable[[Path, Position, Cut], Iterator[Piece]]
 
 TINYSHAKESPEARE = RemoteFile(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -49,77 +49,10 @@ TINYSTORIES_FILES = {
 }
 FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 
+SPLITS: tuple[Split, ...] = ("train", "val")
+
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-
-
-@dataclass
-class FileInput:
-    """A file, here or still to be downloaded.
-
-    Attributes:
-        file: a path, or what to download.
-        reader: gives the documents of the file.
-        split: where its documents go; None: chosen document by document.
-        downloads: where downloads are kept.
-        report: is told how far a download is.
-    """
-
-    file: Path | RemoteFile
-    reader: Reader
-    split: Split | None = None
-    downloads: Path = Path()
-    report: Report = lambda text: None
-    _fetching: Future[Path] | None = field(default=None, init=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.file.name if isinstance(self.file, RemoteFile) else str(self.file)
-
-    @property
-    def size(self) -> int:
-        if isinstance(self.file, RemoteFile):
-            return self.file.size or 1
-        return self.file.stat().st_size
-
-    def path(self) -> Path:
-        """The file on disk, downloaded if need be.
-
-        Raises:
-            GptDistError: it cannot be had.
-        """
-        if isinstance(self.file, Path):
-            return self.file
-        self.prefetch()
-        assert self._fetching is not None
-        return self._fetching.result()
-
-    def prefetch(self) -> None:
-        if isinstance(self.file, RemoteFile) and self._fetching is None:
-            pool = ThreadPoolExecutor(1)
-            self._fetching = pool.submit(self.file.fetch, self.downloads, self.report)
-            pool.shutdown(wait=False)
-
-    def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
-        return self.reader(self.path(), at, cut)
-
-
-@dataclass(frozen=True)
-class HubInput:
-    """A data set of the hub, by name, through ``datasets``."""
-
-    name: str
-    rows: Any
-    field: str
-    total: int | None
-    split: Split | None = None
-    size: int = 1
-
-    def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
-        return read_hub(self.rows, self.name, self.field, self.total, at, cut)
-
-    def prefetch(self) -> None:
-        pass
 
 
 @dataclass
@@ -128,96 +61,119 @@ class Source:
 
     Attributes:
         inputs: in the order in which they are read.
-        content: what identifies the inputs, where known; a data set made from others differs.
-        one_document: all is one document, to be split by characters.
+        one_document: everything is one document, to be split by characters.
+        commit: of the hub's data set; None for other sources.
+        content: identifies the local files by their names and sizes.
+        urls: identifies the files that are neither local nor of the hub.
     """
 
     inputs: Sequence[FileInput | HubInput]
-    content: str | None = None
     one_document: bool = False
+    commit: str | None = None
+    content: str | None = None
+    urls: list[str] = field(default_factory=list)
 
 
-def open_source(args: argparse.Namespace, report: Report) -> Source:
+def open_source(args: argparse.Namespace, report: Report, commit: str | None = None) -> Source:
     """The inputs that a ``prepare`` command names.
 
     Args:
-        args: of the command line (see prepare.py).
-        report: is told how far a download is.
+        args: the parsed command line (options.py).
+        report: is called with lines on the progress of a download.
+        commit: of the hub's data set, where an earlier attempt recorded it.
 
     Raises:
-        UsageError: no such file, or nothing in it that could be read.
-        GptDistError: no connection.
+        UsageError: a file does not exist, or nothing in a directory can be read.
+        GptDistError: the hub has no such data, or there is no connection.
     """
-    opener = _OPENERS[args.command]
-    source = opener(args)
-    inputs: list[FileInput | HubInput] = []
-    for entry in source.inputs:
-        if isinstance(entry, FileInput):
-            entry.downloads, entry.report = Path(args.downloads), report
-        inputs.append(entry)
-    local = [entry.file for entry in inputs if isinstance(entry, FileInput)]
-    if source.content is None and all(isinstance(file, Path) for file in local) and local:
-        paths = cast(list[Path], local)
+    if getattr(args, "revision", None) and not is_on_hub(args):
+        raise UsageError("--revision: only for data of the hub, not for files")
+    source = _OPENERS[args.command](args, commit)
+    files = [entry for entry in source.inputs if isinstance(entry, FileInput)]
+    for entry in files:
+        entry.downloads, entry.report = Path(args.downloads), report
+    if paths := [entry.file for entry in files if isinstance(entry.file, Path)]:
         names = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
         size = sum(path.stat().st_size for path in paths)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        content = f"{len(paths)} file(s), {size:,} bytes ({digest})"
-        return replace(source, inputs=inputs, content=content)
-    return replace(source, inputs=inputs)
+        source.content = f"{len(paths)} file(s), {size:,} bytes ({digest})"
+    if source.commit is None:
+        remote = [entry.file for entry in files if isinstance(entry.file, RemoteFile)]
+        source.urls = [_public(file.url) for file in remote if file.sha256 is None]
+    return source
 
 
-def is_remote(args: argparse.Namespace) -> bool:
-    """Whether a ``prepare`` command would have to go to the network to know its inputs."""
-    if args.source:
-        return _is_url(args.source)
-    if args.command in ("text", "jsonl", "parquet"):
-        return any(map(_is_url, args.paths))
+def is_on_hub(args: argparse.Namespace) -> bool:
+    """Whether only the hub, or a mirror of it, can say what the inputs are."""
     if args.command == "hf":
-        return not Path(args.name).exists()
-    return bool(args.command != "shakespeare")
+        return not Path(_hf_name(args)).exists()
+    if args.command == "tinystories" or args.command in FINEWEB:
+        return not args.source or _is_endpoint(args.source)
+    return False
 
 
-def _shakespeare(args: argparse.Namespace) -> Source:
+def _shakespeare(args: argparse.Namespace, _: str | None) -> Source:
     bundled = Path(str(resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"))
     path = _local(args.source)[0] if args.source else bundled
     return Source([FileInput(path, text_reader("files"))], one_document=True)
 
 
-def _tinyshakespeare(args: argparse.Namespace) -> Source:
+def _tinyshakespeare(args: argparse.Namespace, _: str | None) -> Source:
     file = _one_file(args.source) if args.source else TINYSHAKESPEARE
     return Source([FileInput(file, text_reader("files"))], one_document=True)
 
 
-def _tinystories(args: argparse.Namespace) -> Source:
+def _tinystories(args: argparse.Namespace, commit: str | None) -> Source:
     if args.source and not _is_endpoint(args.source):
         if _is_url(args.source) or Path(args.source).is_file():
             return Source([_any_file(_one_file(args.source), None)])
-        files = _local(args.source)
-        train = [path for path in files if "train" in path.name.lower()]
-        val = [path for path in files if "val" in path.name.lower()]
-        if not train:
-            raise UsageError(f"--source {args.source}: no file there has 'train' in its name")
-        suffix = train[0].suffix  # text and parquet side by side: one of them
-        return Source(
-            [_any_file(path, "train") for path in train if path.suffix == suffix]
-            + [_any_file(path, "val") for path in val if path.suffix == suffix]
-        )
+        return Source(_local_tinystories(args))
+    commit = commit or resolve_commit(TINYSTORIES, args.revision, args.source)
     listed = {
         file.name.rpartition("/")[2]: file
-        for file in hub_files(TINYSTORIES, "", args.source, ".txt")
+        for file in hub_files(TINYSTORIES, "", commit, args.source, ".txt")
     }
     train_name, val_name = TINYSTORIES_FILES[args.variant or "v2"]
     missing = [name for name in (train_name, val_name) if name not in listed]
     if missing:
         raise GptDistError(f"{TINYSTORIES}: no file {missing[0]} there")
-    return Source([_any_file(listed[train_name], "train"), _any_file(listed[val_name], "val")])
+    inputs = [_any_file(listed[train_name], "train"), _any_file(listed[val_name], "val")]
+    return Source(inputs, commit=commit)
 
 
-def _fineweb(args: argparse.Namespace) -> Source:
+def _local_tinystories(args: argparse.Namespace) -> list[FileInput | HubInput]:
+    """The files of one variant in a directory, which may be a full copy of the hub's."""
+    files = _local(args.source)
+    named = {path.name: path for path in reversed(files)}
+    present = [variant for variant, (train, _) in TINYSTORIES_FILES.items() if train in named]
+    if present:
+        wanted = args.variant or "v2"
+        if wanted not in present:
+            raise UsageError(
+                f"--source {args.source}: no {TINYSTORIES_FILES[wanted][0]} there; "
+                f"for {TINYSTORIES_FILES[present[0]][0]} give --variant {present[0]}"
+            )
+        parts = zip(TINYSTORIES_FILES[wanted], SPLITS, strict=True)
+        return [_any_file(named[name], split) for name, split in parts if name in named]
+    if args.variant:
+        raise UsageError(
+            f"--variant {args.variant}: --source {args.source} has no "
+            f"{TINYSTORIES_FILES[args.variant][0]}; leave out --variant to read other files"
+        )
+    train = [path for path in files if "train" in path.name.lower()]
+    val = [path for path in files if "val" in path.name.lower()]
+    if not train:
+        raise UsageError(f"--source {args.source}: no file there has 'train' in its name")
+    suffix = train[0].suffix  # where text and parquet are both there, one of them
+    pairs = [*((path, "train") for path in train), *((path, "val") for path in val)]
+    return [_any_file(path, cast(Split, split)) for path, split in pairs if path.suffix == suffix]
+
+
+def _fineweb(args: argparse.Namespace, commit: str | None) -> Source:
     variant = args.variant
     sample = variant.startswith("sample-")
     folder = f"sample/{variant.removeprefix('sample-')}" if sample else f"data/{variant}"
-    read = _parquet_reader("text")
+    read = parquet_reader("text")
     if args.source and not _is_endpoint(args.source):
         if _is_url(args.source):
             return Source([FileInput(_one_file(args.source), read)])
@@ -225,46 +181,57 @@ def _fineweb(args: argparse.Namespace) -> Source:
         inside = root / folder
         paths = _local(str(inside if inside.is_dir() else root), (".parquet",))
         return Source([FileInput(path, read) for path in paths])
-    files = hub_files(FINEWEB[args.command], folder, args.source)
-    return Source([FileInput(file, read) for file in files])
+    repository = FINEWEB[args.command]
+    commit = commit or resolve_commit(repository, args.revision, args.source)
+    files = hub_files(repository, folder, commit, args.source)
+    return Source([FileInput(file, read) for file in files], commit=commit)
 
 
-def _text(args: argparse.Namespace) -> Source:
+def _text(args: argparse.Namespace, _: str | None) -> Source:
     files = _named_files(args, TEXT_SUFFIXES)
     mode: TextMode = args.split
-
     inputs = [FileInput(file, text_reader(mode)) for file in files]
     return Source(inputs, one_document=mode == "files" and len(files) == 1)
 
 
-def _jsonl(args: argparse.Namespace) -> Source:
-    read = _jsonl_reader(args.field)
+def _jsonl(args: argparse.Namespace, _: str | None) -> Source:
+    read = jsonl_reader(args.field)
     return Source([FileInput(file, read) for file in _named_files(args, JSON_SUFFIXES)])
 
 
-def _parquet(args: argparse.Namespace) -> Source:
-    read = _parquet_reader(args.column)
+def _parquet(args: argparse.Namespace, _: str | None) -> Source:
+    read = parquet_reader(args.column)
     return Source([FileInput(file, read) for file in _named_files(args, (".parquet",))])
 
 
-def _hf(args: argparse.Namespace) -> Source:
-    if args.source and _is_url(args.source):
-        os.environ["HF_ENDPOINT"] = args.source
+def _hf_name(args: argparse.Namespace) -> str:
+    """Name on the hub, or a local copy."""
+    return str(args.source if args.source and not _is_url(args.source) else args.name)
+
+
+def _hf(args: argparse.Namespace, commit: str | None) -> Source:
+    name, endpoint = _hf_name(args), args.source if _is_url(args.source or "") else None
+    token = token_for(endpoint)
+    if endpoint:
+        os.environ["HF_ENDPOINT"] = endpoint  # read when the library is imported
+    if is_on_hub(args):
+        commit = commit or resolve_commit(name, args.revision, endpoint)
     from datasets import load_dataset  # type: ignore[attr-defined]
 
-    name = args.source if args.source and not _is_url(args.source) else args.name
     try:
-        rows = load_dataset(name, args.subset, split=args.hf_split, streaming=True)
+        rows = load_dataset(
+            name, args.subset, split=args.hf_split, streaming=True, revision=commit, token=token
+        )
     except Exception as error:  # the library raises errors of many kinds
         reason = " ".join(str(error).split())
         raise GptDistError(f"{name}: cannot be opened by datasets: {reason[:300]}") from None
     splits = rows.info.splits or {}
     known = splits.get(args.hf_split)
     total = known.num_examples if known is not None else None
-    return Source([HubInput(name, rows, args.field, total or None)])
+    return Source([HubInput(name, rows, args.field, total or None)], commit=commit)
 
 
-_OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
+_OPENERS: dict[str, Callable[[argparse.Namespace, str | None], Source]] = {
     "shakespeare": _shakespeare,
     "tinyshakespeare": _tinyshakespeare,
     "tinystories": _tinystories,
@@ -275,18 +242,6 @@ _OPENERS: dict[str, Callable[[argparse.Namespace], Source]] = {
     "parquet": _parquet,
     "hf": _hf,
 }
-
-
-def text_reader(mode: TextMode, start: int = 0, end: int | None = None) -> Reader:
-    return lambda path, at, cut: read_text(path, mode, at, start, end, cut)
-
-
-def _jsonl_reader(field: str) -> Reader:
-    return lambda path, at, cut: read_jsonl(path, field, at, cut)
-
-
-def _parquet_reader(column: str) -> Reader:
-    return lambda path, at, cut: read_parquet(path, column, at, cut)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -304,26 +259,40 @@ def _is_endpoint(text: str) -> bool:
 
 
 def _one_file(text: str) -> Path | RemoteFile:
-    """A file by path or URL."""
-    if _is_url(text):
-        host = urlsplit(text).netloc.replace(":", "-")
-        return RemoteFile(text, f"{host}/{urlsplit(text).path.lstrip('/')}")
-    return _local(text)[0]
+    """A file by path or URL; URLs that differ only in their query are kept apart."""
+    if not _is_url(text):
+        return _local(text)[0]
+    parts = urlsplit(text)
+    folder = parts.netloc.rpartition("@")[2].replace(":", "-")
+    if parts.query:
+        folder += f"/{_query_digest(parts.query)}"
+    return RemoteFile(text, f"{folder}/{parts.path.lstrip('/')}")
+
+
+def _query_digest(query: str) -> str:
+    return hashlib.sha256(query.encode()).hexdigest()[:16]
+
+
+def _public(url: str) -> str:
+    """A URL as a data set may show it: a query or user name may hold a secret."""
+    parts = urlsplit(url)
+    query = f"?{_query_digest(parts.query)}" if parts.query else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
 
 
 def _any_file(file: Path | RemoteFile, split: Split | None) -> FileInput:
-    """A file of documents, read as its name's ending tells (``<|endoftext|>`` in plain text)."""
+    """A file of documents in the format of its suffix; plain text has ``<|endoftext|>`` between."""
     name = Path(file.name)
     suffix = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
     if suffix == ".parquet":
-        return FileInput(file, _parquet_reader("text"), split)
+        return FileInput(file, parquet_reader("text"), split)
     if suffix in JSON_SUFFIXES:
-        return FileInput(file, _jsonl_reader("text"), split)
+        return FileInput(file, jsonl_reader("text"), split)
     return FileInput(file, text_reader("eot"), split)
 
 
 def _named_files(args: argparse.Namespace, suffixes: tuple[str, ...]) -> list[Path | RemoteFile]:
-    """The files that a command names: paths, directories, patterns, URLs."""
+    """The files that a command names by path, directory, pattern or URL."""
     names = [*args.paths, *([args.source] if args.source else [])]
     if not names:
         raise UsageError(f"{args.command}: name at least one file, directory or pattern")
@@ -337,7 +306,7 @@ def _local(name: str, suffixes: tuple[str, ...] | None = None) -> list[Path]:
     """The files of a path, directory or pattern, sorted.
 
     Raises:
-        UsageError: nothing there.
+        UsageError: there are none.
     """
     path = Path(name)
     if path.is_file():
@@ -364,6 +333,6 @@ def _local(name: str, suffixes: tuple[str, ...] | None = None) -> list[Path]:
 
 
 def _ending(path: Path) -> str:
-    """What kind of file it is, under its packing."""
+    """The suffix that tells the format, without that of a compression."""
     plain = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return plain.suffix.lower()

@@ -159,3 +159,28 @@ def tokenize(
             yield first, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def split_chooser(val_fraction: float, seed: int) -> Callable[[int], Split]:
+    """Which split a document goes to: a hash of its index decides, so that it streams.
+
+    The first document is always for training and, where there is validation at all, the second for
+    validation, so that a handful of documents has both.
+    """
+    threshold = int(val_fraction * 2**64)
+
+    def choose(index: int) -> Split:
+        if threshold == 0 or index == 0:
+            return "train"
+        return "val" if index == 1 or _mix(index + (seed << 32)) < threshold else "train"
+
+    return choose
+
+
+def _mix(value: int) -> int:
+    """SplitMix64 (Steele, Lea and Flood 2014): 64 well-mixed bits of an integer."""
+    mask = 2**64 - 1
+    value = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
