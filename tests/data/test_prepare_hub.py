@@ -1,4 +1,4 @@
-"""From URLs, the hub and mirrors of it, end to end: what was read is recorded and stays the same."""
+"""From URLs, the hub and mirrors of it, end to end: what was read is recorded."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_another_url_is_another_data_set(
                 run("text", f"{server.url}/{other}", *flags[:-1])
             assert "\n" not in str(caught.value)
             (tmp_path / "local.txt").write_text("x")
-            with pytest.raises(UsageError, match="urls = http.* and content = unset, not 1 file"):
+            with pytest.raises(UsageError, match=r"urls = http.* and content = unset, not 1 file"):
                 run("text", "local.txt", *flags[:-1])
             run("text", f"{server.url}/{other}", *flags)
             assert open_dataset("out").tokenizer.decode(tokens("out")).endswith(other)
@@ -198,6 +198,7 @@ def test_the_hubs_commit_is_recorded_and_resumed(
     assert not Path("none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["environment", "mirror"])
 def test_hub_data_sets_by_name(how: str, tmp_path: Path) -> None:
     """Through ``datasets``, in a process of its own because that reads its address at import."""
@@ -256,6 +257,6 @@ def test_tinystories_from_a_full_local_copy(tmp_path: Path) -> None:
         (place / name).unlink()
     with pytest.raises(UsageError, match=r"no TinyStoriesV2-GPT4-train\.txt .* give --variant v1"):
         run("tinystories", "--source", place, "--out", "none")
-    with pytest.raises(UsageError, match="--variant v1: --source .* leave out --variant"):
+    with pytest.raises(UsageError, match=r"--variant v1: --source .* leave out --variant"):
         run("tinystories", "--source", place / "data", "--variant", "v1", "--out", "none")
     assert not Path("none").exists()
