@@ -78,16 +78,20 @@ def lengths(text: str) -> Callable[[random.Random], int]:
 
 
 async def ask(
-    client: AsyncClient, prompt: Prompt, new_tokens: int, parameters: dict[str, Any]
+    client: AsyncClient,
+    prompt: Prompt,
+    new_tokens: int,
+    parameters: dict[str, Any],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Record:
-    """One streamed request."""
+    """Make one streamed request; returns its times, in seconds of ``clock``."""
     record = Record()
-    began = last = time.perf_counter()
+    began = last = clock()
     try:
         async for piece in client.stream(
             prompt, max_new_tokens=new_tokens, ignore_eos=True, **parameters
         ):
-            now, count = time.perf_counter(), len(piece.token_ids)
+            now, count = clock(), len(piece.token_ids)
             if count and not record.tokens:
                 record.first = now - began
                 record.gaps += [0.0] * (count - 1)
@@ -95,7 +99,7 @@ async def ask(
                 record.gaps += [(now - last) / count] * count
             record.tokens += count
             last = now if count else last
-        record.total = time.perf_counter() - began
+        record.total = clock() - began
     except grpc.aio.AioRpcError as error:
         record.error = error.code().name
     return record

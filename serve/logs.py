@@ -54,9 +54,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.handlers.QueueHandler):
-    """Writes in a thread: whoever reads the log slowly must not hold up the event loop.
+    """Writes in a thread, so that a slow reader of the log does not block the event loop.
 
-    What does not fit into the queue is dropped, and the number of such records is told later.
+    Records that do not fit into the queue are dropped; their number is logged later.
     """
 
     def __init__(self, target: logging.Handler, capacity: int = 10_000) -> None:
@@ -78,29 +78,34 @@ class BackgroundHandler(logging.handlers.QueueHandler):
     def _write(self) -> None:
         while (record := self.records.get()) is not None:
             self.target.handle(record)
-            if self.dropped and self.records.empty():
-                dropped, self.dropped = self.dropped, 0
-                text = f"{dropped} log records were dropped"
-                lost = logging.LogRecord("serve", logging.WARNING, "", 0, text, None, None)
-                self.target.handle(lost)
+            if self.records.empty():
+                self._report_dropped()
+        self._report_dropped()
+
+    def _report_dropped(self) -> None:
+        if self.dropped:
+            text, self.dropped = f"{self.dropped} log records were dropped", 0
+            self.target.handle(logging.LogRecord("serve", logging.WARNING, "", 0, text, None, None))
 
     def close(self) -> None:
-        """Write what is left, within a second."""
+        """Write the records in the queue, for about a second at most."""
         with contextlib.suppress(queue.Full):
-            self.records.put_nowait(None)
+            self.records.put(None, timeout=1)
         self._thread.join(1)
         super().close()
 
 
 def set_up(style: str, level: str) -> None:
-    """Send the package's log to stderr.
+    """Send the log of the server and of the model code to stderr.
 
     Args:
         style: "plain" or "json".
-        level: least severity.
+        level: lowest level that is written.
     """
     target = logging.StreamHandler(sys.stderr)
     target.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
-    logger = logging.getLogger("serve")
-    logger.handlers, logger.propagate = [BackgroundHandler(target)], False
-    logger.setLevel(level.upper())
+    handler = BackgroundHandler(target)
+    for name in ("serve", "gpt_dist"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,15 @@ class Server:
 
     Args:
         options: settings.
+        clock: seconds, for deadlines, time budgets and the watch over the engine's progress.
 
     Raises:
         UsageError: it would listen to strangers in the clear.
         GptDistError: TLS files or tokens are unusable.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options, self._clock = options, clock
         check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
         self.metrics = Metrics()
         self.service = GenerationService(self.metrics, options.stream_interval)
@@ -157,6 +159,7 @@ class Server:
             max_queue=self.options.max_queue,
             prefill_chunk=self.options.prefill_chunk or (512 if on_gpu else 256),
             weights_version=loaded.version,
+            clock=self._clock,
         )
         self._loaded = loaded
         self.engine = Engine(scheduler, asyncio.get_running_loop(), self._failed)

@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 from gpt_dist.data.shards import write_shard
 from gpt_dist.text.tokenizers import CharTokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests do not depend on the machine's speed.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 BIN = Path(sys.executable).parent
 
 Row = dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 
 from google.protobuf.duration_pb2 import Duration
@@ -173,7 +172,7 @@ class Call:
         engine: where it runs.
         tokenizer: for text.
         metrics: what is counted.
-        deadline: when the caller gives up, in seconds of ``time.monotonic``.
+        deadline: when the caller gives up, in seconds of the engine's clock.
     """
 
     def __init__(
@@ -185,7 +184,7 @@ class Call:
         deadline: float | None = None,
     ) -> None:
         self.wanted, self.engine, self.metrics = wanted, engine, metrics
-        self.arrived = time.monotonic()
+        self.arrived = engine.clock()
         self.changed = asyncio.Event()
         self.quiet = True
         """Whether new tokens alone are no reason to wake the reader."""

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,10 +52,10 @@ def note(**values: Any) -> None:
     current.get().notes.update(values)
 
 
-def deadline_of(context: Any) -> float | None:
-    """When the caller gives up, in seconds of ``time.monotonic``; None if never."""
+def deadline_of(context: Any, clock: Callable[[], float]) -> float | None:
+    """When the caller gives up, in seconds of ``clock``; None if never."""
     left = context.time_remaining()
-    return None if left is None or left > 1e9 else time.monotonic() + left
+    return None if left is None or left > 1e9 else clock() + left
 
 
 def generic_handler(service: ServiceDescriptor, implementation: object, metrics: Metrics) -> Any:

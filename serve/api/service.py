@@ -122,7 +122,8 @@ class GenerationService:
         return overloaded(self.served.engine.scheduler.retry_after)
 
     def _call(self, served: Served, wanted: Generation, context: Any) -> Call:
-        return Call(wanted, served.engine, served.tokenizer, self.metrics, deadline_of(context))
+        deadline = deadline_of(context, served.engine.clock)
+        return Call(wanted, served.engine, served.tokenizer, self.metrics, deadline)
 
     async def _generate(self, served: Served, request: Any, context: Any) -> api.GenerateResponse:
         wanted = await parse_generation(request, served.limits)
@@ -223,7 +224,8 @@ class GenerationService:
                 if not answer.done():
                     answer.set_result(event)
 
-            job = Scoring(ids, listen, deadline_of(context), top=request.top_logprobs)
+            deadline = deadline_of(context, served.engine.clock)
+            job = Scoring(ids, listen, deadline, top=request.top_logprobs)
             try:
                 served.engine.submit([job])
             except (QueueFull, EngineLost) as error:

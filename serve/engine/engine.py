@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 
 from gpt_dist.inference.decoder import Weights
@@ -40,10 +39,10 @@ class Engine:
         loop: asyncio.AbstractEventLoop,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.scheduler = scheduler
+        self.scheduler, self.clock = scheduler, scheduler.clock
         self.failure: BaseException | None = None
-        self.progress = time.monotonic()
-        """When the thread last completed a tick, or had nothing to do."""
+        self._progress = self.clock()
+        """When the thread last completed a tick, or was given its first work."""
         self._loop, self._on_failure = loop, on_failure
         self._wake = threading.Event()
         self._stopping = False
@@ -59,6 +58,7 @@ class Engine:
         """
         if self.failure is not None:
             raise EngineLost(str(self.failure))
+        self._note_idle()
         self.scheduler.submit(jobs)
         self._wake.set()
 
@@ -69,12 +69,18 @@ class Engine:
 
     def swap(self, weights: Weights, version: str) -> None:
         """Let sequences that begin from now on use other weights."""
+        self._note_idle()
         self.scheduler.swap(weights, version)
         self._wake.set()
 
     def stalled(self, seconds: float) -> bool:
         """Whether there is work, and none of it has been done for that long."""
-        return self.scheduler.busy and time.monotonic() - self.progress > seconds
+        return self.scheduler.busy and self.clock() - self._progress > seconds
+
+    def _note_idle(self) -> None:
+        """Start to measure progress anew: a thread that had nothing to do has not stalled."""
+        if not self.scheduler.busy:
+            self._progress = self.clock()
 
     def stop(self, timeout: float = 10) -> None:
         """End the thread after its current tick."""
@@ -88,10 +94,9 @@ class Engine:
                 if not self.scheduler.busy:
                     self._wake.wait()
                     self._wake.clear()
-                    self.progress = time.monotonic()
                     continue
                 events = self.scheduler.tick()
-                self.progress = time.monotonic()
+                self._progress = self.clock()
                 if events:
                     self._loop.call_soon_threadsafe(_deliver, events)
         except BaseException as error:

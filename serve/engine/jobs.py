@@ -88,7 +88,7 @@ class Listener(Protocol):
 class Job:
     """Anything that can be submitted.
 
-    ``deadline`` and ``expires_at`` are in seconds of ``time.monotonic``.
+    ``deadline`` and ``expires_at`` are in seconds of the scheduler's clock.
     """
 
     ids: np.ndarray

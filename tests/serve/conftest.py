@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -12,9 +14,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,19 +27,21 @@ from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import BpeTokenizer, Tokenizer
+from serve.engine.engine import Engine
 from serve.engine.loading import Loaded
 from serve.engine.scheduler import Scheduler
 from serve.options import Options
 from serve.server import Server
+from tests.components import missing, require
 
 CONTEXT = 160
 TOKENIZER = BpeTokenizer.train(["Ünïcödé 👩‍🚀 text, to be, or not to be. " * 20], 300)
-"""Most of its tokens are single bytes, and so random streams are full of half characters."""
+"""Most of its tokens are single bytes, so random streams are full of partial characters."""
 VOCABULARY = TOKENIZER.vocab_size
 
 
 def tiny_model(seed: int = 0, vocab_size: int = VOCABULARY, context: int = CONTEXT) -> GPT:
-    """A random model whose logits are far enough apart to be told from each other."""
+    """A random model whose logits are far enough apart for a clear argmax."""
     torch.manual_seed(seed)
     config = ModelConfig(
         n_layer=2, n_head=2, n_embd=32, context_length=context, vocab_size=vocab_size
@@ -76,6 +82,28 @@ def write_run(directory: Path, model: GPT, step: int = 100) -> Path:
     return path
 
 
+PATIENCE = 120.0
+"""Seconds until a wait gives up. Long: it ends a test that hangs, it measures nothing."""
+
+
+def wait_until(condition: Callable[[], Any], what: str = "") -> None:
+    """Poll until ``condition()`` is true; fail after `PATIENCE` seconds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"timed out waiting: {what or condition}"
+        time.sleep(0.002)
+
+
+class Clock:
+    """A clock that a test sets by hand, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Process:
     """``python -m serve`` as users start it."""
 
@@ -99,18 +127,22 @@ class Process:
                 return line.split()[1]
         raise AssertionError(self.end(None))
 
-    def end(self, number: int | None = signal.SIGTERM, timeout: float = 120) -> tuple[int, str]:
+    def log(self) -> str:
+        """Return what it has written to stderr so far."""
+        file = self.errors.fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
+
+    def end(self, number: int | None = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal and wait; returns exit status and stderr."""
         if number is not None:
             self.process.send_signal(number)
-        self.process.communicate(timeout=timeout)
-        self.errors.seek(0)
-        return self.process.returncode, self.errors.read()
+        self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, self.log()
 
 
 @pytest.fixture
 def processes() -> Iterator[Callable[..., Process]]:
-    """Start servers as processes; what is left of them at the end is killed."""
+    """Start servers as processes; those still running at the end are killed."""
     started: list[Process] = []
 
     def start(*arguments: object, **environment: str) -> Process:
@@ -126,22 +158,32 @@ def processes() -> Iterator[Callable[..., Process]]:
 class LiveServer:
     """A server in a thread with an event loop of its own."""
 
-    def __init__(self, options: Options, loaded: Loaded | None) -> None:
+    def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
         self.server: Server
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.call(self._start(options, loaded))
+        self.call(self._start(options, clock))
 
-    async def _start(self, options: Options, loaded: Loaded | None) -> None:
-        self.server = Server(options)
+    async def _start(self, options: Options, clock: Callable[[], float]) -> None:
+        self.server = Server(options, clock)
         await self.server.start()
-        if loaded is not None:
-            self.server.use(loaded)
 
-    def call(self, work: Coroutine[Any, Any, Any], timeout: float = 60) -> Any:
+    def use(self, decoder: Decoder) -> None:
+        """Serve a decoder, as if it came from a checkpoint."""
+
+        async def use() -> None:
+            self.server.use(loaded(decoder))
+
+        self.call(use())
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+        return self.begin(work).result(PATIENCE)
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start a coroutine in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     @property
     def target(self) -> str:
@@ -152,23 +194,33 @@ class LiveServer:
         assert self.server.engine is not None
         return self.server.engine.scheduler
 
-    def at_rest(self, seconds: float = 5) -> bool:
-        """Whether nothing is left in the engine and no call is open, soon."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            decoder = self.scheduler.decoder
-            if (
+    @property
+    def engine(self) -> Engine:
+        assert self.server.engine is not None
+        return self.server.engine
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that the service has accepted and not left."""
+        return self.server.service.open_calls
+
+    def wait_at_rest(self) -> None:
+        """Wait until nothing is left in the engine and no call is open."""
+        decoder = self.scheduler.decoder
+        wait_until(
+            lambda: (
                 self.scheduler.load == 0
-                and not self.server.service.open_calls
+                and not self.open_calls
                 and len(decoder.free_slots) == decoder.max_slots
                 and not decoder.active_slots
-            ):
-                return True
-            time.sleep(0.005)
-        return False
+            ),
+            "the server to come to rest",
+        )
 
     def close(self) -> None:
-        self.call(self.server.drain())
+        """Drain the server, unless a test has done so, and end its thread."""
+        if not self.server.service.draining:
+            self.call(self.server.drain())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -187,50 +239,114 @@ def start() -> Iterator[StartServer]:
     """Start servers: ``start(decoder, option=value, ...)``; they are closed at the end."""
     servers = []
 
-    def starter(decoder: Decoder | None = None, **values: Any) -> LiveServer:
+    def starter(
+        decoder: Decoder | None = None, clock: Callable[[], float] = time.monotonic, **values: Any
+    ) -> LiveServer:
         options = Options(**{"checkpoint": Path("nowhere"), "port": 0, "grace": 5, **values})
-        servers.append(LiveServer(options, None if decoder is None else loaded(decoder)))
+        servers.append(LiveServer(options, clock))
+        if decoder is not None:
+            servers[-1].use(decoder)
         return servers[-1]
 
     yield starter
     for server in servers:
+        if server.server.engine is not None:
+            release = getattr(server.scheduler.decoder, "release", None)
+            if release is not None:
+                release()
         if server._thread.is_alive():
             server.close()
 
 
-class SlowDecoder:
-    """A decoder whose steps and chunks take a while, and that can be held up."""
+class HeldDecoder:
+    """A decoder that computes only as much as a test allows; at first, everything.
 
-    def __init__(self, decoder: Decoder, seconds: float = 0.0) -> None:
-        self.decoder, self.seconds = decoder, seconds
-        self.go = threading.Event()
-        self.go.set()
-        self.steps = 0
+    Each step, and each piece of prefill that has tokens, uses up one permit.
+
+    Args:
+        decoder: what computes.
+        pause: seconds that each of them takes at the least.
+    """
+
+    def __init__(self, decoder: Decoder, pause: float = 0.0) -> None:
+        self.decoder, self.pause = decoder, pause
+        self.calls = 0
+        """Steps and pieces of prefill that were let through."""
         self.error: Exception | None = None
+        """Raised by the next of them."""
+        self._permits, self._waiting = math.inf, False
+        self._changed = threading.Condition()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
 
+    @property
+    def held(self) -> bool:
+        """Whether the engine waits for a permit: all that was allowed is done."""
+        with self._changed:
+            return self._waiting and self._permits <= 0
+
+    def hold(self) -> None:
+        """Let nothing through from now on."""
+        self._set(0)
+
+    def allow(self, count: int = 1) -> None:
+        """Let some more through."""
+        self._set(self._permits + count)
+
+    def release(self) -> None:
+        """Let everything through."""
+        self._set(math.inf)
+
+    def _set(self, permits: float) -> None:
+        with self._changed:
+            self._permits = permits
+            self._changed.notify_all()
+
     def _wait(self) -> None:
-        self.go.wait()
-        time.sleep(self.seconds)
+        with self._changed:
+            self._waiting = True
+            self._changed.wait_for(lambda: self._permits > 0)
+            self._waiting = False
+            self._permits -= 1
+            self.calls += 1
+        time.sleep(self.pause)
         if self.error is not None:
             raise self.error
 
-    def prefill(self, *arguments: Any) -> None:
-        self._wait()
-        self.decoder.prefill(*arguments)
+    def prefill(self, slot: int, ids: np.ndarray, start: int = 0) -> None:
+        if len(ids):
+            self._wait()
+        self.decoder.prefill(slot, ids, start)
 
     def step(self) -> Any:
         self._wait()
-        self.steps += 1
         return self.decoder.step()
 
 
+NODE = Path(__file__).parents[2] / "examples/node"
+
+
+def node_package(name: str) -> Path:
+    """The directory of an npm package that examples/node needs; installs them all if need be."""
+    path = NODE / "node_modules" / name
+    npm = require("npm")
+    with (Path(tempfile.gettempdir()) / "gpt_dist-npm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be installing them
+        if not path.exists():
+            command = [npm, "install", "--no-audit", "--no-package-lock"]
+            done = subprocess.run(command, cwd=NODE, capture_output=True, text=True)
+            if done.returncode:
+                missing(f"npm cannot install the packages of examples/node: {done.stderr[-200:]}")
+    return path
+
+
 def errors(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged as an error, but for grpcio's own: with several event loops in a process its
-    poller may find that another has read the wake-up byte before (BlockingIOError, harmless), and
-    an answer may find that its call was cancelled a moment ago (once in 30,000).
+    """Records of level ERROR, without two harmless ones of grpcio's.
+
+    With several event loops in one process its poller may find that another one has read the
+    wake-up byte (BlockingIOError). A reply may find that its call was cancelled a moment ago (once
+    in 30,000 calls).
     """
     own = ("PollerCompletionQueue", "ExecuteBatchError raised in core")
     return [

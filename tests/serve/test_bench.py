@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import random
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import pytest
 from gpt_dist.errors import UsageError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
-from serve.bench import Record, lengths, main, percentile, report
-from tests.serve.conftest import SlowDecoder, StartServer
+from gpt_dist.v1.generation_service_pb2 import GenerateStreamResponse
+from serve.bench import Record, ask, lengths, main, percentile, report
+from tests.serve.conftest import HeldDecoder, StartServer
 
 
 def test_percentiles_are_numpys() -> None:
@@ -49,6 +52,24 @@ def test_report() -> None:
     assert figures["inter_token_ms"]["mean"] == 30
 
 
+def test_times_of_a_request() -> None:
+    """By a clock that stands still but for these waits."""
+    now = [100.0]
+
+    class Slow:
+        async def stream(self, *_: object, **__: object) -> AsyncIterator[GenerateStreamResponse]:
+            for wait, count in ((0.5, 2), (0.3, 3), (0.1, 0), (0.2, 1)):
+                now[0] += wait
+                yield GenerateStreamResponse(token_ids=[1] * count)
+            now[0] += 0.05
+
+    record = asyncio.run(ask(Slow(), [1], 6, {}, clock=lambda: now[0]))  # type: ignore[arg-type]
+    assert (record.tokens, record.error) == (6, "")
+    assert record.first == pytest.approx(0.5)
+    assert record.gaps == pytest.approx([0, 0.1, 0.1, 0.1, 0.3])
+    assert record.total == pytest.approx(1.15)
+
+
 @pytest.mark.parametrize("shape", [["--concurrency", "4"], ["--rate", "100"]])
 def test_against_a_server(
     start: StartServer,
@@ -57,8 +78,8 @@ def test_against_a_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Steps that take 10 ms are seen as 10 ms."""
-    server = start(SlowDecoder(Decoder(model, max_slots=4, dtype="fp32"), 0.01))
+    """Steps that take 5 ms at the least are seen to take that long."""
+    server = start(HeldDecoder(Decoder(model, max_slots=4, dtype="fp32"), pause=0.005))
     result, picture = tmp_path / "result.json", tmp_path / "result.png"
     arguments = [
         "--target", server.target, "--requests", "12", "--prompt-tokens", "uniform:4,30",
@@ -69,8 +90,9 @@ def test_against_a_server(
     figures = json.loads(result.read_text())
     assert (figures["completed"], figures["errors"]) == (12, {})
     assert figures["tokens"] == 12 * 16
-    assert 10 <= figures["inter_token_ms"]["p50"] < 40
-    assert figures["end_to_end_ms"]["p50"] > 150
+    assert 0 < figures["time_to_first_token_ms"]["p50"] < figures["end_to_end_ms"]["p50"]
+    assert figures["inter_token_ms"]["mean"] > 0
+    assert figures["end_to_end_ms"]["p50"] > 16 * 5
     assert picture.stat().st_size > 10_000
 
 

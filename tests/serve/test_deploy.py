@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from prometheus_client import generate_latest
 
@@ -21,6 +19,7 @@ from gpt_dist.v1 import generation_service_pb2 as api
 from serve.engine.scheduler import Scheduler
 from serve.metrics import Metrics
 from serve.options import PREFIX, Options
+from tests.components import require
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -65,9 +64,7 @@ def test_the_service_is_headless_and_finds_the_pods() -> None:
 
 
 def test_kustomize_builds_it() -> None:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("needs kubectl")
+    kubectl = require("kubectl")
     built = subprocess.run(
         [kubectl, "kustomize", LAUNCH / "k8s"], capture_output=True, text=True, check=True
     )

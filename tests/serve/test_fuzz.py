@@ -16,7 +16,7 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.client import Client, build_request
 from serve.inference import grpc_service_pb2 as kserve_pb
-from tests.serve.conftest import CONTEXT, LiveServer, StartServer, errors
+from tests.serve.conftest import CONTEXT, PATIENCE, LiveServer, StartServer, errors
 
 COUNT = 100_000 if os.environ.get("SOAK") else 10_000
 SERVICE = api.DESCRIPTOR.services_by_name["GenerationService"]
@@ -97,14 +97,14 @@ def test_no_bytes_are_the_servers_fault(
             method, examples = draw.choice(methods)
             data = mutate(draw.choice(examples), draw)
             if method.rpartition("/")[2] in streaming:
-                call: Any = channel.unary_stream(method)(data, timeout=60)
+                call: Any = channel.unary_stream(method)(data, timeout=PATIENCE)
                 try:
                     async for _ in call:
                         pass
                 except grpc.aio.AioRpcError:
                     pass
             else:
-                call = channel.unary_unary(method)(data, timeout=60)
+                call = channel.unary_unary(method)(data, timeout=PATIENCE)
                 await asyncio.wait({asyncio.ensure_future(call.code())})
             code = (await call.code()).name
             codes[code] = codes.get(code, 0) + 1
@@ -123,7 +123,7 @@ def test_no_bytes_are_the_servers_fault(
     assert codes["INVALID_ARGUMENT"] > COUNT / 4, codes
     assert codes["OK"] > COUNT / 20, codes
     assert errors(caplog) == []
-    assert server.at_rest(30)
+    server.wait_at_rest()
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -200,4 +200,4 @@ def test_broken_grpc_framing(server: LiveServer, payload: bytes) -> None:
         assert client.health()
         full = client.generate([1] * (CONTEXT - 1), max_new_tokens=2, ignore_eos=True)
         assert full.usage.completion_tokens == 2
-    assert server.at_rest()
+    server.wait_at_rest()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +21,11 @@ from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.export import export_hf
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
-
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'gpt_dist[playground]'")
 from serve import playground
+from tests.components import require, require_module
+from tests.serve.conftest import PATIENCE, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+require_module("gradio", "Gradio is not installed: pip install 'gpt_dist[playground]'")
 LONG = 3000
 
 
@@ -70,7 +68,7 @@ def running(*command: str) -> Iterator[str]:
             raise AssertionError(f"{command} ended with status {process.wait()}")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -84,30 +82,20 @@ def server(model_dir: Path) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        if "CI" in os.environ:
-            pytest.fail("chromium is not installed")
-        pytest.skip("chromium is not installed")
+    chromium = require("chromium", "chromium-browser")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield made
         made.close()
 
 
 def gauge(metrics: str, name: str) -> float:
-    text = urllib.request.urlopen(metrics, timeout=10).read().decode()
+    text = urllib.request.urlopen(metrics, timeout=PATIENCE).read().decode()
     found = re.search(rf"^{name}(?:{{.*}})? ([\d.e+]+)$", text, re.MULTILINE)
     assert found, text
     return float(found[1])
-
-
-def wait_for(what: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
 
 
 def ask(page: Any, prompt: str, tokens: int) -> None:
@@ -128,7 +116,7 @@ def test_streaming_and_stopping_in_a_browser(
         # A short reply, to its end.
         ask(page, "a <b> & é", 20)
         replies = page.locator(".reply")
-        page.get_by_text("20 tokens · length").nth(1).wait_for(timeout=30_000)
+        page.get_by_text("20 tokens · length").nth(1).wait_for(timeout=1000 * PATIENCE)
         assert replies.count() == 2
         texts = [reply.locator("pre").inner_text() for reply in replies.all()]
         assert all(text.startswith("a <b> & é") and len(text) == 29 for text in texts)
@@ -144,16 +132,17 @@ def test_streaming_and_stopping_in_a_browser(
                 grown.append(length)
             return len(grown) > 4
 
-        wait_for(grows)
+        wait_until(grows)
         assert gauge(metrics, "gpt_dist_running") == 2
         page.locator("#stop").click()
-        wait_for(lambda: gauge(metrics, "gpt_dist_running") == 0, 5)
-        assert "length" not in replies.first.locator("footer").inner_text()
+        wait_until(lambda: gauge(metrics, "gpt_dist_running") == 0)
+        wait_until(lambda: gauge(metrics, "gpt_dist_cancelled_total") == 2)
         # Leaving the page frees them as well.
         ask(page, "a", 1024)
-        wait_for(lambda: gauge(metrics, "gpt_dist_running") == 2)
+        wait_until(lambda: gauge(metrics, "gpt_dist_running") == 2)
         page.close()
-        wait_for(lambda: gauge(metrics, "gpt_dist_running") == 0, 15)
+        wait_until(lambda: gauge(metrics, "gpt_dist_running") == 0)
+        wait_until(lambda: gauge(metrics, "gpt_dist_cancelled_total") == 4)
 
 
 @pytest.mark.slow
@@ -163,11 +152,11 @@ def test_engine_in_process(model_dir: Path, browser: Any) -> None:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}")
         ask(page, "abc", 10)
-        page.get_by_text("10 tokens · length").first.wait_for(timeout=30_000)
+        page.get_by_text("10 tokens · length").first.wait_for(timeout=1000 * PATIENCE)
         page.get_by_role("tab", name="Model card").click()
         # the exported model's README
-        page.locator("#card").get_by_text("GPT2LMHeadModel").first.wait_for(timeout=30_000)
-        page.locator("#card").get_by_text("As served").first.wait_for(timeout=30_000)
+        page.locator("#card").get_by_text("GPT2LMHeadModel").first.wait_for(timeout=1000 * PATIENCE)
+        page.locator("#card").get_by_text("As served").first.wait_for(timeout=1000 * PATIENCE)
         page.close()
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve.conftest import node_package
+
 ROOT = Path(__file__).parents[2]
-NODE = ROOT / "examples" / "node"
 
 
 def test_committed_stubs_match_the_proto_files(tmp_path: Path) -> None:
@@ -28,30 +29,22 @@ def test_committed_stubs_match_the_proto_files(tmp_path: Path) -> None:
         assert (tmp_path / path).read_text() == (ROOT / path).read_text(), f"run make proto: {path}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def buf() -> Path:
-    """buf, as examples/node pins it."""
-    binary = NODE / "node_modules/.bin/buf"
-    if not binary.exists():
-        npm = shutil.which("npm")
-        done = npm and subprocess.run(
-            [npm, "install", "--no-audit", "--no-package-lock"], cwd=NODE, capture_output=True
-        )
-        if not done or done.returncode:
-            if os.environ.get("CI"):
-                pytest.fail(f"buf cannot be installed: {done and done.stderr.decode()}")
-            pytest.skip("buf needs npm and its packages")
-    return binary
+    """The version of buf that examples/node pins."""
+    return node_package("@bufbuild/buf").parents[1] / ".bin/buf"
 
 
 @pytest.mark.node
+@pytest.mark.slow
 def test_buf_lint(buf: Path) -> None:
     subprocess.run([buf, "lint"], cwd=ROOT, check=True)
 
 
 @pytest.mark.node
+@pytest.mark.slow
 def test_buf_breaking(buf: Path, tmp_path: Path) -> None:
-    """What is committed may be extended, not changed; and the check does notice a change."""
+    """The committed API may be extended but not changed, and the check notices a change."""
     for name in ("proto", "buf.yaml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)

@@ -20,7 +20,7 @@ from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
 from serve.security import Certificates, TokenFile, check_exposure, is_loopback
-from tests.serve.conftest import LiveServer, StartServer
+from tests.serve.conftest import PATIENCE, LiveServer, StartServer
 
 
 class Authority:
@@ -75,7 +75,7 @@ def code(client: Client) -> str:
     """How one call ends, without retries."""
     try:
         client._stub.GetModelInfo(
-            _info(), timeout=2, metadata=client.metadata, wait_for_ready=False
+            _info(), timeout=PATIENCE, metadata=client.metadata, wait_for_ready=False
         )
     except grpc.RpcError as error:
         return str(error.code().name)
@@ -100,8 +100,8 @@ def test_tls(start: StartServer, decoder: Decoder, tmp_path: Path) -> None:
     cert, key = ours.issue("server")
     server = start(decoder, tls_cert=cert, tls_key=key)
     assert code(Client(server.target, tls_ca=ours.path)) == "OK"
-    assert code(Client(server.target, tls_ca=theirs.path)) in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-    assert code(Client(server.target)) in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+    assert code(Client(server.target, tls_ca=theirs.path)) == "UNAVAILABLE"
+    assert code(Client(server.target)) == "UNAVAILABLE"
 
 
 def test_mutual_tls(start: StartServer, decoder: Decoder, tmp_path: Path) -> None:

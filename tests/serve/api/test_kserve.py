@@ -14,19 +14,18 @@ import pytest
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.inference import grpc_service_pb2 as pb
-from tests.serve.conftest import SlowDecoder, StartServer
+from tests.serve.conftest import PATIENCE, HeldDecoder, StartServer
 
 
 def test_tritonclient(start: StartServer, model: GPT) -> None:
-    slow = SlowDecoder(Decoder(model, max_slots=4, dtype="fp32"), 0.002)
-    server = start(slow, kserve=True)
+    server = start(Decoder(model, max_slots=4, dtype="fp32"), kserve=True)
     script = Path(__file__).with_name("triton_client.py")
     done = subprocess.run(
-        [sys.executable, script, server.target], capture_output=True, text=True, timeout=60
+        [sys.executable, script, server.target], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    assert server.at_rest()
-    # And every field that is declared here has the number that it has there.
+    server.wait_at_rest()
+    # Every field that is declared here has the number that it has there.
     theirs = json.loads(done.stdout)
     ours: dict[str, int] = {}
 
@@ -42,22 +41,45 @@ def test_tritonclient(start: StartServer, model: GPT) -> None:
     assert {name: theirs.get(name) for name in ours} == ours
 
 
-def test_leaving_a_stream_cancels_its_requests(start: StartServer, model: GPT) -> None:
-    server = start(Decoder(model, max_slots=2, dtype="fp32"), kserve=True)
+def streamed_request(max_tokens: int) -> bytes:
     request = pb.ModelInferRequest(model_name="gpt2")
-    for name, value in (("text_input", b"x"), ("sampling_parameters", b'{"max_tokens": 150}')):
+    parameters = json.dumps({"max_tokens": max_tokens, "ignore_eos": True}).encode()
+    for name, value in (("text_input", b"x"), ("sampling_parameters", parameters)):
         request.inputs.add(name=name, datatype="BYTES", shape=[1])
         request.raw_input_contents.append(len(value).to_bytes(4, "little") + value)
     request.inputs.add(name="stream", datatype="BOOL", shape=[1])
     request.raw_input_contents.append(b"\1")
+    return request.SerializeToString()
+
+
+def test_pieces_come_as_they_are_generated(start: StartServer, model: GPT) -> None:
+    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
+    server = start(decoder, kserve=True, stream_interval=0)
+    decoder.hold()
+    with grpc.insecure_channel(server.target) as channel:
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
+            iter([streamed_request(3)])
+        )
+        finals = []
+        for _ in range(3):
+            decoder.allow(1)
+            response = pb.ModelStreamInferResponse.FromString(next(call)).infer_response
+            finals.append(response.parameters["triton_final_response"].bool_param)
+        assert finals == [False, False, True]
+        assert list(call) == []
+
+
+def test_leaving_a_stream_cancels_its_requests(start: StartServer, model: GPT) -> None:
+    server = start(Decoder(model, max_slots=2, dtype="fp32"), kserve=True)
+    request = streamed_request(150)
     for _ in range(10):
         with grpc.insecure_channel(server.target) as channel:
             call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
-                iter([request.SerializeToString()] * 20)
+                iter([request] * 20)
             )
             next(call)
             call.cancel()
-        assert server.at_rest()
+        server.wait_at_rest()
 
 
 def test_bytes_that_are_no_request(start: StartServer, model: GPT) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_dist.text.tokenizers import load_tokenizer
 from serve.api.text import TextAssembler
 
+EXAMPLES = 500 if os.environ.get("CI") else 100
 GPT2 = load_tokenizer("gpt2")
 EMOJI = GPT2.encode("héllo 👩‍🚀 wörld ")  # tokens of half characters
 tokens = st.lists(st.one_of(st.integers(0, 50256), st.sampled_from(EMOJI)), max_size=30)
@@ -36,7 +39,7 @@ def cut(text: str, stops: list[str], ignored: int = 0) -> tuple[str, str | None]
 
 
 @given(tokens)
-@settings(max_examples=300)
+@settings(max_examples=EXAMPLES)
 def test_pieces_are_whole_characters_and_sum_to_the_text(ids: list[int]) -> None:
     pieces, _ = run(ids)
     assert "".join(pieces) == GPT2.decode(ids)
@@ -56,7 +59,7 @@ def streams_with_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
 
 
 @given(streams_with_stops(), st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=EXAMPLES)
 def test_stops_are_cut_exactly_and_never_leak(
     case: tuple[list[int], list[str]], include: bool
 ) -> None:
