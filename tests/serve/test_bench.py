@@ -70,6 +70,7 @@ def test_times_of_a_request() -> None:
     assert record.total == pytest.approx(1.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [["--concurrency", "4"], ["--rate", "100"]])
 def test_against_a_server(
     start: StartServer,

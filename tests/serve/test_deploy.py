@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from prometheus_client import generate_latest
 
@@ -63,6 +64,7 @@ def test_the_service_is_headless_and_finds_the_pods() -> None:
     assert metric["pods"]["metric"]["name"] == "gpt_dist_waiting"
 
 
+@pytest.mark.slow
 def test_kustomize_builds_it() -> None:
     kubectl = require("kubectl")
     built = subprocess.run(
@@ -93,6 +95,7 @@ def test_rules_and_dashboard_use_metrics_that_exist(model: GPT) -> None:
     assert len(used & unused) > 12
 
 
+@pytest.mark.slow
 def test_the_slurm_script_is_sound() -> None:
     script = LAUNCH / "slurm/serve.sbatch"
     subprocess.run(["bash", "-n", script], check=True)

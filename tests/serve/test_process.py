@@ -156,6 +156,7 @@ def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, kind: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_pickle_is_one_clear_line_and_never_healthy(
     processes: StartProcess, run: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_wrong_usage(
         main()
 
 
+@pytest.mark.slow
 def test_wrong_usage_of_the_process(processes: StartProcess) -> None:
     status, errors = processes("--checkpoint", "x", "--host", "0.0.0.0").end(None)
     assert (status, errors.count("\n")) == (2, 1)
@@ -340,6 +342,7 @@ def test_ctrl_c_cancels_on_the_server(processes: StartProcess, run: Path) -> Non
     assert codes == ["CANCELLED", "CANCELLED"]
 
 
+@pytest.mark.slow
 def test_clients_need_no_torch() -> None:
     code = (
         "import sys, serve.client, serve.client.__main__, serve.bench;"

@@ -15,6 +15,7 @@ from tests.serve.conftest import node_package
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_committed_stubs_match_the_proto_files(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     subprocess.run([ROOT / "proto/generate.sh", tmp_path], check=True, env=environment)

@@ -17,6 +17,7 @@ from serve.inference import grpc_service_pb2 as pb
 from tests.serve.conftest import PATIENCE, HeldDecoder, StartServer
 
 
+@pytest.mark.slow
 def test_tritonclient(start: StartServer, model: GPT) -> None:
     server = start(Decoder(model, max_slots=4, dtype="fp32"), kserve=True)
     script = Path(__file__).with_name("triton_client.py")
