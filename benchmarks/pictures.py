@@ -23,7 +23,7 @@ LADDER = {
     "one-head-64": "64 characters",
     "four-heads": "four heads",
     "shakespeare-char-cpu": "four blocks",
-    "muon": "Muon",
+    "longer": "three times the steps",
     "shakespeare-char": "larger",
 }
 """The runs of docs/bigram-to-transformer.md in the page's order, and what each adds."""

@@ -203,7 +203,7 @@ def startup(found: Record) -> str:
 def shakespeare(found: Record) -> str:
     losses, steps = found["validation_loss_over_the_whole_split"], found["steps"]
     rows = [[name, str(steps[name]), f"{loss:.4f}"] for name, loss in losses.items()]
-    return table(["preset", "steps", "validation loss"], rows)
+    return f"{found['data']}:\n\n" + table(["run", "steps", "validation loss"], rows)
 
 
 def gpu(found: Record) -> str:
@@ -243,7 +243,7 @@ def gpu(found: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "training": ("Training beside other trainers", training, ("transformers", "litgpt")),
     "muon": ("Muon beside AdamW", muon, ()),
-    "shakespeare": ("Losses on tinyshakespeare", shakespeare, ()),
+    "shakespeare": ("Losses on Shakespeare", shakespeare, ()),
     "startup": ("Start-up", startup, ()),
     "checkpoint": ("Checkpoints", checkpoint, ()),
     "faults": ("Faults", faults, ()),
@@ -253,7 +253,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
     "gpu": ("One GPU", gpu, ()),
 }
-"""Heading, text and peers by a file's name up to a hyphen; in the page's order."""
+"""File name up to a hyphen → heading, text and peers, in the order of the page."""
 
 
 def kind_of(path: Path) -> str:

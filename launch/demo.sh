@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole of gpt_dist in a few minutes on two CPU cores: prepare the bundled Shakespeare, train on
-# two ranks, look at the result, serve it, call it. Running it again reuses what is there.
+# All of gpt_dist in a few minutes on two CPU cores: prepare the bundled Shakespeare, train on two
+# ranks, sample, serve the model, call the server. A second run reuses the results of the first.
 #
-#   make demo            or, with the environment active:            bash launch/demo.sh
+#   make demo                   # or, with the environment active: bash launch/demo.sh
 set -euo pipefail
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
@@ -13,6 +13,7 @@ say "prepare: the bundled plays become token shards in $data"
 python -m gpt_dist.prepare shakespeare --tokenizer char --out "$data"
 
 say "train: 400 steps on 2 ranks"
+# OMP_NUM_THREADS=1 only keeps torchrun from warning; the trainer sets its threads itself.
 OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 -m gpt_dist.train --config demo \
   --data.path "$data" --out_dir "$run"
 

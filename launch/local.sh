@@ -5,10 +5,9 @@
 #   launch/local.sh --config shakespeare-char --train.steps 500
 #   NPROC_PER_NODE=2 launch/local.sh --config shakespeare-char-cpu --device cpu
 #
-# All flags go to gpt_dist.train. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint before the run
-# ends; the same command line continues it. A rank that crashes is restarted from the last
-# checkpoint (MAX_RESTARTS times, default 3). Several runs may share the machine: --standalone
-# picks a free port.
+# All flags go to gpt_dist.train. On Ctrl-C, SIGTERM or SIGUSR1 the run writes a checkpoint and ends;
+# the same command resumes it. If a rank crashes, all ranks restart from the last checkpoint, up to
+# MAX_RESTARTS times (default 3). Several runs can share the machine: --standalone picks a free port.
 
 set -euo pipefail
 
@@ -25,7 +24,8 @@ if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 
-# Share the cores between the ranks; torchrun alone would give each rank a single thread.
+# Without this variable torchrun sets it to 1, which a single rank on a CPU would obey. Several ranks
+# ignore it: the trainer divides the cores among them.
 cores=$(nproc)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
 
