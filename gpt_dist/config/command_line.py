@@ -207,7 +207,7 @@ def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        problems += _explain(error)
+        problems += explain(error)
     if config is not None:
         problems += combination_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
     if problems or config is None:
@@ -215,7 +215,7 @@ def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
     return config
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError) -> list[str]:
     """Pydantic's findings, one line a key: key, value, what would be valid."""
     known, lines = flags(), {}
     for item in error.errors():

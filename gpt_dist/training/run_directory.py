@@ -21,7 +21,7 @@ from gpt_dist.checkpoints.checkpoint import (
     resolve,
     verify,
 )
-from gpt_dist.config.command_line import flags
+from gpt_dist.config.command_line import explain, flags
 from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.files import needing_directory, write_atomically
@@ -148,9 +148,9 @@ class RunDirectory:
             return True
         try:
             before = json.loads((self.path / ".launch").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return continues(this_launch(), before)
+        except (OSError, ValueError, TypeError, KeyError):  # no mark, or a damaged one
             return False
-        return isinstance(before, dict) and continues(this_launch(), before)
 
 
 def this_launch() -> dict[str, Any]:
@@ -168,10 +168,10 @@ def continues(now: dict[str, Any], before: dict[str, Any]) -> bool:
     torchrun restarts its ranks after a crash and after a change of membership. Slurm queues a job
     again under the same number and counts; inside one allocation the count stays the same.
     """
-    if now["torchrun"] and now["torchrun"] == before.get("torchrun"):
+    if now["torchrun"] and now["torchrun"] == before["torchrun"]:
         return True
-    requeued = now["slurm_restarts"] > int(before.get("slurm_restarts", 0))
-    return requeued and bool(now["slurm_job"]) and now["slurm_job"] == before.get("slurm_job")
+    same_job = now["slurm_job"] and now["slurm_job"] == before["slurm_job"]
+    return bool(same_job and now["slurm_restarts"] > before["slurm_restarts"])
 
 
 def lock_file(directory: Path) -> TextIO:
@@ -239,7 +239,7 @@ def check_same_run(config: Config, state: dict[str, Any], fingerprint: str, sour
         # Each setting alone: whether they fit together depends on the ranks, which may change.
         saved = Config.model_validate(state["config"])
     except ValidationError as error:
-        raise GptDistError(f"{source}/state.json: its configuration is damaged: {error}") from None
+        raise GptDistError(f"{source}/state.json: {'; '.join(explain(error))}") from None
     problems = []
     for flag in flags():
         if flag in FREE_ON_RESUME:

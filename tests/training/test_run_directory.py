@@ -1,0 +1,261 @@
+"""Who may write to a run's directory, and where a run continues; all in this process."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_dist.checkpoints.checkpoint import newest_checkpoint, read_state
+from gpt_dist.config.command_line import load
+from gpt_dist.config.settings import Config
+from gpt_dist.data.loader import open_datasets
+from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.parallel.world import World
+from gpt_dist.training import run_directory
+from gpt_dist.training.run_directory import RunDirectory, Start, check_same_run, lock_file
+from gpt_dist.training.setup import with_vocabulary
+from gpt_dist.training.trainer import train_here
+
+WriteConfig = Callable[..., Path]
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+LAUNCH = (
+    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Slurm nor torchrun."""
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config(tiny_config: WriteConfig, tmp_path: Path) -> Config:
+    flags = ["--config", str(tiny_config()), "--out_dir", str(tmp_path / "run")]
+    return load(flags)[0]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this module's only training run goes."""
+    return tmp_path_factory.mktemp("template") / "run"
+
+
+@pytest.fixture
+def finished(config: Config, template: Path) -> Config:
+    """The configuration of a finished run, with checkpoints of steps 10 and 20."""
+    if not template.exists():
+        train_here(changed(config, out_dir=str(template)), ALONE, lambda: False)
+    shutil.copytree(template, config.out_dir, symlinks=True)
+    return config
+
+
+def changed(config: Config, **values: Any) -> Config:
+    return config.model_copy(update=values)
+
+
+def fingerprint_of(config: Config) -> str:
+    newest = newest_checkpoint(Path(config.out_dir) / "checkpoints")
+    assert newest
+    fingerprint: str = read_state(newest)["fingerprint"]
+    return fingerprint
+
+
+def claim(config: Config, fingerprint: str, world: World = ALONE) -> Start | None:
+    """Where the run would continue; the claim is given up again."""
+    config = with_vocabulary(config, open_datasets(config)[0].tokenizer)
+    with RunDirectory(Path(config.out_dir)) as directory:
+        return directory.claim(config, fingerprint, world)
+
+
+def start_of(config: Config) -> str | None:
+    start = claim(config, fingerprint_of(config))
+    return start.path.name if start else None
+
+
+def test_the_lock_comes_before_the_choice(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that held the lock wrote a later checkpoint while this one waited."""
+    fingerprint = fingerprint_of(finished)
+    later = Path(finished.out_dir) / "checkpoints/step-00000020"
+    later.rename(tmp_path / "aside")
+    other = lock_file(Path(finished.out_dir))
+
+    def meanwhile(_: float) -> None:
+        if not later.exists():
+            (tmp_path / "aside").rename(later)
+        other.close()
+
+    monkeypatch.setattr(run_directory.time, "sleep", meanwhile)
+    start = claim(finished, fingerprint)
+    assert start
+    assert start.path == later
+    assert start.state["step"] == 20
+
+
+def test_every_rank_takes_rank_0s_choice(finished: Config) -> None:
+    class Follower(World):
+        """A rank that is told what rank 0 found."""
+
+        def decide(self, work: object) -> None:
+            return None
+
+        def broadcast(self, value: object) -> Any:
+            return told.pop(0)
+
+    run = Path(finished.out_dir)
+    shutil.move(run / "checkpoints/step-00000010", run / "checkpoints/step-00000030")
+    (run / ".lock").write_text("process 1 on other, token\n")
+    chosen = Start(run / "checkpoints/step-00000020", {"step": 20})
+    told = ["token", chosen]
+    follower = Follower(rank=1, size=1, local_rank=1, local_size=1, device=torch.device("cpu"))
+    assert claim(finished, "", follower) is chosen
+    assert not told
+
+
+def test_two_writers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "LOCK_WAIT", 0.0)
+    out = Path(config.out_dir)
+    with RunDirectory(out) as first:
+        assert first.claim(config, "", ALONE) is None
+        with pytest.raises(GptDistError, match="another run is writing here"):
+            claim(config, "")
+        assert (out / ".lock").exists()
+    assert not out.exists()  # nothing was written: nothing stays
+
+
+def test_a_lock_file_that_was_removed_while_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = lock_file(tmp_path)
+
+    def meanwhile(_: float) -> None:
+        run_directory.remove_lone_lock(tmp_path)
+        other.close()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_directory.time, "sleep", meanwhile)
+        held = lock_file(tmp_path)
+    with (tmp_path / ".lock").open() as again, pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    held.close()
+
+
+def test_a_refused_start_leaves_nothing(config: Config, tmp_path: Path) -> None:
+    new = changed(config, out_dir=str(tmp_path / "a/b"), resume=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="no such run"):
+        claim(new, "")
+    assert not (tmp_path / "a").exists()
+
+
+# Each case: the environment of the first start, that of the second, and whether it is a restart.
+TORCHRUN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+RESTARTS = [
+    ({}, {}, False),
+    ({}, {"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+    ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+    ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # twice in one allocation
+    ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+    ({}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, False),
+    (
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"},
+        True,
+    ),
+    (TORCHRUN | {"launch": "a"}, TORCHRUN | {"launch": "a"}, True),  # a change of membership
+    (TORCHRUN | {"launch": "a"}, TORCHRUN | {"launch": "b"}, False),
+    (  # the first rank died before it could refuse a directory that holds another run
+        TORCHRUN | {"launch": "a"},
+        TORCHRUN | {"launch": "b", "TORCHELASTIC_RESTART_COUNT": "1"},
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "restarted"), RESTARTS)
+@pytest.mark.parametrize("resume", ["never", "elsewhere"])
+def test_a_restarted_launch_continues_its_own_run(
+    finished: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: str,
+    first: dict[str, str],
+    second: dict[str, str],
+    restarted: bool,
+) -> None:
+    def launch(environment: dict[str, str]) -> None:
+        for name in LAUNCH:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(run_directory, "launch_id", lambda: environment.get("launch", ""))
+
+    if resume == "elsewhere":
+        shutil.copytree(finished.out_dir, tmp_path / "elsewhere", symlinks=True)
+        resume = str(tmp_path / "elsewhere/checkpoints/step-00000010")
+    config = changed(finished, resume=resume)
+    launch(first)
+    RunDirectory(Path(config.out_dir)).write_config(config)
+    mark = (Path(config.out_dir) / ".launch").read_bytes()
+    launch(second)
+    if restarted:
+        assert start_of(config) == "step-00000020"
+    else:
+        with pytest.raises(UsageError, match=r"already holds a run|holds later checkpoints"):
+            start_of(config)
+    assert (Path(config.out_dir) / ".launch").read_bytes() == mark
+    assert start_of(changed(config, resume="auto")) == "step-00000020"
+
+
+def test_a_damaged_mark_is_no_mark(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Path(finished.out_dir) / ".launch").is_file()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for text in ("{", "[]", "null", '{"slurm_job": "7", "slurm_restarts": "x"}'):
+        (Path(finished.out_dir) / ".launch").write_text(text)
+        with pytest.raises(UsageError, match="already holds a run"):
+            start_of(changed(finished, resume="never"))
+
+
+def test_ranks_and_batch_may_change_together(
+    finished: Config, tiny_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saved batch of 1024 tokens does not divide over 3 ranks; the new one does."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    path = str(tiny_config(train={"batch_tokens": 960}))
+    now = load(["--config", path, "--out_dir", finished.out_dir])[0]
+    assert start_of(now) == "step-00000020"
+    with pytest.raises(UsageError, match=r"seed = 5: the run in .* has 1"):
+        start_of(changed(now, seed=5))
+
+
+@pytest.mark.parametrize("kind", ["imported", "exported"])
+def test_weights_alone_cannot_be_resumed(config: Config, tmp_path: Path, kind: str) -> None:
+    source = tmp_path / kind
+    source.mkdir()
+    if kind == "imported":
+        model = config.model.model_dump() | {"vocab_size": 21}
+        state = {"format_version": 1, "step": 0, "config": {"model": model}, "files": {}}
+        (source / "state.json").write_text(json.dumps(state))
+    else:
+        (source / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"--train.init_from {source}") as refused:
+        claim(changed(config, resume=str(source)), "")
+    assert "\n" not in str(refused.value)
+    assert not Path(config.out_dir).exists()
+
+
+def test_a_saved_configuration_that_cannot_be_read(finished: Config) -> None:
+    state = {"config": {"train": {"steps": "many"}}, "fingerprint": ""}
+    with pytest.raises(GptDistError, match=r"x/state.json: .*train.steps = many"):
+        check_same_run(finished, state, "", Path("x"))
