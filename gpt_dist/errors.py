@@ -1,10 +1,14 @@
-"""The two ways a command fails, and how it says so: one line on stderr, never a traceback."""
+"""The two ways a command fails, and how it says so: one line on standard error, no traceback.
+
+``GPT_DIST_TRACEBACK=1`` prints the traceback as well.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 
@@ -13,7 +17,7 @@ class GptDistError(Exception):
 
     exit_status = 1
     local = False
-    """Whether only this rank knows, so that it prints the message itself."""
+    """Whether only this rank knows of it, so that this rank prints the message."""
 
 
 class UsageError(GptDistError):
@@ -22,12 +26,18 @@ class UsageError(GptDistError):
     exit_status = 2
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+def run_main(
+    main: Callable[[], int | None], on_usage_error: Callable[[], None] | None = None
+) -> None:
     """Run a command's ``main`` and exit; expected errors become one line and an exit status.
 
-    Under torchrun every rank meets the same usage error, but only rank 0 prints it. The others
-    wait a little before they exit, because torchrun kills all workers as soon as one fails and
-    the message must be out by then.
+    Under torchrun all ranks raise the same error and rank 0 prints it. The others wait a little
+    before they exit, because torchrun kills all ranks of a node as soon as one has failed, and the
+    message must be out by then.
+
+    Args:
+        main: the command; returns its exit status (None is 0).
+        on_usage_error: called after a usage error was printed.
     """
     try:
         status = main() or 0
@@ -38,9 +48,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = 0
     except (GptDistError, OSError) as error:
         status = error.exit_status if isinstance(error, GptDistError) else 1
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "local", False):
-            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
+        printed = print_error(error)
+        if isinstance(error, UsageError) and on_usage_error:
+            on_usage_error()
+        if "TORCHELASTIC_RUN_ID" in os.environ and not printed:
             time.sleep(5)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -48,6 +59,17 @@ def run_main(main: Callable[[], int | None]) -> None:
         # A thread that waits in torch's store would abort the interpreter's orderly shutdown.
         os._exit(status)
     sys.exit(status)
+
+
+def print_error(error: GptDistError | OSError) -> bool:
+    """Print an error if this rank is to do so; returns whether it is."""
+    speaks = int(os.environ.get("RANK", "0")) == 0 or getattr(error, "local", False)
+    # Also on the rank where it arose: the others only know the message.
+    if os.environ.get("GPT_DIST_TRACEBACK", "0") not in ("", "0") and (speaks or error.__cause__):
+        traceback.print_exception(error)
+    if speaks:
+        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+    return speaks
 
 
 def describe(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import sys
 
 from gpt_dist.config.command_line import load
 from gpt_dist.errors import run_main
-from gpt_dist.parallel.watchdog import die_with_agent
+from gpt_dist.parallel.watchdog import die_with_agent, stop_agent
 
 
 def main() -> None:
@@ -25,4 +25,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     die_with_agent()
-    run_main(main)
+    run_main(main, on_usage_error=stop_agent)

@@ -16,6 +16,9 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 """Of Linux' ``prctl``: the signal to get when the parent dies."""
 
+AGENT_GRACE = 30.0
+"""Seconds to wait for an agent that was told to end."""
+
 
 def die_with_agent() -> None:
     """Tie this process to its parent, where that is a torchrun agent; elsewhere do nothing."""
@@ -37,6 +40,19 @@ def die_with_agent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def stop_agent() -> None:
+    """End the whole job if this is a node's first rank under a torchrun that would restart it.
+
+    torchrun knows no exit status that means "do not restart", so each node's agent is told to end.
+    It ends this process first, with the other ranks of the node, and exits with status 1.
+    """
+    agent = os.getppid()
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("LOCAL_RANK") == "0" and is_agent(agent):
+        os.kill(agent, signal.SIGTERM)
+        time.sleep(AGENT_GRACE)
 
 
 def is_agent(process: int) -> bool:

@@ -72,20 +72,20 @@ class World:
         Raises:
             GptDistError: the first rank's error, on every rank (rank 0 prints it).
         """
-        result, failure = None, None
+        result, failure, cause = None, None, None
         try:
             result = work()
         except (GptDistError, OSError) as error:
             status = error.exit_status if isinstance(error, GptDistError) else 1
             where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
-            failure = status, where + describe(error)
+            failure, cause = (status, where + describe(error)), error
         failures: list[tuple[int, str] | None] = [failure]
         if self.size > 1:
             failures = [None] * self.size
             dist.all_gather_object(failures, failure)
         for found in failures:
             if found:
-                raise (UsageError if found[0] == 2 else GptDistError)(found[1])
+                raise (UsageError if found[0] == 2 else GptDistError)(found[1]) from cause
         return cast(T, result)
 
     def decide(self, work: Callable[[], T]) -> T | None:

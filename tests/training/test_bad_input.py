@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import make_dataset, run_train, words
+from tests.conftest import make_dataset, run_train, train_command, words
 
 Config = Callable[..., Path]
 
@@ -150,6 +150,21 @@ def test_ranks_fail_together_and_one_speaks(tiny_config: Config, tmp_path: Path)
         assert len(errors) == 1
         assert text in errors[0]
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["command line", "all ranks together"])
+def test_torchrun_does_not_restart_a_usage_error(
+    tiny_config: Config, tmp_path: Path, where: str
+) -> None:
+    flag = "--trian.steps" if where == "command line" else "--data.path"
+    command = train_command(tiny_config(), tmp_path / "run", flag, "nothing", ranks=2)
+    command.insert(1, "--max-restarts=3")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "did you mean train.steps?" in done.stderr or "no data there" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interface_that_does_not_exist(tiny_config: Config, tmp_path: Path) -> None:
