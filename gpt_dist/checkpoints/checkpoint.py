@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gpt_dist.config.migrations import migrate
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError, describe
 from gpt_dist.files import file_sha256
@@ -97,6 +98,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = state["format_version"]
+        state["config"], _ = migrate(state["config"])
         ModelConfig.model_validate(state["config"]["model"])
     except OSError as error:
         raise GptDistError(describe(error)) from None

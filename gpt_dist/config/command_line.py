@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gpt_dist.config.migrations import former_names, get, has, migrate, put
 from gpt_dist.config.settings import Config, combination_problems
 from gpt_dist.errors import UsageError
 
@@ -40,6 +43,46 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def parse_settings(text: str) -> Any:
+    """YAML in which a setting that is text is read as written: ``out_dir: 1.10`` is not 1.1.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _keep_text(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _keep_text(node: yaml.Node | None, prefix: str = "") -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        kind = flags()[name].annotation if name in flags() else None
+        if is_text(kind):
+            texts = [value]
+        elif typing.get_origin(kind) is dict and isinstance(value, yaml.MappingNode):
+            texts = [directory for directory, _ in value.value]
+        elif typing.get_origin(kind) is dict:
+            texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        else:
+            _keep_text(value, f"{name}.")
+            continue
+        for text in texts:
+            if isinstance(text, yaml.ScalarNode) and text.tag != "tag:yaml.org,2002:null":
+                text.tag = "tag:yaml.org,2002:str"
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a setting is text (or null)."""
+    return annotation is str or set(typing.get_args(annotation)) == {str, type(None)}
+
+
 def preset_directory() -> Path:
     """``configs/`` of the checkout, or its copy inside the installed package."""
     return Path(__file__).resolve().with_name("presets")
@@ -51,7 +94,9 @@ def presets() -> list[str]:
 
 
 def read_config_file(name: str) -> dict[str, Any]:
-    """Settings of a preset or a YAML file, as nested dictionaries.
+    """Settings of a preset or a YAML file, as nested dictionaries under today's names.
+
+    Says on standard error which of them have an old name in the file.
 
     Raises:
         UsageError: no such preset or file, or the file is not a mapping in YAML.
@@ -64,14 +109,31 @@ def read_config_file(name: str) -> dict[str, Any]:
             f"--config {name}: no such file or preset; presets: {', '.join(presets())}"
         )
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        data = parse_settings(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data or {}, dict):
         raise UsageError(f"--config {path}: expected a mapping of settings, got {data!r:.60}")
-    return data or {}
+    return migrated(data or {}, f"--config {path}")
 
 
+def migrated(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings under today's names; rank 0 says which of them ``source`` gave under an old one.
+
+    Raises:
+        UsageError: a setting is there under both.
+    """
+    try:
+        data, changes = migrate(data)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        for change in changes:
+            print(f"note: {source}: {change}", file=sys.stderr)
+    return data
+
+
+@functools.cache
 def flags(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     """Dotted flag → pydantic field, for every leaf setting."""
     found: dict[str, Any] = {}
@@ -152,6 +214,7 @@ def load(argv: list[str]) -> tuple[Config, bool]:
     if "-h" in argv or "--help" in argv:
         make_parser().parse_args(["--help"])
     known = flags()
+    former = former_names()
     overrides: dict[str, Any] = {}
     problems: list[str] = []
     special: dict[str, str] = {"config": "gpt2-124m"}
@@ -173,31 +236,32 @@ def load(argv: list[str]) -> tuple[Config, bool]:
             value = rest.pop(0)
         if name in special:
             special[name] = value
-        elif name in known:
-            overrides[name] = value
+        elif name in known or name in former:
+            now = former.get(name, name)
+            put(overrides, name, parse_value(value, known[now].annotation if now else None))
         else:
             problems.append(unknown_key(f"--{name}", name, [*known, "config", "dry-run"]))
     try:
         data = read_config_file(special["config"])
+        overrides = migrated(overrides, "command line")
     except UsageError as error:
         raise UsageError("\n".join([str(error), *problems])) from None
-    for name, value in overrides.items():
-        *sections, key = name.split(".")
-        target = data
-        for section in sections:
-            if not isinstance(target.get(section), dict):
-                target[section] = {}
-            target = target[section]
-        target[key] = parse_scalar(value)
+    for name in known:
+        if has(overrides, name):
+            put(data, name, get(overrides, name))
     return build(data, problems), dry_run
 
 
-def parse_scalar(text: str) -> Any:
-    """A command-line value as YAML would read it; what YAML cannot read is text."""
+def parse_value(text: str, annotation: Any) -> Any:
+    """A command-line value for a setting: text as it is, anything else as YAML would read it."""
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
+    mixture = typing.get_origin(annotation) is dict and not isinstance(value, (list, dict))
+    if annotation is str or mixture or (is_text(annotation) and value is not None):
+        return text
+    return value
 
 
 def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:

@@ -29,6 +29,8 @@ def _mixture(value: Any) -> Any:
         }
     if isinstance(value, list):
         return dict.fromkeys(map(str, value), 1.0)
+    if isinstance(value, dict):
+        return {str(directory): weight for directory, weight in value.items()}
     return value
 
 
