@@ -19,6 +19,7 @@ from gpt_dist.checkpoints.checkpoint import (
     newest_checkpoint,
     read_state,
     resolve,
+    step_of,
     verify,
 )
 from gpt_dist.config.command_line import explain, flags
@@ -116,14 +117,20 @@ class RunDirectory:
                 f"resume = {path}: these are weights without a run's state; start a new run "
                 f"from them with --train.init_from {path}"
             )
+        found = complete_checkpoints(self.path / "checkpoints")
+        later = [checkpoint for checkpoint in found if step_of(checkpoint) > state["step"]]
+        if later:
+            raise UsageError(
+                f"resume = {config.resume}: {self.path} holds later checkpoints "
+                f"({later[-1].name}); choose another out_dir to branch off"
+            )
         check_same_run(config, state, fingerprint, path)
         verify(path, state)
         return Start(path, state)
 
     def _choose(self, resume: str) -> Path | None:
         """The checkpoint that ``resume`` means."""
-        checkpoints = self.path / "checkpoints"
-        newest = newest_checkpoint(checkpoints)
+        newest = newest_checkpoint(self.path / "checkpoints")
         if resume == "auto" or (newest and self._is_restart()):
             return newest
         if resume == "never":
@@ -133,14 +140,7 @@ class RunDirectory:
                     "another out_dir, or resume = auto to continue it"
                 )
             return None
-        chosen = resolve(resume)
-        later = [c for c in complete_checkpoints(checkpoints) if c.name > chosen.name]
-        if later:
-            raise UsageError(
-                f"resume = {resume}: {self.path} holds later checkpoints ({later[-1].name}); "
-                "choose another out_dir to branch off"
-            )
-        return chosen
+        return resolve(resume)
 
     def _is_restart(self) -> bool:
         """Whether this launch has written here before, so that it continues its own run."""

@@ -240,7 +240,9 @@ def test_ranks_and_batch_may_change_together(
 
 
 @pytest.mark.parametrize("kind", ["imported", "exported"])
-def test_weights_alone_cannot_be_resumed(config: Config, tmp_path: Path, kind: str) -> None:
+def test_weights_alone_cannot_be_resumed(
+    finished: Config, config: Config, tmp_path: Path, kind: str
+) -> None:
     source = tmp_path / kind
     source.mkdir()
     if kind == "imported":
@@ -249,10 +251,12 @@ def test_weights_alone_cannot_be_resumed(config: Config, tmp_path: Path, kind: s
         (source / "state.json").write_text(json.dumps(state))
     else:
         (source / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=f"--train.init_from {source}") as refused:
-        claim(changed(config, resume=str(source)), "")
-    assert "\n" not in str(refused.value)
-    assert not Path(config.out_dir).exists()
+    for out_dir in (finished.out_dir, str(tmp_path / "new")):
+        again = changed(config, resume=str(source), out_dir=out_dir)
+        with pytest.raises(UsageError, match=f"--train.init_from {source}") as refused:
+            claim(again, "")
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_saved_configuration_that_cannot_be_read(finished: Config) -> None:
