@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from gpt_dist.data.shards import write_shard
 from gpt_dist.text.tokenizers import CharTokenizer
+from tests import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests do not depend on the machine's speed.
@@ -105,11 +106,31 @@ def train_command(config: Path, out: Path, *flags: str, ranks: int = 1) -> list[
 
 
 def run_train(
-    config: Path, out: Path, *flags: str, ranks: int = 1, check: bool = True, **options: Any
+    config: Path,
+    out: Path,
+    *flags: str,
+    ranks: int = 1,
+    check: bool = True,
+    fresh: bool = False,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Train in a process of its own."""
-    command = train_command(config, out, *flags, ranks=ranks)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    """Train in processes of their own.
+
+    Args:
+        config: a configuration file.
+        out: the run's directory.
+        flags: more flags of ``gpt_dist.train``.
+        ranks: how many processes.
+        check: fail the test where the run fails.
+        fresh: start the command line that people type, torchrun included, instead of warm forks.
+        options: ``cwd`` and ``env``; with ``fresh`` all of ``subprocess.run``'s.
+    """
+    if fresh:
+        command = train_command(config, out, *flags, ranks=ranks)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    else:
+        arguments = ["--config", str(config), "--out_dir", str(out), *flags]
+        done = warm.run_ranks("gpt_dist.train", arguments, ranks, **options)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -132,8 +153,5 @@ def train_many(runs: list[list[str]], directory: Path, ranks: int = 1) -> None:
     """Several runs one after the other in one set of ranks; see ``train_many.py``."""
     file = directory / f"runs-{len(list(directory.glob('runs-*.json')))}.json"
     file.write_text(json.dumps(runs))
-    script = Path(__file__).with_name("train_many.py")
-    start = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*start, str(script), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    done = warm.run_ranks("tests.train_many", [str(file)], ranks, timeout=540)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]

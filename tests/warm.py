@@ -1,49 +1,175 @@
-"""Run ``python -m MODULE …`` in processes of their own that need not import torch first.
+"""Run ``python -m MODULE …``, alone or as several ranks, in forks of a process that has torch.
 
-A fork server imports the heavy libraries once; every command is a fork of it. This saves the
-seconds that each start-up costs, and nothing else is shared.
+A fork server imports the heavy libraries once, and every command is a fork of it. That saves the
+seconds of CPU time that importing torch costs each process. Nothing else is shared: a command has
+its own working directory, environment, output and exit status. Tests about the launcher itself
+(``torchrun``, signals to it, its restarts) start real processes instead.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 PRELOAD = [
+    "pytest",
     "torch",
     "numpy",
     "safetensors.torch",
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
     "gpt_dist.training.trainer",
     "gpt_dist.inference.decoder",
 ]
+ROOT = str(Path(__file__).resolve().parents[1])
 
 
-def _run(module: str, arguments: list[str], cwd: str, log: str, search: list[str]) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+def _become(
+    module: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[str]
+) -> None:
+    """Turn this fork into the command."""
+    for number, path in enumerate(outputs, 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
-    os.environ["PYTHONPATH"] = os.pathsep.join(search)
-    sys.path[:0] = [cwd, *search]
+    sys.path[:0] = [cwd, ROOT]
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without them
+
+
+class Command:
+    """A running command, used like ``subprocess.Popen``; its output goes to two files.
+
+    Args:
+        module: what would follow ``python -m``.
+        arguments: its arguments.
+        outputs: files for stdout and stderr; both may be the same.
+        cwd: working directory; the caller's by default.
+        env: the whole environment; the caller's by default.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        outputs: tuple[Path, Path],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        environment = dict(os.environ if env is None else env)
+        search = [ROOT, *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(search)  # for processes that it starts
+        self.process = context.Process(
+            target=_become,
+            args=(
+                module, list(arguments), str(cwd or Path.cwd()), environment,
+                [str(path) for path in outputs],
+            ),
+            daemon=True,
+        )  # fmt: skip
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Exit status, or None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 240) -> int:
+        """Exit status; a command that takes longer than ``timeout`` seconds is killed."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
 
 def run(
-    module: str, arguments: list[str], cwd: Path, log: Path, timeout: float = 240
-) -> tuple[int | None, str]:
-    """Exit status (None: timed out) and all output of a command."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    root = str(Path(__file__).resolve().parents[1])
-    process = context.Process(target=_run, args=(module, arguments, str(cwd), str(log), [root]))
-    process.start()
-    process.join(timeout)
-    status = process.exitcode
-    if status is None:
-        process.kill()
-        process.join()
+    module: str, arguments: Sequence[str], cwd: Path, log: Path, timeout: float = 240
+) -> tuple[int, str]:
+    """Run a command to its end: exit status, and stdout and stderr together."""
+    status = Command(module, arguments, (log, log), cwd).wait(timeout)
     return status, log.read_text(encoding="utf-8", errors="replace")
+
+
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    ranks: int = 1,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as torchrun would, with one process a rank and without restarts.
+
+    With several ranks the status is 0 or, as torchrun's, 1; the first rank that fails ends the
+    others.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        outputs = Path(name, "stdout"), Path(name, "stderr")
+        if ranks == 1:
+            status = Command(module, arguments, outputs, cwd, env).wait(timeout)
+        else:
+            environment = dict(os.environ if env is None else env)
+            status = _wait_for_ranks(module, arguments, outputs, cwd, environment, ranks, timeout)
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
+    return subprocess.CompletedProcess([module, *arguments], status, *texts)
+
+
+def _wait_for_ranks(
+    module: str,
+    arguments: Sequence[str],
+    outputs: tuple[Path, Path],
+    cwd: Path | None,
+    environment: dict[str, str],
+    ranks: int,
+    timeout: float,
+) -> int:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "warm",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+    }
+    commands = []
+    for rank in map(str, range(ranks)):
+        own = environment | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        commands.append(Command(module, arguments, outputs, cwd, own))
+    deadline = time.monotonic() + timeout
+    while running := [command for command in commands if command.poll() is None]:
+        wait([command.process.sentinel for command in running], deadline - time.monotonic())
+        if any(command.poll() for command in commands) or time.monotonic() > deadline:
+            for command in running:
+                command.send_signal(signal.SIGKILL)
+                command.wait()
+    return int(any(command.poll() for command in commands))

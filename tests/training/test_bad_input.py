@@ -96,7 +96,8 @@ def test_a_full_disk(finished: tuple[Path, Path]) -> None:
     def small_files() -> None:  # the same for the program as a disk without room
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    done = run_train(config, run, "--train.steps", "60", check=False, preexec_fn=small_files)
+    limited = {"fresh": True, "preexec_fn": small_files}
+    done = run_train(config, run, "--train.steps", "60", check=False, **limited)
     refused(done, 1, "checkpoint not written", "safetensors", "step-00000020")
     names = [path.name for path in (run / "checkpoints").iterdir()]
     assert sorted(names) == ["best", "step-00000010", "step-00000020"]
@@ -144,7 +145,7 @@ def test_ranks_fail_together_and_one_speaks(tiny_config: Config, tmp_path: Path)
         (["--data.path", str(tmp_path / "none")], "no data there"),
         (["--parallel.strategy", "deepspeed", "--parallel.zero_stage", "7"], "0 | 1 | 2 | 3"),
     ):
-        done = run_train(tiny_config(), tmp_path / "run", *flags, ranks=2, check=False)
+        done = run_train(tiny_config(), tmp_path / "run", *flags, ranks=2, check=False, fresh=True)
         assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
