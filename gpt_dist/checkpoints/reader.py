@@ -14,6 +14,7 @@ from gpt_dist.checkpoints.tensor_files import TensorFile
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError
 from gpt_dist.formats.hf import load_pretrained
+from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -87,13 +88,6 @@ def load_weights(model: GPT, tensors: Iterable[tuple[str, Tensor]], source: obje
             parameter.copy_(full)
     if wanted:
         raise GptDistError(f"{source}: lacks the tensor {min(wanted)}")
-
-
-def empty_model(config: ModelConfig) -> GPT:
-    """A model with uninitialised weights, for weights that are about to be loaded."""
-    with torch.device("meta"):
-        model = GPT(config)
-    return model.to_empty(device="cpu")
 
 
 def load_model(

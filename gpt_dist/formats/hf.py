@@ -20,7 +20,8 @@ from torch import Tensor
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.hf_tokenizers import read_tokenizer
-from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.model.empty import meta_model
+from gpt_dist.model.gpt import VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import Tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -34,8 +35,7 @@ EPSILON = 1e-5
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of every parameter of a model, vocabulary rows without padding."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = meta_model(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in VOCAB_PARAMETERS:
         if name in shapes:

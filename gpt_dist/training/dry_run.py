@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import open_datasets
 from gpt_dist.data.order import TrainingData
-from gpt_dist.model.gpt import GPT
+from gpt_dist.model.empty import meta_model
 from gpt_dist.parallel.world import env_world_size
 from gpt_dist.training.formatting import file_size
 from gpt_dist.training.setup import count_steps, with_vocabulary
@@ -39,8 +37,7 @@ def report(config: Config) -> str:
     datasets = open_datasets(config)
     config = with_vocabulary(config, datasets[0].tokenizer)
     data = TrainingData(config, datasets)
-    with torch.device("meta"):
-        model = GPT(config.model)
+    model = meta_model(config.model)
     parameters, steps = model.num_parameters(), count_steps(config, data.windows)
     world = env_world_size()
     micro_batch, accumulation = config.micro_batch(world)

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
-from gpt_dist.checkpoints.reader import CheckpointReader, empty_model, load_model, load_weights
+from gpt_dist.checkpoints.reader import CheckpointReader, load_model, load_weights
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData
 from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.engine import Engine, pick_dtype

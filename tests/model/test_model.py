@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -222,3 +224,20 @@ def test_dropout_acts_in_training_only() -> None:
 def test_too_long_an_input_is_refused() -> None:
     with pytest.raises(ValueError, match="17 tokens do not fit the context of 16"):
         make()(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_models_without_initial_weights_are_quick_to_make() -> None:
+    """They have the shapes of a real one, and torch's compiler, which takes seconds, stays out."""
+    code = (
+        "import sys; from gpt_dist.config.settings import ModelConfig;"
+        "from gpt_dist.model.empty import empty_model, meta_model;"
+        "from gpt_dist.model.gpt import GPT;"
+        "config = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=8, vocab_size=300);"
+        "models = meta_model(config), empty_model(config);"
+        "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules,"
+        "[next(model.parameters()).device.type for model in models],"
+        "all(model.shapes == GPT(config).shapes for model in models))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False False ['meta', 'cpu'] True\n", done.stderr
