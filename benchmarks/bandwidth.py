@@ -25,19 +25,20 @@ extern "C" int64_t read_all(const char* data, int64_t size, int64_t block, int64
     int64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
-        __m512i a{}, b{}, c{}, d{};
+        __m256i a{}, b{}, c{}, d{};
         for (int64_t start = omp_get_thread_num() * block; start + block <= size;
              start += threads * block)
-            for (const char* p = data + start; p < data + start + block; p += 256) {
+            for (const char* p = data + start; p < data + start + block; p += 128) {
                 if (near)
-                    for (int i = 0; i < 256; i += 64) _mm_prefetch(p + near + i, _MM_HINT_T0);
-                a = _mm512_xor_si512(a, _mm512_loadu_si512(p));
-                b = _mm512_xor_si512(b, _mm512_loadu_si512(p + 64));
-                c = _mm512_xor_si512(c, _mm512_loadu_si512(p + 128));
-                d = _mm512_xor_si512(d, _mm512_loadu_si512(p + 192));
+                    for (int i = 0; i < 128; i += 64) _mm_prefetch(p + near + i, _MM_HINT_T0);
+                const __m256i* from = (const __m256i*)p;
+                a = _mm256_xor_si256(a, _mm256_loadu_si256(from));
+                b = _mm256_xor_si256(b, _mm256_loadu_si256(from + 1));
+                c = _mm256_xor_si256(c, _mm256_loadu_si256(from + 2));
+                d = _mm256_xor_si256(d, _mm256_loadu_si256(from + 3));
             }
-        a = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
-        total += _mm512_reduce_add_epi64(a);
+        a = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
+        total += a[0] + a[1] + a[2] + a[3];
     }
     return total;
 }
@@ -49,7 +50,7 @@ def _reader() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "read.cpp", Path(folder) / "read.so"
         source.write_text(SOURCE)
-        flags = ["-O3", "-mavx512f", "-mavx512dq", "-fopenmp", "-fPIC", "-shared", "-w"]
+        flags = ["-O3", "-mavx2", "-fopenmp", "-fPIC", "-shared", "-w"]
         subprocess.run(["g++", *flags, str(source), "-o", str(built)], check=True)
         library = ctypes.CDLL(str(built))
     library.read_all.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from gpt_dist.errors import GptDistError, run_main
-from gpt_dist.ops.build import build, unavailable
+from gpt_dist.ops.build import KERNELS, build, unavailable
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     if reason:
         raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")
     try:
-        for source in ("decoder.cpp", "training.cpp"):
+        for source in KERNELS:
             print(f"CPU kernels: {build(source)}")
     except subprocess.CalledProcessError as error:
         raise GptDistError(f"building the CPU kernels failed:\n{error.stderr}") from None

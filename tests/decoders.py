@@ -1,4 +1,4 @@
-"""What the decoder's tests share: small models of every shape, on each arithmetic there is."""
+"""What the decoder's tests share: small models of every shape, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.ops import build
+from tests.components import missing
 
 BACKENDS = ["kernels", "torch"]
 
@@ -24,15 +26,15 @@ SHAPES = {
 
 
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let decoders made from here on run on one arithmetic."""
+    """Let decoders made from here on run on one of `BACKENDS`."""
     monkeypatch.setenv("GPT_DIST_KERNELS", "1" if name == "kernels" else "0")
     kernels.decoder_library.cache_clear()
     if name == "kernels" and kernels.decoder_library() is None:
-        pytest.skip("this machine has no AVX-512 BF16 and VNNI, or no C++ compiler")
+        missing(f"no CPU kernels: {build.unavailable() or 'they do not load'}")
 
 
 def small_model(seed: int = 0, **settings: object) -> GPT:
-    """A model whose every parameter matters: random, also biases and norms, and not tiny."""
+    """A model with random parameters, biases and norms included, large enough to matter."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "context_length": 96, "vocab_size": 301}
     model = GPT(ModelConfig.model_validate({**shape, **settings})).eval()
     generator = torch.Generator().manual_seed(seed)

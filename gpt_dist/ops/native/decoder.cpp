@@ -36,20 +36,20 @@ struct Model {
 void layer_norm(const float* x, const Norm& norm, int width, float* out) {
     Vec sum = Vec{}, squares = Vec{};
     for (int i = 0; i < width; i += LANES)
-        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail(width - i), x + i));
-    Vec mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        sum += load(x + i, tail(width - i));
+    Vec mean = splat(reduce_add(sum) / width);
     for (int i = 0; i < width; i += LANES) {
-        __mmask16 mask = tail(width - i);
-        Vec off = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), mean);
-        squares = _mm512_fmadd_ps(off, off, squares);
+        Mask mask = tail(width - i);
+        Vec off = keep(mask, load(x + i, mask) - mean);
+        squares = fma(off, off, squares);
     }
-    Vec scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
+    Vec scale = splat(1 / std::sqrt(reduce_add(squares) / width + norm.eps));
     for (int i = 0; i < width; i += LANES) {
-        __mmask16 mask = tail(width - i);
-        Vec y = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean), scale);
-        y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, norm.weight + i));
-        if (norm.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, norm.bias + i));
-        _mm512_mask_storeu_ps(out + i, mask, y);
+        Mask mask = tail(width - i);
+        Vec y = (load(x + i, mask) - mean) * scale;
+        y *= load(norm.weight + i, mask);
+        if (norm.bias) y += load(norm.bias + i, mask);
+        store(out + i, y, mask);
     }
 }
 

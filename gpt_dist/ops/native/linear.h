@@ -4,6 +4,10 @@
 
 #pragma once
 
+#include <array>
+#include <tuple>
+#include <utility>
+
 #include "vector.h"
 
 namespace {
@@ -21,10 +25,16 @@ struct Linear {  // weights (outputs, inputs), packed by `pack`
     int32_t outputs, inputs;
 };
 
-// The weights of 64 outputs: bytes for one input.
-int block_bytes(DType dtype) { return BLOCK * (dtype == FP32 ? 4 : dtype == BF16 ? 2 : 1); }
+// Inputs that lie side by side in the 32 bits of a lane.
+constexpr int step(DType dtype) { return dtype == FP32 ? 1 : dtype == BF16 ? 2 : 4; }
 
-// Activations as the matrix kernels read them: (rows, inputs) in fp32, bf16 or int8.
+// The weights of 64 outputs: bytes for one input.
+constexpr int block_bytes(DType dtype) { return BLOCK * 4 / step(dtype); }
+
+template <DType D>
+using Step = std::tuple_element_t<D, std::tuple<float, Bf16Step, Int8Step>>;
+
+// Activations as the matrix kernels read them: (rows, inputs / step) steps.
 struct Operand {
     uint8_t* data;
     float* scale;  // int8: (rows, inputs / GROUP)
@@ -33,14 +43,18 @@ struct Operand {
 
     template <DType D> void set(int row, const float* x, int width) const {
         for (int i = 0; i < inputs; i += LANES) {
-            if (D == INT8 && i % GROUP == 0) quantise(row, i, x, width);
-            if (D == INT8) continue;
-            Vec part = i < width ? _mm512_maskz_loadu_ps(tail(width - i), x + i) : Vec{};
-            if (D == FP32) _mm512_storeu_ps((float*)data + (size_t)row * inputs + i, part);
-            if (D == BF16)
-                _mm256_storeu_si256((__m256i*)(data + 2 * ((size_t)row * inputs + i)),
-                                    (__m256i)_mm512_cvtneps_pbh(part));
+            if constexpr (D == INT8) {
+                if (i % GROUP == 0) quantise(row, i, x, width);
+            } else {
+                Vec part = i < width ? load(x + i, tail(width - i)) : Vec{};
+                store(at<D>(row, i), part);
+            }
         }
+    }
+
+    // The step that begins with an input.
+    template <DType D> Step<D>* at(int row, int input) const {
+        return (Step<D>*)data + ((size_t)row * inputs + input) / step(D);
     }
 
   private:
@@ -48,21 +62,20 @@ struct Operand {
         Vec part[GROUP / LANES], most = Vec{};
         for (int j = 0; j < GROUP / LANES; j++) {
             int i = start + j * LANES;
-            part[j] = i < width ? _mm512_maskz_loadu_ps(tail(width - i), x + i) : Vec{};
-            most = _mm512_max_ps(most, _mm512_abs_ps(part[j]));
+            part[j] = i < width ? load(x + i, tail(width - i)) : Vec{};
+            most = max(most, abs(part[j]));
         }
-        float top = _mm512_reduce_max_ps(most);
-        Vec inverse = _mm512_set1_ps(top > 0 ? 127 / top : 0);
-        __m512i total = __m512i{};
+        float top = reduce_max(most);
+        Vec inverse = splat(top > 0 ? 127 / top : 0);
+        Ints total = Ints{};
         for (int j = 0; j < GROUP / LANES; j++) {
-            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(part[j], inverse));
-            total = _mm512_add_epi32(total, q);
-            _mm_storeu_si128((__m128i*)(data + (size_t)row * inputs + start + j * LANES),
-                             _mm512_cvtsepi32_epi8(q));
+            Ints q = to_ints(part[j] * inverse);
+            total = add(total, q);
+            store(at<INT8>(row, start + j * LANES), q);
         }
         size_t group = ((size_t)row * inputs + start) / GROUP;
         scale[group] = top / 127;
-        sum[group] = -128 * _mm512_reduce_add_epi32(total);
+        sum[group] = -128 * reduce_add(total);
     }
 };
 
@@ -76,52 +89,52 @@ struct Ahead {
     }
 };
 
-// sums + weights (unsigned) * inputs (signed), four products a lane. As assembly, because GCC 12
-// keeps copies of all sums on the stack around the intrinsic.
-__m512i dot(__m512i sums, __m512i weights, __m512i inputs) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(inputs));
-    return sums;
-}
-
-// The sums of R rows times 64 outputs over all inputs.
+// The sums of R rows times V * 16 outputs over all inputs; a single row takes a whole block.
 template <DType D, int R> struct Tile {
-    static constexpr int V = BLOCK / LANES;
+    static constexpr int WIDTH = R == 1 ? BLOCK : PANEL, V = WIDTH / LANES;
     Vec total[R][V];
 
     Tile(const Operand& x, int row, const uint8_t* weight, Ahead ahead) {
         for (auto& line : total)
             for (Vec& value : line) value = Vec{};
-        if constexpr (D == INT8) {
-            for (int group = 0; group < x.inputs / GROUP; group++) {
-                // With many rows the float sums have to stay in memory, so that the integer sums
-                // fit into the registers.
-                if constexpr (R > 2)
+        if constexpr (D != INT8)
+            add_inputs(x, row, weight, ahead);
+        else
+            for (int group = 0; group < x.inputs / GROUP; group++, weight += GROUP * PANEL) {
+                // Where the registers do not hold integer and float sums, the latter stay in memory.
+                if constexpr (4 * R * V > REGISTERS)
                     add_group_apart(x, row, group, weight, ahead);
                 else
                     add_group(x, row, group, weight, ahead);
-                weight += GROUP * BLOCK;
             }
-            return;
-        }
-        constexpr int STEP = D == FP32 ? 1 : 2;  // inputs that one instruction takes
-        const int steps = x.inputs / STEP;
-        const float* in = (const float*)x.data + (size_t)row * steps;
-        for (int k = 0; k < steps; k++, weight += BLOCK * 4) {
+    }
+
+    __attribute__((always_inline)) void add_inputs(const Operand& x, int row, const uint8_t* weight,
+                                                   Ahead ahead) {
+        const int steps = x.inputs / step(D);
+        const Step<D>* in = x.at<D>(row, 0);
+        for (int k = 0; k < steps; k++, weight += PANEL * 4) {
             ahead.fetch();
             Vec w[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) w[v] = _mm512_loadu_ps(weight + v * 64);
+            for (int v = 0; v < V; v++) w[v] = load((const float*)vector(weight, v, steps));
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                Vec in_r = _mm512_set1_ps(in[(size_t)r * steps + k]);
+                auto in_r = splat(in[(size_t)r * steps + k]);
 #pragma GCC unroll 8
                 for (int v = 0; v < V; v++)
                     if constexpr (D == FP32)
-                        total[r][v] = _mm512_fmadd_ps(in_r, w[v], total[r][v]);
+                        total[r][v] = fma(in_r, w[v], total[r][v]);
                     else
-                        total[r][v] = _mm512_dpbf16_ps(total[r][v], (__m512bh)in_r, (__m512bh)w[v]);
+                        total[r][v] = dot_pairs(in_r, w[v], total[r][v]);
             }
         }
+    }
+
+    // The weights of 16 outputs for one step, among `steps` in the panel.
+    static const uint8_t* vector(const uint8_t* weight, int v, int steps) {
+        const int column = v * LANES;
+        return weight + ((size_t)(column / PANEL) * steps * PANEL + column % PANEL) * 4;
     }
 
     __attribute__((noinline)) void add_group_apart(const Operand& x, int row, int group,
@@ -129,106 +142,103 @@ template <DType D, int R> struct Tile {
         add_group(x, row, group, weight, ahead);
     }
 
-    // Integer sums over one group, then scaled. Weights are stored with 128 added, as the
-    // instruction wants one side unsigned; the operand's sums take that off again.
+    // Integer sums over one group, then scaled. Weights are stored with 128 added, since `dot_quads`
+    // wants them unsigned; the operand's sums take that off again.
     __attribute__((always_inline)) void add_group(const Operand& x, int row, int group,
                                                   const uint8_t* weight, Ahead& ahead) {
-        __m512i part[R][V];
-        const int groups = x.inputs / GROUP, steps = x.inputs / 4;
-        const int32_t* in = (const int32_t*)x.data + (size_t)row * steps + group * (GROUP / 4);
+        Ints part[R][V];
+        const int groups = x.inputs / GROUP, steps = x.inputs / step(D);
+        const Int8Step* in = x.at<INT8>(row, group * GROUP);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++)
-                part[r][v] = _mm512_set1_epi32(x.sum[(row + r) * groups + group]);
+            for (int v = 0; v < V; v++) part[r][v] = splat(x.sum[(row + r) * groups + group]);
         Ahead here = ahead;
-        for (int k = 0; k < GROUP / 4; k++, weight += BLOCK * 4) {
+        for (int k = 0; k < GROUP / step(D); k++, weight += PANEL * 4) {
             here.fetch();
-            __m512i w[V];
+            Ints w[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) w[v] = _mm512_loadu_si512(weight + v * 64);
+            for (int v = 0; v < V; v++) w[v] = load((const int32_t*)vector(weight, v, steps));
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                __m512i in_r = _mm512_set1_epi32(in[(size_t)r * steps + k]);
+                auto in_r = splat(in[(size_t)r * steps + k]);
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) part[r][v] = dot(part[r][v], w[v], in_r);
+                for (int v = 0; v < V; v++) part[r][v] = dot_quads(in_r, w[v], part[r][v]);
             }
         }
         ahead = here;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            Vec scale = _mm512_set1_ps(x.scale[(row + r) * groups + group]);
+            Vec scale = splat(x.scale[(row + r) * groups + group]);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
-                total[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[r][v]), scale, total[r][v]);
+                total[r][v] = fma(to_floats(part[r][v]), scale, total[r][v]);
         }
     }
 
     void finish(const Linear& layer, int output, float* out, size_t stride, Epilogue e) const {
         for (int v = 0; v < V; v++) {
             const int at = output + v * LANES;
-            const __mmask16 mask = at < layer.outputs ? tail(layer.outputs - at) : 0;
-            const Vec bias = layer.bias ? _mm512_maskz_loadu_ps(mask, layer.bias + at) : Vec{};
-            const Vec scale = D == INT8 ? _mm512_maskz_loadu_ps(mask, layer.scale + at) : Vec{};
+            const Mask mask = at < layer.outputs ? tail(layer.outputs - at) : 0;
+            const Vec bias = layer.bias ? load(layer.bias + at, mask) : Vec{};
+            const Vec scale = D == INT8 ? load(layer.scale + at, mask) : Vec{};
             for (int r = 0; r < R; r++) {
                 float* to = out + r * stride + at;
-                Vec y = D == INT8 ? _mm512_fmadd_ps(total[r][v], scale, bias)
-                                  : _mm512_add_ps(total[r][v], bias);
+                Vec y = D == INT8 ? fma(total[r][v], scale, bias)
+                                  : total[r][v] + bias;
                 if (e == GELU) y = gelu(y);
-                if (e == ADD) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, to));
-                _mm512_mask_storeu_ps(to, mask, y);
+                if (e == ADD) y += load(to, mask);
+                store(to, y, mask);
             }
         }
     }
 };
 
-template <DType D, int R> void run_tile(const Operand& x, int row, const Linear& layer, int block,
+template <DType D, int R> void run_tile(const Operand& x, int row, const Linear& layer, int output,
                                         Ahead ahead, float* out, size_t stride, Epilogue e) {
-    const uint8_t* weight = layer.weight + (size_t)block * x.inputs * block_bytes(D);
-    Tile<D, R>(x, row, weight, ahead).finish(layer, block * BLOCK, out + row * stride, stride, e);
+    const uint8_t* weight = layer.weight + (size_t)output / BLOCK * x.inputs * block_bytes(D);
+    weight += (size_t)(output % BLOCK) * x.inputs * block_bytes(D) / BLOCK;
+    Tile<D, R>(x, row, weight, ahead).finish(layer, output, out + row * stride, stride, e);
+}
+
+template <DType D, int... R> constexpr auto tile_kernels(std::integer_sequence<int, R...>) {
+    return std::array{run_tile<D, R + 1>...};
 }
 
 // out (rows, outputs) = epilogue(x (rows, inputs) times the layer)
 template <DType D> void linear(Team& team, const Operand& x, const Linear& layer, int rows,
                                float* out, size_t stride, Epilogue e) {
-    constexpr decltype(&run_tile<D, 1>) kernels[] = {run_tile<D, 1>, run_tile<D, 2>,
-                                                     run_tile<D, 3>, run_tile<D, 4>,
-                                                     run_tile<D, 5>, run_tile<D, 6>};
-    const int tiles = (rows + 5) / 6, blocks = padded(layer.outputs, BLOCK) / BLOCK;
-    const size_t size = (size_t)x.inputs * block_bytes(D);
-    // A single tile is a stream through memory: long runs of blocks, so that the hardware can follow
-    // it, and the beginning of what comes next is fetched by hand. Several tiles each fetch a share
-    // of the block that this thread probably gets next.
-    const int run = tiles == 1 ? std::clamp(blocks / (3 * team.size), 1, 64) : 1;
-    const int lines = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 0;
-    auto compute = [&](int block) {
-        const int next = block % run == run - 1 ? block + 1 + (team.size - 1) * run : block + 1;
-        const uint8_t* soon = next < blocks ? layer.weight + next * size : nullptr;
+    constexpr auto kernels = tile_kernels<D>(std::make_integer_sequence<int, TILE_ROWS>());
+    const int width = rows == 1 ? Tile<D, 1>::WIDTH : PANEL;  // of a strip of outputs
+    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, strips = (layer.outputs + width - 1) / width;
+    const size_t size = (size_t)x.inputs * block_bytes(D) * width / BLOCK;
+    // A single tile is a stream through memory: long runs of strips, so that the hardware can follow
+    // it, and the beginning of the next strip is fetched by hand. Of several tiles each fetches a
+    // share of the strip that this thread probably gets next.
+    const int run = tiles == 1 ? std::clamp(strips / (3 * team.size), 1, 64) : 1;
+    const int vectors = width / LANES, lines = tiles == 1 ? 0 : (vectors + tiles - 1) / tiles;
+    auto compute = [&](int strip) {
+        const int next = strip % run == run - 1 ? strip + 1 + (team.size - 1) * run : strip + 1;
+        const uint8_t* soon = next < strips ? layer.weight + next * size : nullptr;
         if (tiles == 1 && soon) Ahead{soon, 32}.fetch();
         for (int tile = 0; tile < tiles; tile++) {
             const int first = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-            const bool useful = soon && tile * lines < BLOCK / LANES;
-            const Ahead ahead{soon + tile * lines * size / 4, useful ? lines : 0};
-            kernels[end - first - 1](x, first, layer, block, ahead, out, stride, e);
+            const bool useful = soon && tile * lines < vectors;
+            const Ahead ahead{soon + tile * lines * size / vectors, useful ? lines : 0};
+            kernels[end - first - 1](x, first, layer, strip * width, ahead, out, stride, e);
         }
     };
-    team.each((blocks + run - 1) / run, [&](int item) {
-        for (int block = item * run; block < std::min(blocks, (item + 1) * run); block++)
-            compute(block);
+    team.each((strips + run - 1) / run, [&](int item) {
+        for (int strip = item * run; strip < std::min(strips, (item + 1) * run); strip++)
+            compute(strip);
     });
 }
 
-uint16_t to_bf16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
-
-// weight (outputs, inputs) in fp32 to the layout that tiles read: for each block of 64 outputs,
-// for each 1 (fp32), 2 (bf16) or 4 (int8) inputs, 64 outputs with those inputs side by side.
+// weight (outputs, inputs) in fp32 to the layout that tiles read: for each panel of outputs, for each
+// 1 (fp32), 2 (bf16) or 4 (int8) inputs, the panel's outputs with those inputs side by side.
 template <DType D> void pack_block(const float* weight, int outputs, int inputs, int block,
                                    uint8_t* packed, float* scale) {
-    constexpr int STEP = D == FP32 ? 1 : D == BF16 ? 2 : 4;  // inputs side by side in a lane
+    constexpr int STEP = step(D);
     const int wide = padded(inputs, GROUP);
     packed += (size_t)block * wide * block_bytes(D);
     for (int column = 0; column < BLOCK; column++) {
@@ -243,9 +253,10 @@ template <DType D> void pack_block(const float* weight, int outputs, int inputs,
         }
         for (int k = 0; k < wide; k++) {
             const float value = output < outputs && k < inputs ? row[k] : 0;
-            const size_t at = (size_t)(k / STEP * BLOCK + column) * STEP + k % STEP;
+            const size_t group = (size_t)column / PANEL * (wide / STEP) + k / STEP;
+            const size_t at = (group * PANEL + column % PANEL) * STEP + k % STEP;
             if (D == FP32) ((float*)packed)[at] = value;
-            if (D == BF16) ((uint16_t*)packed)[at] = to_bf16(value);
+            if (D == BF16) ((Bf16*)packed)[at] = to_bf16(value);
             if (D == INT8) packed[at] = (uint8_t)(std::lrint(value * inverse) + 128);
         }
     }

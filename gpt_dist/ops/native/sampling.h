@@ -65,24 +65,22 @@ class Sampler {
 
     void find_maxima() {
         maxima.resize(padded(vocab, STRIP) / SPAN);
-        Vec highest = _mm512_set1_ps(-INFINITY);
+        Vec highest = splat(-INFINITY);
         for (int start = 0; start < vocab; start += STRIP) {
-            Vec most = _mm512_set1_ps(-INFINITY);
+            Vec most = splat(-INFINITY);
             for (int i = start; i < std::min(vocab, start + STRIP); i += LANES)
-                most = _mm512_mask_max_ps(most, tail(vocab - i), most,
-                                          _mm512_maskz_loadu_ps(tail(vocab - i), x + i));
-            _mm512_storeu_ps(&maxima[start / SPAN], most);
-            highest = _mm512_max_ps(highest, most);
+                most = select(tail(vocab - i), max(most, load(x + i, tail(vocab - i))), most);
+            store(&maxima[start / SPAN], most);
+            highest = max(highest, most);
         }
-        top = _mm512_reduce_max_ps(highest);
+        top = reduce_max(highest);
     }
 
     int first_maximum() const {
         for (int i = 0; i < vocab; i += LANES) {
-            const Vec part = _mm512_maskz_loadu_ps(tail(vocab - i), x + i);
-            const __mmask16 equal =
-                _mm512_mask_cmp_ps_mask(tail(vocab - i), part, _mm512_set1_ps(top), _CMP_EQ_OQ);
-            if (equal) return i + __builtin_ctz(equal);
+            const Vec part = load(x + i, tail(vocab - i));
+            const Mask maxima = tail(vocab - i) & equal(part, splat(top));
+            if (maxima) return i + __builtin_ctz(maxima);
         }
         return 0;  // no logit is a number
     }
@@ -101,18 +99,16 @@ class Sampler {
 
     // exps = e^((x - top) / temperature) where x >= least, else 0; returns the sum.
     float exponentials(float temperature, float least) {
-        const Vec scale = _mm512_set1_ps(1 / temperature), offset = _mm512_set1_ps(top);
+        const Vec scale = splat(1 / temperature), offset = splat(top);
         Vec sum = Vec{};
         for (int i = 0; i < vocab; i += LANES) {
-            const Vec value = _mm512_maskz_loadu_ps(tail(vocab - i), x + i);
-            const __mmask16 kept =
-                _mm512_mask_cmp_ps_mask(tail(vocab - i), value, _mm512_set1_ps(least), _CMP_GE_OQ);
-            const Vec e = _mm512_maskz_mov_ps(
-                kept, exp(_mm512_mul_ps(_mm512_sub_ps(value, offset), scale)));
-            sum = _mm512_add_ps(sum, e);
-            _mm512_storeu_ps(&exps[i], e);
+            const Vec value = load(x + i, tail(vocab - i));
+            const Mask kept = tail(vocab - i) & at_least(value, splat(least));
+            const Vec e = keep(kept, exp((value - offset) * scale));
+            sum += e;
+            store(&exps[i], e);
         }
-        return _mm512_reduce_add_ps(sum);
+        return reduce_add(sum);
     }
 
     // Fills `ids`, ascending, with the logits that are at least the k-th highest; returns that.
@@ -191,8 +187,8 @@ class Sampler {
         for (int start = 0; start < vocab; start += STRIP) {
             Vec mass = Vec{};
             for (int i = start; i < std::min(vocab, start + STRIP); i += LANES)
-                mass = _mm512_add_ps(mass, _mm512_loadu_ps(&exps[i]));
-            strips.push_back(_mm512_reduce_add_ps(mass));
+                mass += load(&exps[i]);
+            strips.push_back(reduce_add(mass));
         }
         double target = u * std::accumulate(strips.begin(), strips.end(), 0.0);
         size_t strip = 0;
@@ -248,12 +244,11 @@ class Sampler {
         }
         Vec sum = Vec{};
         for (int i = 0; i < vocab; i += LANES) {
-            const __mmask16 inside = tail(vocab - i);
-            const __mmask16 above = _mm512_mask_cmp_ps_mask(
-                inside, _mm512_maskz_loadu_ps(inside, x + i), _mm512_set1_ps(bound), _CMP_GT_OQ);
-            sum = _mm512_mask_add_ps(sum, above, sum, _mm512_maskz_loadu_ps(above, &exps[i]));
+            const Mask inside = tail(vocab - i);
+            const Mask counted = inside & above(load(x + i, inside), splat(bound));
+            sum += keep(counted, load(&exps[i]));
         }
-        return _mm512_reduce_add_ps(sum);
+        return reduce_add(sum);
     }
 };
 

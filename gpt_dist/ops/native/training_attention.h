@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "bf16.h"
+#include "vector.h"
 
 #include <vector>
 
@@ -16,27 +16,25 @@ void tile(int depth, const Pair* a, int lda, const Pair* b, int ldb, float* c, i
     Vec sum[ROWS][VECTORS];
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < VECTORS; j++)
-            sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * LANES) : _mm512_setzero_ps();
+            sum[i][j] = add ? load(c + i * ldc + j * LANES) : Vec{};
     for (int k = 0; k < depth; k++) {
-        __m512bh right[VECTORS];
-        for (int j = 0; j < VECTORS; j++)
-            right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * LANES);
+        Vec right[VECTORS];
+        for (int j = 0; j < VECTORS; j++) right[j] = load((const float*)b + k * ldb + j * LANES);
         for (int i = 0; i < ROWS; i++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32(a[i * lda + k]);
-            for (int j = 0; j < VECTORS; j++)
-                sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+            auto left = splat_pair(a[i * lda + k]);
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = dot_pairs(left, right[j], sum[i][j]);
         }
     }
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) _mm512_storeu_ps(c + i * ldc + j * LANES, sum[i][j]);
+        for (int j = 0; j < VECTORS; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
 template <int VECTORS>
 void strip(int rows, int depth, const Pair* a, int lda, const Pair* b, int ldb, float* c, int ldc,
            bool add) {
     int i = 0;
-    for (; i + 6 <= rows; i += 6)
-        tile<6, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+        tile<TILE_ROWS, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
     for (; i < rows; i++)
         tile<1, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
 }
@@ -44,8 +42,8 @@ void strip(int rows, int depth, const Pair* a, int lda, const Pair* b, int ldb, 
 void multiply(int rows, int columns, int depth, const Pair* a, int lda, const Pair* b, int ldb,
               float* c, int ldc, bool add = false) {
     int j = 0;
-    for (; j + 4 * LANES <= columns; j += 4 * LANES)
-        strip<4>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
+    for (; j + PANEL <= columns; j += PANEL)
+        strip<PANEL / LANES>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
     for (; j < columns; j += LANES) strip<1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
 }
 
@@ -75,14 +73,14 @@ struct Scratch {
 };
 
 // (tokens, width) → pairs along the width, by columns: (width / 2, tokens).
-void across_width(const Half* from, int64_t stride, int tokens, int width, Pair* to, int ldt) {
+void across_width(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int ldt) {
     for (int t = 0; t < ldt; t++)
         for (int d = 0; d < width / 2; d++)
             to[d * ldt + t] = t < tokens ? ((const Pair*)(from + t * stride))[d] : 0;
 }
 
 // (tokens, width) → pairs of neighbouring tokens: (tokens / 2, width).
-void across_tokens(const Half* from, int64_t stride, int tokens, int width, Pair* to, int padded) {
+void across_tokens(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int padded) {
     for (int t = 0; t < padded; t += 2)
         for (int d = 0; d < width; d++) {
             Pair low = t < tokens ? from[t * stride + d] : 0;
@@ -92,7 +90,7 @@ void across_tokens(const Half* from, int64_t stride, int tokens, int width, Pair
 }
 
 // (tokens, width) → the transposed matrix with pairs of neighbouring tokens: (width, count / 2).
-void transposed(const Half* from, int64_t stride, int tokens, int width, Pair* to, int count) {
+void transposed(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int count) {
     for (int t = 0; t < count; t += 2)
         for (int d = 0; d < width; d++) {
             Pair low = t < tokens ? from[t * stride + d] : 0;
@@ -102,24 +100,20 @@ void transposed(const Half* from, int64_t stride, int tokens, int width, Pair* t
 }
 
 // Rows i and i + 1 as pairs, in place of two rows of bf16 numbers.
-void interleave(const Half* rows, int count, int columns, Pair* to) {
+void interleave(const Bf16* rows, int count, int columns, Pair* to) {
     for (int i = 0; i < count; i += 2)
         for (int j = 0; j < columns; j += LANES) {
-            __m512i low = _mm512_cvtepu16_epi32(
-                _mm256_loadu_si256((const __m256i*)(rows + i * columns + j)));
-            __m512i high = _mm512_cvtepu16_epi32(
-                _mm256_loadu_si256((const __m256i*)(rows + (i + 1) * columns + j)));
-            _mm512_storeu_si512(to + i / 2 * columns + j,
-                                _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            const Bf16* row = rows + i * columns + j;
+            store((float*)to + i / 2 * columns + j, pairs(row, row + columns));
         }
 }
 
 struct Head {
-    const Half *query, *key, *value;
+    const Bf16 *query, *key, *value;
     int64_t stride;  // between tokens
 };
 
-void attend(const Head& head, int tokens, float scale, Half* out, int64_t out_stride,
+void attend(const Head& head, int tokens, float scale, Bf16* out, int64_t out_stride,
             float* log_sums, Scratch& s) {
     int width = s.width;
     across_width(head.key, head.stride, tokens, width, s.keys_across.data(), s.time);
@@ -128,24 +122,23 @@ void attend(const Head& head, int tokens, float scale, Half* out, int64_t out_st
         int rows = std::min(QUERIES, tokens - first), seen = padded(first + rows, 2 * LANES);
         multiply(rows, seen, width / 2, (const Pair*)(head.query + first * head.stride),
                  head.stride / 2, s.keys_across.data(), s.time, s.scores.data(), seen);
-        Half* weights = (Half*)s.weights.data();
+        Bf16* weights = (Bf16*)s.weights.data();
         float inverse[QUERIES];
         for (int i = 0; i < rows; i++) {
             float* row = s.scores.data() + i * seen;
             int count = first + i + 1;
-            Vec top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+            Vec top = splat(-INFINITY), sum = Vec{};
             for (int j = 0; j < count; j += LANES)
-                top = _mm512_mask_max_ps(top, tail(count - j), top, _mm512_loadu_ps(row + j));
-            float largest = _mm512_reduce_max_ps(top) * scale;
+                top = select(tail(count - j), max(top, load(row + j)), top);
+            float largest = reduce_max(top) * scale;
             for (int j = 0; j < seen; j += LANES) {
-                __mmask16 mask = j < count ? tail(count - j) : 0;
-                Vec x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale),
-                                        _mm512_set1_ps(largest));
-                x = _mm512_maskz_mov_ps(mask, exp(x));
-                sum = _mm512_add_ps(sum, x);
+                Mask mask = j < count ? tail(count - j) : 0;
+                Vec x = fms(load(row + j), splat(scale), splat(largest));
+                x = keep(mask, exp(x));
+                sum += x;
                 store(weights + i * seen + j, x);
             }
-            float total = _mm512_reduce_add_ps(sum);
+            float total = reduce_add(sum);
             inverse[i] = 1 / total;
             log_sums[first + i] = largest + std::log(total);
         }
@@ -154,56 +147,54 @@ void attend(const Head& head, int tokens, float scale, Half* out, int64_t out_st
         for (int i = 0; i < rows; i++)
             for (int d = 0; d < width; d += LANES)
                 store(out + (first + i) * out_stride + d,
-                      _mm512_mul_ps(_mm512_loadu_ps(s.block.data() + i * width + d),
-                                    _mm512_set1_ps(inverse[i])));
+                      load(s.block.data() + i * width + d) * splat(inverse[i]));
     }
 }
 
-void store_transposed(const float* from, int ldf, int tokens, int width, Half* to,
+void store_transposed(const float* from, int ldf, int tokens, int width, Bf16* to,
                       int64_t stride) {
     alignas(64) float row[LANES];
     for (int t = 0; t < tokens; t++)
         for (int d = 0; d < width; d += LANES) {
             for (int e = 0; e < LANES; e++) row[e] = from[(d + e) * ldf + t];
-            store(to + t * stride + d, _mm512_load_ps(row));
+            store(to + t * stride + d, load(row));
         }
 }
 
-void attend_backward(const Head& head, int tokens, float scale, const Half* out,
-                     const Half* grad, int64_t out_stride, const float* log_sums, Half* grad_query,
-                     Half* grad_key, Half* grad_value, Scratch& s) {
+void attend_backward(const Head& head, int tokens, float scale, const Bf16* out,
+                     const Bf16* grad, int64_t out_stride, const float* log_sums, Bf16* grad_query,
+                     Bf16* grad_key, Bf16* grad_value, Scratch& s) {
     int width = s.width, time = s.time;
     across_width(head.key, head.stride, tokens, width, s.keys_across.data(), time);
     across_width(head.value, head.stride, tokens, width, s.values_across.data(), time);
     across_tokens(head.key, head.stride, tokens, width, s.keys.data(), time);
     std::fill(s.grad_keys.begin(), s.grad_keys.end(), 0.0f);
     std::fill(s.grad_values.begin(), s.grad_values.end(), 0.0f);
-    Half* weights = (Half*)s.weights.data();
-    Half* slopes = (Half*)s.slopes.data();
+    Bf16* weights = (Bf16*)s.weights.data();
+    Bf16* slopes = (Bf16*)s.slopes.data();
     for (int first = 0; first < tokens; first += QUERIES) {
         int rows = std::min(QUERIES, tokens - first), seen = padded(first + rows, 2 * LANES);
         int even = padded(rows, 2);
-        const Half* grads = grad + first * out_stride;
-        const Half* queries = head.query + first * head.stride;
+        const Bf16* grads = grad + first * out_stride;
+        const Bf16* queries = head.query + first * head.stride;
         multiply(rows, seen, width / 2, (const Pair*)queries, head.stride / 2,
                  s.keys_across.data(), time, s.scores.data(), seen);
         multiply(rows, seen, width / 2, (const Pair*)grads, out_stride / 2,
                  s.values_across.data(), time, s.products.data(), seen);
         for (int i = 0; i < rows; i++) {
-            Vec inner = _mm512_setzero_ps();  // sum(weights * their gradients)
+            Vec inner = Vec{};  // sum(weights * their gradients)
             for (int d = 0; d < width; d += LANES)
-                inner = _mm512_fmadd_ps(load(grads + i * out_stride + d),
-                                        load(out + (first + i) * out_stride + d), inner);
-            Vec shift = _mm512_set1_ps(_mm512_reduce_add_ps(inner));
-            Vec log_sum = _mm512_set1_ps(log_sums[first + i]), factor = _mm512_set1_ps(scale);
+                inner = fma(load(grads + i * out_stride + d), load(out + (first + i) * out_stride + d), inner);
+            Vec shift = splat(reduce_add(inner));
+            Vec log_sum = splat(log_sums[first + i]), factor = splat(scale);
             int count = first + i + 1;
             for (int j = 0; j < seen; j += LANES) {
-                __mmask16 mask = j < count ? tail(count - j) : 0;
-                Vec x = _mm512_loadu_ps(s.scores.data() + i * seen + j);
-                x = _mm512_maskz_mov_ps(mask, exp(_mm512_fmsub_ps(x, factor, log_sum)));
-                Vec slope = _mm512_sub_ps(_mm512_loadu_ps(s.products.data() + i * seen + j), shift);
+                Mask mask = j < count ? tail(count - j) : 0;
+                Vec x = load(s.scores.data() + i * seen + j);
+                x = keep(mask, exp(fms(x, factor, log_sum)));
+                Vec slope = load(s.products.data() + i * seen + j) - shift;
                 store(weights + i * seen + j, x);
-                store(slopes + i * seen + j, _mm512_mul_ps(_mm512_mul_ps(x, slope), factor));
+                store(slopes + i * seen + j, x * slope * factor);
             }
         }
         if (even > rows) {
@@ -215,7 +206,7 @@ void attend_backward(const Head& head, int tokens, float scale, const Half* out,
         for (int i = 0; i < rows; i++)
             for (int d = 0; d < width; d += LANES)
                 store(grad_query + (first + i) * head.stride + d,
-                      _mm512_loadu_ps(s.block.data() + i * width + d));
+                      load(s.block.data() + i * width + d));
         // Transposed: the gradients of keys and values as (width, keys), summed over the blocks.
         transposed(queries, head.stride, rows, width, s.queries_across.data(), even);
         transposed(grads, out_stride, rows, width, s.grads_across.data(), even);

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -11,40 +10,57 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
+
 namespace {
 
-constexpr int LANES = 16;  // floats in a register
+constexpr int LANES = 16;  // floats in a Vec
 
-using Vec = __m512;
+inline int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+inline Mask tail(int left) { return left >= LANES ? 0xFFFF : (1u << left) - 1; }
 
-__mmask16 tail(int left) { return left >= LANES ? 0xFFFF : (1u << left) - 1; }
+inline float to_float(Bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
 
-// e^x to about 1 ulp: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (coefficients: Cephes expf).
-Vec exp(Vec x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104));
-    Vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    Vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    Vec p = _mm512_set1_ps(1.9875691500e-4f);
+inline Bf16 to_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+// e^x to about 1 ulp, for x up to 88: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (coefficients:
+// Cephes expf).
+inline Vec exp(Vec x) {
+    x = max(x, splat(-104.f));
+    Vec n = round(x * splat(1.44269504f));
+    Vec r = fnma(n, splat(0.693359375f), x);
+    r = fnma(n, splat(-2.12194440e-4f), r);
+    Vec p = splat(1.9875691500e-4f);
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
-    return _mm512_scalef_ps(p, n);
+        p = fma(p, r, splat(c));
+    p = fma(p, r * r, r + splat(1.f));
+    return times_power_of_2(p, n);
 }
 
-// The share s of x that tanh GELU lets through: x (1 + tanh(u)) / 2 = x s, s = 1 / (1 + e^(-2u)),
+// The factor s in tanh GELU: x (1 + tanh(u)) / 2 = x s with s = 1 / (1 + e^(-2u)) and
 // u = sqrt(2 / pi) (x + 0.044715 x^3).
-Vec gelu_gate(Vec x) {
-    Vec cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-    Vec u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-    Vec e = exp(_mm512_mul_ps(u, _mm512_set1_ps(-2 * 0.7978845608f)));
-    const Vec one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(e, one));
+inline Vec gelu_gate(Vec x) {
+    Vec u = fma(x * x * x, splat(0.044715f), x);
+    Vec e = exp(min(u * splat(-2 * 0.7978845608f), splat(88.f)));
+    const Vec one = splat(1.f);
+    return one / (e + one);
 }
 
-Vec gelu(Vec x) { return _mm512_mul_ps(x, gelu_gate(x)); }
+inline Vec gelu(Vec x) { return x * gelu_gate(x); }
 
 // The threads of one parallel region. Work comes in phases; a phase's items are handed out one by
 // one and the next phase begins when all are done, so that a thread that the system has paused
