@@ -205,6 +205,29 @@ def test_a_freed_slot_can_go_on_from_what_it_cached(backend: str) -> None:
     assert_greedy(model, following, [decoder.step().tokens[0] for _ in range(10)])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kept", [20, 25])
+def test_what_a_slot_cached_beyond_a_kept_prefix_is_gone(
+    kept: int, dtype: Any, backend: str
+) -> None:
+    """Also where a prefix of odd length ends in the middle of a pair of cached positions."""
+    model = small_model()
+    ids = list(range(40))
+    following = [*ids[:kept], 90, 91, 92]
+    steps = []
+    for warm in (True, False):
+        decoder = Decoder(model, max_slots=1, dtype=dtype, deterministic=True)
+        if warm:
+            decoder.prefill(0, ids)
+            decoder.prefill(0, following[kept:], kept)
+        else:
+            decoder.prefill(0, following[:kept])
+            decoder.prefill(0, following[kept:], kept)
+        decoder.activate(0, SamplingParams(temperature=0, logprobs=20), following)
+        steps.append([decoder.step() for _ in range(5)])
+    assert steps[0] == steps[1]
+
+
 def test_sequences_end_on_the_weights_that_they_began_with(backend: str) -> None:
     old, new = small_model(seed=0), small_model(seed=1)
     decoder = Decoder(old, max_slots=3, dtype="fp32")

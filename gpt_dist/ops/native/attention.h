@@ -26,7 +26,7 @@ template <class T> class Head {
           keys((T*)cache.keys + index * cache.context * tall),
           values((T*)cache.values + index * cache.context * wide) {}
 
-    // Positions are put in ascending order: one that begins a pair clears the other half.
+    // Positions are put in ascending order. The even one of a pair clears the odd one's half.
     void put(int position, const float* key, const float* value) const {
         T* tile = keys + (size_t)(position / LANES) * LANES * tall;
         uint32_t* column = (uint32_t*)tile + position % LANES;
@@ -43,7 +43,7 @@ template <class T> class Head {
             for (int j = 0; j < LANES && i + j < size; j += 2)
                 column[(i + j) / 2 * LANES] = k[j] | (uint32_t)k[j + 1] << 16;
             for (int j = 0; j < LANES; j++)
-                row[i + j] = position % 2 ? row[i + j] | (uint32_t)v[j] << 16 : v[j];
+                row[i + j] = position % 2 ? (row[i + j] & 0xFFFF) | (uint32_t)v[j] << 16 : v[j];
         }
     }
 
