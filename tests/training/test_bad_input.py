@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -205,6 +206,20 @@ def test_plot(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert out.read_bytes().startswith(magic)
     svg = (tmp_path / "both.svg").read_text()
-    assert "validation" in svg or svg.count("<path") > 20
+    # Matplotlib writes text as outlines, with the text itself in a comment.
+    assert svg.count("<!-- best 0.2050 at step 20 -->") == 2
+    for text in ("a", "b", "optimizer step", "loss (nats per token)"):
+        assert f"<!-- {text} -->" in svg, text
+    # A line is "M x y L x y …"; y grows downward. Each run has 29 steps, drawn raw and smoothed.
+    lines = [
+        np.array([point.split() for point in re.split("[ML]", path)[1:]], float)
+        for path in re.findall(r'<path d="(M [^CQzZ"]+)"', svg)
+    ]
+    steps = np.arange(1, 30)
+    curves = [line for line in lines if len(line) == len(steps)]
+    assert len(curves) == 4
+    for curve in curves:
+        assert np.corrcoef(curve[:, 0], steps)[0, 1] == pytest.approx(1)
+        assert np.corrcoef(curve[:, 1], 4 / steps)[0, 1] == pytest.approx(-1)
     refused(plot(str(tmp_path / "a"), "--out", str(tmp_path / "a.gif")), 2, ".png, .pdf, .svg")
     refused(plot(str(tmp_path)), 2, "no training steps")

@@ -115,11 +115,16 @@ def test_a_stop_signal_checkpoints_and_the_same_command_continues(
     process = subprocess.Popen(
         train_command(config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    while not (out / "metrics.jsonl").exists() or len(read_rows_loosely(out)) < 20:
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(read_rows_loosely(out)) < 20:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 0, stderr
     assert "the same command continues" in stdout
     steps = len(read_rows_loosely(out))
