@@ -36,17 +36,6 @@ def connect(*, host: bool = False, timeout: float = 300.0) -> Any:
     )
 
 
-def launch_id() -> str:
-    """A name of this launch of torchrun: the same after each restart of the ranks.
-
-    Empty without torchrun, and where its agents do not share their store with the ranks.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return ""
-    name: bytes = connect().compare_set("launch", "", uuid.uuid4().hex)
-    return name.decode()
-
-
 def meet(store: Any, rank: int, size: int, problem: str = "", patience: float = 1800.0) -> str:
     """Agree on a prefix for this life's keys, and on whether all can start. Collective.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,6 +41,17 @@ def die_with_agent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def agent_id() -> str:
+    """A name of the torchrun agent that started this process, of this one alone; "" without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    agent, started = os.getppid(), ""
+    if sys.platform == "linux":  # process ids are used again, in containers always the same ones
+        stat = Path(f"/proc/{agent}/stat").read_text()
+        started = stat.rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()}:{agent}:{started}"
 
 
 def stop_agent() -> None:

@@ -66,6 +66,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def together(self, work: Callable[[], T]) -> T:
         """Do something on every rank that may fail on any; all ranks fail with the same error.
 
@@ -79,11 +86,7 @@ class World:
             status = error.exit_status if isinstance(error, GptDistError) else 1
             where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
             failure, cause = (status, where + describe(error)), error
-        failures: list[tuple[int, str] | None] = [failure]
-        if self.size > 1:
-            failures = [None] * self.size
-            dist.all_gather_object(failures, failure)
-        for found in failures:
+        for found in self.gather(failure):
             if found:
                 raise (UsageError if found[0] == 2 else GptDistError)(found[1]) from cause
         return cast(T, result)

@@ -26,7 +26,7 @@ from gpt_dist.config.command_line import explain, flags
 from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.files import needing_directory, write_atomically
-from gpt_dist.parallel.rendezvous import launch_id
+from gpt_dist.parallel.watchdog import agent_id
 from gpt_dist.parallel.world import World
 
 FREE_ON_RESUME = {
@@ -60,6 +60,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held = ExitStack()
+        self._launch: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +84,7 @@ class RunDirectory:
             GptDistError: another run is writing there, a rank does not see the directory, or the
                 checkpoint is damaged.
         """
+        self._launch = launch(world.gather(agent_id()))
         token = world.broadcast(world.decide(self._lock))
         world.together(lambda: check_shared(self.path, token))
         start: Start | None = world.broadcast(
@@ -93,7 +95,7 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Write the resolved ``config.yaml``, and which launch writes here from now on."""
         write_if_changed(self.path / "config.yaml", to_yaml(config).encode())
-        write_if_changed(self.path / ".launch", json.dumps(this_launch()).encode())
+        write_if_changed(self.path / ".launch", json.dumps(self._launch).encode())
 
     def _lock(self) -> str:
         """Take the lock; returns a token by which other nodes recognise the directory."""
@@ -144,19 +146,21 @@ class RunDirectory:
 
     def _is_restart(self) -> bool:
         """Whether this launch has written here before, so that it continues its own run."""
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and not launch_id():
-            return True
         try:
             before = json.loads((self.path / ".launch").read_text(encoding="utf-8"))
-            return continues(this_launch(), before)
+            return continues(self._launch, before)
         except (OSError, ValueError, TypeError, KeyError):  # no mark, or a damaged one
             return False
 
 
-def this_launch() -> dict[str, Any]:
-    """What tells this launch of the command from another one."""
+def launch(agents: list[str]) -> dict[str, Any]:
+    """What tells this launch of the command from another one.
+
+    Args:
+        agents: the torchrun agent of each rank, "" without one.
+    """
     return {
-        "torchrun": launch_id(),
+        "agents": sorted({agent for agent in agents if agent}),
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
         "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
@@ -165,10 +169,10 @@ def this_launch() -> dict[str, Any]:
 def continues(now: dict[str, Any], before: dict[str, Any]) -> bool:
     """Whether a launch is an earlier one that was restarted, and not a second one by hand.
 
-    torchrun restarts its ranks after a crash and after a change of membership. Slurm queues a job
-    again under the same number and counts; inside one allocation the count stays the same.
+    When ranks crash or nodes join and leave, at least one torchrun agent remains. Slurm requeues a
+    job under the same number and counts; inside one allocation the count stays the same.
     """
-    if now["torchrun"] and now["torchrun"] == before["torchrun"]:
+    if not set(now["agents"]).isdisjoint(before["agents"]):
         return True
     same_job = now["slurm_job"] and now["slurm_job"] == before["slurm_job"]
     return bool(same_job and now["slurm_restarts"] > before["slurm_restarts"])

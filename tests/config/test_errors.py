@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -102,3 +106,25 @@ def test_who_ends_the_agent(
     monkeypatch.setattr(watchdog.os, "kill", lambda *sending: sent.append(sending))
     watchdog.stop_agent()
     assert sent == [(os.getppid(), signal.SIGTERM)] * ended
+
+
+def test_each_agent_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process names its parent, and a child names this process."""
+    command = [
+        sys.executable,
+        "-c",
+        "from gpt_dist.parallel import watchdog as w; print(w.agent_id())",
+    ]
+
+    def of_a_child() -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert watchdog.agent_id() == of_a_child() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run-1")
+    assert of_a_child() == of_a_child() != watchdog.agent_id()
+    host, process, started = of_a_child().rsplit(":", 2)
+    assert (host, process) == (socket.gethostname(), str(os.getpid()))
+    if sys.platform == "linux":
+        ticks = psutil.Process().create_time() - psutil.boot_time()
+        assert int(started) / os.sysconf("SC_CLK_TCK") == pytest.approx(ticks, abs=2)

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.parallel.rendezvous import connect, launch_id, meet
+from gpt_dist.parallel.rendezvous import connect, meet
 
 
 @pytest.fixture
@@ -56,18 +56,3 @@ def test_ranks_that_died_while_meeting_do_no_harm(store: Any) -> None:
     store.add("hellos", 1)  # took a number and died before saying hello
     assert len(set(life(3))) == 1
     assert len(set(life(2))) == 1
-
-
-def test_a_launch_keeps_its_name_through_restarts(
-    store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    assert launch_id() == ""
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    name = launch_id()
-    assert len(name) == 32
-    life(2)
-    assert launch_id() == name
-    other = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_PORT", str(other.port))
-    assert launch_id() not in ("", name)

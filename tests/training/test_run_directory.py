@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,7 @@ from gpt_dist.training.trainer import train_here
 
 WriteConfig = Callable[..., Path]
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-LAUNCH = (
-    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)  # fmt: skip
+LAUNCH = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +70,17 @@ def fingerprint_of(config: Config) -> str:
 
 def claim(config: Config, fingerprint: str, world: World = ALONE) -> Start | None:
     """Where the run would continue; the claim is given up again."""
-    config = with_vocabulary(config, open_datasets(config)[0].tokenizer)
     with RunDirectory(Path(config.out_dir)) as directory:
-        return directory.claim(config, fingerprint, world)
+        return directory.claim(with_sizes(config), fingerprint, world)
 
 
-def start_of(config: Config) -> str | None:
-    start = claim(config, fingerprint_of(config))
+def with_sizes(config: Config) -> Config:
+    """The configuration as ``setup`` hands it on."""
+    return with_vocabulary(config, open_datasets(config)[0].tokenizer)
+
+
+def start_of(config: Config, world: World = ALONE) -> str | None:
+    start = claim(config, fingerprint_of(config), world)
     return start.path.name if start else None
 
 
@@ -159,10 +161,8 @@ def test_a_refused_start_leaves_nothing(config: Config, tmp_path: Path) -> None:
 
 
 # Each case: the environment of the first start, that of the second, and whether it is a restart.
-TORCHRUN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 RESTARTS = [
     ({}, {}, False),
-    ({}, {"TORCHELASTIC_RESTART_COUNT": "1"}, True),
     ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
     ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # twice in one allocation
     ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
@@ -172,14 +172,21 @@ RESTARTS = [
         {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"},
         True,
     ),
-    (TORCHRUN | {"launch": "a"}, TORCHRUN | {"launch": "a"}, True),  # a change of membership
-    (TORCHRUN | {"launch": "a"}, TORCHRUN | {"launch": "b"}, False),
-    (  # the first rank died before it could refuse a directory that holds another run
-        TORCHRUN | {"launch": "a"},
-        TORCHRUN | {"launch": "b", "TORCHELASTIC_RESTART_COUNT": "1"},
-        False,
-    ),
+    ({"agents": "a a b b"}, {"agents": "a a b b"}, True),  # a crash
+    ({"agents": "a a b b"}, {"agents": "b b"}, True),  # a node left
+    ({"agents": "b b"}, {"agents": "a a b b"}, True),  # a node came, and is the first now
+    ({"agents": "a a b b"}, {"agents": "c c d d"}, False),
 ]
+
+
+@dataclass(frozen=True)
+class SeveralAgents(World):
+    """World rank 0 of ranks that these torchrun agents started."""
+
+    agents: list[str] = field(default_factory=list)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.agents if value == "" else [value]
 
 
 @pytest.mark.parametrize(("first", "second", "restarted"), RESTARTS)
@@ -193,26 +200,32 @@ def test_a_restarted_launch_continues_its_own_run(
     second: dict[str, str],
     restarted: bool,
 ) -> None:
-    def launch(environment: dict[str, str]) -> None:
-        for name in LAUNCH:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(run_directory, "launch_id", lambda: environment.get("launch", ""))
+    def launch(environment: dict[str, str]) -> World:
+        """The ranks of a start in this environment."""
+        agents = environment.get("agents", "").split(" ")
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        for name in environment.keys() - {"agents"}:
+            monkeypatch.setenv(name, environment[name])
+        world = SeveralAgents(rank=0, size=1, local_rank=0, local_size=1, device=ALONE.device)
+        world.agents.extend(agents)
+        return world
 
     if resume == "elsewhere":
         shutil.copytree(finished.out_dir, tmp_path / "elsewhere", symlinks=True)
         resume = str(tmp_path / "elsewhere/checkpoints/step-00000010")
     config = changed(finished, resume=resume)
-    launch(first)
-    RunDirectory(Path(config.out_dir)).write_config(config)
+    with RunDirectory(Path(config.out_dir)) as directory:
+        ranks, free = launch(first), changed(config, resume="auto")
+        directory.claim(with_sizes(free), fingerprint_of(config), ranks)
+        directory.write_config(config)
     mark = (Path(config.out_dir) / ".launch").read_bytes()
-    launch(second)
+    ranks = launch(second)
     if restarted:
-        assert start_of(config) == "step-00000020"
+        assert start_of(config, ranks) == "step-00000020"
     else:
         with pytest.raises(UsageError, match=r"already holds a run|holds later checkpoints"):
-            start_of(config)
+            start_of(config, ranks)
     assert (Path(config.out_dir) / ".launch").read_bytes() == mark
     assert start_of(changed(config, resume="auto")) == "step-00000020"
 
