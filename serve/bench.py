@@ -19,7 +19,7 @@ import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from serve.client import AsyncClient, Prompt
-from serve.client.requests import DEFAULT_TARGET
+from serve.client.connection import DEFAULT_TARGET
 
 PERCENTILES = (50, 90, 99)
 

@@ -48,18 +48,19 @@ class Options:
     log_level: str = "info"
 
 
-def _at_least(least: float, kind: type) -> Any:
+def _at_least(least: float, kind: type, most: float = float("inf")) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be {least:g} or more")
+        if not (least <= value <= most and value < float("inf")):
+            wanted = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
 
-_PORT = _at_least(0, int)
+_PORT = _at_least(0, int, 65535)
 
 
 def parser() -> argparse.ArgumentParser:

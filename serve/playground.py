@@ -24,7 +24,7 @@ import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from serve.client import AsyncClient, Client
-from serve.client.requests import DEFAULT_TARGET
+from serve.client.connection import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     import gradio

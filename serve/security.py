@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, describe
+from serve.api.rpc import method_handler
 from serve.api.status import DETAILS, StatusError
 
 log = logging.getLogger("serve")
@@ -164,12 +165,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-ar
         if isinstance(authorization, str) and self.tokens.accepts(authorization):
             return handler
         self.refused()
-        kind = (
-            ("stream" if handler.request_streaming else "unary")
-            + "_"
-            + ("stream" if handler.response_streaming else "unary")
-        )
-        return getattr(grpc, f"{kind}_rpc_method_handler")(_deny)
+        return method_handler(_deny, handler.request_streaming, handler.response_streaming)
 
 
 async def _deny(request: Any, context: Any) -> None:

@@ -15,6 +15,7 @@ from gpt_dist.v1.generation_service_pb2 import (
     GenerationFinished,
     GenerationStarted,
 )
+from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
 from serve.api.status import StatusError, expired, unavailable
 from serve.api.text import TextAssembler
@@ -297,21 +298,3 @@ class Call:
         duration = Duration()
         duration.FromNanoseconds(int((at - self.arrived) * 1e9))
         return duration
-
-
-def token_logprob(tokenizer: Tokenizer, event: Token) -> pb.TokenLogprob:
-    """The message for one token."""
-    return pb.TokenLogprob(
-        token_id=event.token,
-        token=tokenizer.token_bytes(event.token),
-        logprob=event.logprob,
-        top=top_logprobs(tokenizer, event.top),
-    )
-
-
-def top_logprobs(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> list[pb.TopLogprob]:
-    """The messages for the most likely (token id, log-probability)."""
-    return [
-        pb.TopLogprob(token_id=token, token=tokenizer.token_bytes(token), logprob=logprob)
-        for token, logprob in top
-    ]

@@ -58,6 +58,16 @@ def deadline_of(context: Any, clock: Callable[[], float]) -> float | None:
     return None if left is None or left > 1e9 else clock() + left
 
 
+def method_handler(
+    behaviour: Any, client_streaming: bool, server_streaming: bool, **options: Any
+) -> Any:
+    """Make grpc's handler of a method of this kind; requests arrive as bytes."""
+    request, response = (
+        "stream" if streaming else "unary" for streaming in (client_streaming, server_streaming)
+    )
+    return getattr(grpc, f"{request}_{response}_rpc_method_handler")(behaviour, **options)
+
+
 def generic_handler(service: ServiceDescriptor, implementation: object, metrics: Metrics) -> Any:
     """Register the methods of ``implementation`` that ``service`` declares.
 
@@ -74,17 +84,13 @@ def generic_handler(service: ServiceDescriptor, implementation: object, metrics:
             metrics,
             requests_stream=method.client_streaming,
         )
-        kind = (
-            ("stream" if method.client_streaming else "unary")
-            + "_"
-            + ("stream" if method.server_streaming else "unary")
-        )
         if inspect.isasyncgenfunction(behaviour) != method.server_streaming:
-            raise TypeError(f"{method.full_name} must be {kind}")
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        handlers[method.name] = make(
+            kind = "an" if method.server_streaming else "no"
+            raise TypeError(f"{method.full_name} must be {kind} asynchronous generator")
+        handlers[method.name] = method_handler(
             answer.stream if method.server_streaming else answer.unary,
-            request_deserializer=None,
+            method.client_streaming,
+            method.server_streaming,
             response_serializer=lambda message: message.SerializeToString(),
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from gpt_dist.errors import UsageError
-from gpt_dist.inference.decoder import Scores
 from gpt_dist.text.tokenizers import Tokenizer
-from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
-from serve.api.generation import Call, top_logprobs
+from serve.api.generation import Call
+from serve.api.logprobs import score_response
 from serve.api.parsing import MAX_TOP_LOGPROBS, Generation, Limits, parse_generation, parse_prompt
 from serve.api.parsing import tokenize as encode
 from serve.api.rpc import deadline_of, note
@@ -237,7 +236,7 @@ class GenerationService:
         match event:
             case Scored():
                 note(prompt_tokens=len(ids))
-                return _score_response(event, ids, served.tokenizer, prepend)
+                return score_response(event, ids, served.tokenizer, prepend)
             case Expired():
                 raise expired()
             case Lost():
@@ -274,32 +273,3 @@ class GenerationService:
 def _item_error(index: int, error: StatusError) -> api.GenerateBatchResponse:
     item = api.ItemError(code=error.number, message=error.message, field=error.field)
     return api.GenerateBatchResponse(request_index=index, error=item)
-
-
-def _score_response(
-    scored: Scored, ids: np.ndarray, tokenizer: Tokenizer, prepended: bool
-) -> api.ScoreResponse:
-    response = api.ScoreResponse(weights_version=scored.weights_version)
-    if not prepended:
-        response.tokens.add(token_id=int(ids[0]), token=tokenizer.token_bytes(int(ids[0])))
-    for part in scored.parts:
-        _add_scores(response, part, ids, tokenizer)
-    values = [token.logprob for token in response.tokens if token.HasField("logprob")]
-    response.total_logprob, response.scored_tokens = sum(values), len(values)
-    return response
-
-
-def _add_scores(
-    response: api.ScoreResponse, part: Scores, ids: np.ndarray, tokenizer: Tokenizer
-) -> None:
-    for row, logprob in enumerate(part.logprobs.tolist()):
-        token = int(ids[part.start + row])
-        top = zip(part.top_ids[row].tolist(), part.top_logprobs[row].tolist(), strict=True)
-        response.tokens.append(
-            pb.TokenLogprob(
-                token_id=token,
-                token=tokenizer.token_bytes(token),
-                logprob=logprob,
-                top=top_logprobs(tokenizer, list(top)),
-            )
-        )

@@ -17,13 +17,15 @@ from google.protobuf.json_format import MessageToDict
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from gpt_dist.v1 import generation_pb2 as pb
 from serve.client import Client
-from serve.client.requests import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
 
 TYPES: dict[int, Callable[[str], Any]] = {
     FieldDescriptor.TYPE_FLOAT: float,
     FieldDescriptor.TYPE_UINT32: int,
     FieldDescriptor.TYPE_UINT64: int,
 }
+CONNECTION = ("target", "timeout", "token", "tls", "tls_ca", "tls_cert", "tls_key", "request_id")
+"""Flags that are arguments of `Client`."""
 HELP = {
     "temperature": "0 is greedy; default 1",
     "top_k": "keep the k most likely tokens",
@@ -190,17 +192,7 @@ def _show(token: bytes) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    client = Client(
-        arguments.target,
-        timeout=arguments.timeout,
-        token=arguments.token,
-        tls=arguments.tls,
-        tls_ca=arguments.tls_ca,
-        tls_cert=arguments.tls_cert,
-        tls_key=arguments.tls_key,
-        request_id=arguments.request_id,
-    )
-    with client:
+    with Client(**{name: getattr(arguments, name) for name in CONNECTION}) as client:
         match arguments.command:
             case "generate":
                 _generate(client, arguments)

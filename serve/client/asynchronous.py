@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from gpt_dist.v1 import generation_service_pb2 as api
-from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import requests
-from serve.client.requests import DEFAULT_TARGET, DEFAULT_TIMEOUT, Prompt
+from serve.client.connection import Connection
+from serve.client.requests import Prompt
 
 
-class AsyncClient:
-    """A connection, reused by all calls of one event loop. Calls raise ``grpc.RpcError``.
+class AsyncClient(Connection):
+    """The asyncio client, for all calls of one event loop; arguments as in `Connection`."""
 
-    Args:
-        target: ``host:port``, or ``dns:///name:port`` for all addresses of a name in turn.
-        timeout: deadline of each call, in seconds; every method takes another one.
-        token: bearer token; by default the environment's GPT_DIST_TOKEN.
-        tls: encrypt, trusting the system's authorities.
-        tls_ca: trust these authorities instead (PEM); implies ``tls``.
-        tls_cert: certificate of this client (PEM), with ``tls_key``.
-        request_id: sent with every call, for the server's log.
-    """
-
-    def __init__(
-        self,
-        target: str = DEFAULT_TARGET,
-        *,
-        timeout: float = DEFAULT_TIMEOUT,
-        token: str | None = None,
-        tls: bool = False,
-        tls_ca: Path | None = None,
-        tls_cert: Path | None = None,
-        tls_key: Path | None = None,
-        request_id: str | None = None,
-    ) -> None:
-        self.timeout = timeout
-        self.metadata = requests.metadata(token, request_id)
-        secrets = requests.credentials(tls, tls_ca, tls_cert, tls_key)
-        options = requests.CHANNEL_OPTIONS
-        self._channel = (
-            grpc.aio.insecure_channel(target, options)
-            if secrets is None
-            else grpc.aio.secure_channel(target, secrets, options)
-        )
-        self._stub: Any = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # type: ignore[no-untyped-call]
+    _channels = grpc.aio
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -67,9 +34,6 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
         await self._channel.close(None)
-
-    def _with(self, timeout: float | None) -> dict[str, Any]:
-        return {"timeout": timeout or self.timeout, "metadata": self.metadata}
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any

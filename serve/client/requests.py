@@ -1,48 +1,15 @@
-"""What both clients share: building requests, and the channel."""
+"""Requests from keyword arguments."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import grpc
 
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-DEFAULT_TIMEOUT = 120.0
-MAX_RESPONSE_BYTES = 64 << 20
-
 Prompt = str | Sequence[int]
 """Text or token ids."""
-
-# UNAVAILABLE means that nothing was done (gRFC A6); all else is the caller's to decide.
-SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "gpt_dist.v1.GenerationService"}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "loadBalancingConfig": [{"round_robin": {}}],
-}
-
-CHANNEL_OPTIONS = [
-    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-]
 
 _PARTS: dict[str, Any] = {
     "sampling": pb.SamplingParams,
@@ -107,27 +74,3 @@ def score_request(prompt: Prompt, **parameters: Any) -> api.ScoreRequest:
     request = api.ScoreRequest(**parameters)
     fill_prompt(request.prompt, prompt)
     return request
-
-
-def credentials(
-    tls: bool, ca: Path | None, cert: Path | None, key: Path | None
-) -> grpc.ChannelCredentials | None:
-    """TLS credentials; None for a connection in the clear.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    if not (tls or ca or cert):
-        return None
-    return grpc.ssl_channel_credentials(
-        ca.read_bytes() if ca else None,
-        key.read_bytes() if key else None,
-        cert.read_bytes() if cert else None,
-    )
-
-
-def metadata(token: str | None, request_id: str | None) -> list[tuple[str, str]]:
-    """Metadata of a call. The token defaults to the environment's GPT_DIST_TOKEN."""
-    token = token or os.environ.get("GPT_DIST_TOKEN")
-    made = [("authorization", f"Bearer {token}")] if token else []
-    return [*made, ("x-request-id", request_id)] if request_id else made

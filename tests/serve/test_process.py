@@ -216,6 +216,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value, word in (
         ("WATCH", "perhaps", "must be 1 or 0"),
         ("PORT", "x", "GPT_DIST_SERVE_PORT"),
+        ("PORT", "65536", "must be 0 to 65535"),
         ("DTYPE", "fp8", "must be one of auto"),
     ):
         with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
-from serve.client import Client
+from serve.client import Client, connection
 from serve.security import Certificates, TokenFile, check_exposure, is_loopback
 from tests.serve.conftest import PATIENCE, LiveServer, StartServer
 
@@ -72,7 +72,7 @@ class Authority:
 
 
 def code(client: Client) -> str:
-    """How one call ends, without retries."""
+    """How one call ends."""
     try:
         client._stub.GetModelInfo(
             _info(), timeout=PATIENCE, metadata=client.metadata, wait_for_ready=False
@@ -88,6 +88,11 @@ def _info() -> Any:
     from gpt_dist.v1 import generation_service_pb2 as api
 
     return api.GetModelInfoRequest()
+
+
+@pytest.fixture(autouse=True)
+def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "CHANNEL_OPTIONS", [("grpc.enable_retries", 0)])
 
 
 @pytest.fixture(scope="module")
