@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# All that is measured on one GPU, in under nine minutes; prints figures as it goes and leaves JSON
-# records in OUT (default: benchmarks/results/gpu).
+# Run all measurements of one GPU, in under nine minutes. Prints figures as it goes and writes JSON
+# records to OUT (default: benchmarks/results/gpu).
 #
 #   benchmarks/gpu_suite.sh                     # in an environment that has gpt_dist installed
 #   WHEELS=wheels benchmarks/gpu_suite.sh       # a bare machine: torch 2.11 or newer, no network
-#   DEVICE=cpu benchmarks/gpu_suite.sh          # tries it out without a GPU, on a tiny model
+#   DEVICE=cpu benchmarks/gpu_suite.sh          # without a GPU: tests this script on a tiny model
 #
-# WHEELS is a directory of wheels, filled where there is a network by
+# WHEELS is a directory of wheels. Fill it on a machine with a network:
 #   pip download --dest wheels -c constraints.txt . transformers && rm -f wheels/torch-* wheels/nvidia*
-# PEERS is an interpreter with litgpt; without it litgpt is left out and the record says so.
+# PEERS is the Python interpreter of an environment with litgpt. Without it litgpt is left out and the
+# record says so.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 OUT="${OUT:-benchmarks/results/gpu}"
@@ -24,7 +25,7 @@ fi
 
 begun=$SECONDS
 failed=()
-part() { # SECONDS NAME COMMAND...: a part may fail without stopping the others
+part() { # SECONDS NAME COMMAND...; a part that fails does not stop the others
   local limit="$1" name="$2"
   shift 2
   echo "== $name (at ${SECONDS}s)"

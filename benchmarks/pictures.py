@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_dist.training.curves import plot_runs, smoothed, spread
+from gpt_dist.training.curves import plot_runs, smoothed
 from gpt_dist.training.metrics import whole_lines
 
 NANOGPT = 1.4697
@@ -23,7 +23,7 @@ LADDER = {
     "one-head-64": "64 characters",
     "four-heads": "four heads",
     "shakespeare-char-cpu": "four blocks",
-    "longer": "three times the steps",
+    "longer": "twice the steps",
     "shakespeare-char": "larger",
 }
 """The runs of docs/bigram-to-transformer.md in the page's order, and what each adds."""
@@ -104,13 +104,13 @@ def bars(axes: Any, groups: list[dict[str, float]], theme: Theme) -> None:
     axes.spines["bottom"].set_visible(False)
 
 
-def curve(results: Path, run: str) -> tuple[list[int], list[float], tuple[int, float]]:
-    """Tokens seen and smoothed training loss of a run; tokens and loss of its last validation."""
+def curve(results: Path, run: str) -> tuple[list[int], list[float], float]:
+    """Tokens seen, smoothed training loss and last validation loss of a run."""
     rows = whole_lines(results / "shakespeare" / run / "metrics.jsonl")
     train = [row for row in rows if row.get("train_loss") is not None]
     tokens = [row["tokens"] for row in train]
     last = [row["val_loss"] for row in rows if row.get("val_loss") is not None][-1]
-    return tokens, smoothed([row["train_loss"] for row in train]), (tokens[-1], last)
+    return tokens, smoothed([row["train_loss"] for row in train]), last
 
 
 def validation(results: Path, run: str) -> tuple[list[int], list[float]]:
@@ -165,34 +165,35 @@ def first_screen(results: Path, theme: Theme, out: Path) -> None:
 
 
 def ladder(results: Path, out: Path, theme: Theme = LIGHT) -> None:
-    """All runs of docs/bigram-to-transformer.md over the text seen."""
+    """All runs of docs/bigram-to-transformer.md: their curves, and what each step buys."""
     runs = [run for run in LADDER if (results / "shakespeare" / run / "metrics.jsonl").exists()]
-    figure = new_figure(8.5, 5, theme)
-    axes = figure.add_subplot()
-    style(
-        axes, theme, "From bigram to transformer",
-        "tiny Shakespeare: training loss (line), validation loss at the end (dot, figure)",
-    )  # fmt: skip
-    low, high = 1.1, 3.0
-    shades = [(index + 1) / len(runs) for index in range(len(runs))]
-    ends = []
-    for run, shade in zip(runs, shades, strict=True):
-        color = _mix(theme.peer, theme.ours, shade) if run != runs[-1] else theme.ours
-        tokens, losses, (end, loss) = curve(results, run)
-        axes.plot(tokens, losses, color=color, linewidth=1.6)
-        axes.plot(end, loss, "o", color=color, markersize=6, zorder=3)
-        ends.append((loss, f"{LADDER[run]}  {loss:.2f}", color))
-    ends.sort(reverse=True)
-    places = spread([(loss - low) / (high - low) for loss, _, _ in ends], 0.05)
-    for place, (_, text, color) in zip(places, ends, strict=True):
-        axes.text(
-            1.02, place, text, color=color, fontsize=10, va="center", transform=axes.transAxes
-        )
-    axes.set(xscale="log", xlim=(2e4, 3e7), ylim=(low, high))
-    axes.set(xlabel="characters seen in training", ylabel="loss (nats per character)")
-    axes.set_xticks([1e5, 1e6, 1e7], ["100 thousand", "1 million", "10 million"])
-    axes.minorticks_off()
-    axes.grid(axis="y", color=theme.grid, linewidth=0.6)
+    figure = new_figure(10, 4.4, theme)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
+    style(left, theme, "Training loss", "tiny Shakespeare, nats per character")
+    style(right, theme, "Validation loss at the end", "each step starts where the one above ended")
+    before: float | None = None
+    for place, run in enumerate(runs):
+        color = _mix(theme.peer, theme.ours, place / (len(runs) - 1))
+        tokens, losses, last = curve(results, run)
+        left.plot(tokens, losses, color=color, linewidth=1.5)
+        if before is not None:
+            right.plot([before, last], [-place, -place], color=color, linewidth=5, alpha=0.45)
+        right.plot(last, -place, "o", color=color, markersize=8)
+        right.annotate(
+            f"{last:.2f}", (last, -place), (-9, 0), textcoords="offset points", ha="right",
+            va="center", fontsize=10, fontweight="bold", color=color,
+        )  # fmt: skip
+        right.annotate(
+            LADDER[run], (before or last, -place), (9, 0), textcoords="offset points",
+            va="center", fontsize=10, color=theme.ink,
+        )  # fmt: skip
+        before = last
+    left.set(xscale="log", xlim=(2e4, 3e7), ylim=(1.1, 3.0), xlabel="characters seen")
+    left.set_xticks([1e5, 1e6, 1e7], ["100 thousand", "1 million", "10 million"])
+    left.minorticks_off()
+    left.grid(axis="y", color=theme.grid, linewidth=0.6)
+    right.set(xlim=(1.3, 2.95), ylim=(0.5 - len(runs), 0.5), yticks=[])
+    right.grid(axis="x", color=theme.grid, linewidth=0.6)
     figure.savefig(out)
 
 

@@ -14,6 +14,7 @@ from gpt_dist.config.command_line import load, presets
 from gpt_dist.model.gpt import GPT
 from gpt_dist.training.dry_run import activation_bytes
 from gpt_dist.training.formatting import human
+from gpt_dist.training.metrics import whole_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -51,6 +52,20 @@ def hardware_rows() -> list[str]:
 def test_hardware_table_is_computed() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert "\n".join(hardware_rows()) in page, "\n".join(hardware_rows())
+
+
+def test_each_step_from_bigram_to_transformer_buys_something() -> None:
+    """The page's losses are the records', and each is lower than the one before."""
+    page = (ROOT / "docs" / "bigram-to-transformer.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(shown) >= 6
+    for run, loss in shown:
+        rows = whole_lines(ROOT / "benchmarks/results/shakespeare" / run / "metrics.jsonl")
+        recorded = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+        assert f"{recorded[-1]:.3f}" == loss, run
+    losses = [float(loss) for _, loss in shown]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1.46
 
 
 @pytest.mark.slow
@@ -100,7 +115,9 @@ def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
-    assert (tmp_path / "runs" / "transformer" / "loss.png").is_file()
+    for run in ("bigram", "one-head", "transformer"):
+        assert (tmp_path / "runs" / run / "loss.png").is_file()
+    assert (tmp_path / "steps.png").is_file()
     output = "".join(
         part.get("text", "") for cell in notebook.cells for part in cell.get("outputs", [])
     )

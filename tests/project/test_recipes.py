@@ -1,4 +1,4 @@
-"""Every command of the recipes in docs/, copied from there and run, reduced by overrides only."""
+"""Every command of the recipes in docs/ runs, copied from the page and only reduced in size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = {
 
 
 def reduced(line: str) -> list[str]:
-    """Module and arguments, overrides behind them; what needs the network gets a local source."""
+    """Module and arguments with overrides appended; downloads get a local source."""
     start, *parts = shlex.split(line)
     if start == "torchrun":
         assert parts.pop(0).startswith("--nproc_per_node=")
@@ -56,6 +56,7 @@ def reduced(line: str) -> list[str]:
         return [*parts, *(f"--{key}={value}" for key, value in small.items()), "--device", "cpu"]
     for name, extra in {
         "gpt_dist.generate": ["--max-new-tokens", "8", "--device", "cpu"],
+        "tinyshakespeare": ["--source", "story.txt"],
         "tinystories": ["--source", "offline/TinyStoriesV2-GPT4-train.txt"],
         "fineweb-edu": ["--source", "offline/fineweb-edu"],
         "hf": ["--source", "offline/hub"],
@@ -69,7 +70,7 @@ def reduced(line: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the recipes are about, and small stand-ins for what they download."""
+    """The user's files that the recipes name, and small stand-ins for downloads."""
     import json
 
     import pyarrow as pa
@@ -130,8 +131,8 @@ def test_recipe(title: str, offline: Path, tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_found() -> None:
-    """The page's structure is what this test relies on."""
-    assert len(RECIPES) == 6
+    """The pattern above finds all recipes of the page and their commands."""
+    assert len(RECIPES) == 7
     lines = [
         line for blocks in RECIPES.values() for _, block in blocks for line in block.split("\n")
     ]
