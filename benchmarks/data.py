@@ -37,9 +37,9 @@ from record import record
 
 from gpt_dist import prepare
 from gpt_dist.config.command_line import load
+from gpt_dist.data.dataset import open_dataset
 from gpt_dist.data.loader import Loader
 from gpt_dist.data.order import TrainingData
-from gpt_dist.data.shards import open_dataset
 from gpt_dist.errors import UsageError, run_main
 
 

@@ -6,17 +6,20 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt_dist.config.settings import Config
+from gpt_dist.data.dataset import Dataset, open_dataset
 from gpt_dist.data.order import Indices, TrainingData
-from gpt_dist.data.shards import Dataset, TokenStream, open_dataset
+from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError
+
+if TYPE_CHECKING:
+    from gpt_dist.text.tokenizers.base import Ids
 
 IGNORE = -1
 """Target of a position that does not count."""
@@ -29,7 +32,7 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-def to_batch(tokens: NDArray[np.uint16], device: torch.device) -> Batch:
+def to_batch(tokens: Ids, device: torch.device) -> Batch:
     """Tokens (n, T + 1) as a batch on the device; the copy to a GPU does not block."""
     whole = torch.from_numpy(tokens.astype(np.int64))
     if device.type == "cuda":
@@ -74,9 +77,6 @@ class Loader:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"sequences": self.consumed}
 
     def step(self) -> Iterator[Batch]:
         """The micro-batches of the next optimizer step."""
@@ -150,7 +150,7 @@ def validation_batches(
     for first in range(0, len(starts), micro_batch):
         chosen = starts[first : first + micro_batch]
         whole = chosen + context <= predictions
-        rows = np.zeros((len(chosen), context + 1), dtype=np.uint16)
+        rows = np.zeros((len(chosen), context + 1), dtype=stream.dtype)
         if whole.any():
             rows[whole] = stream.gather(chosen[whole], context + 1)
         ids, targets = to_batch(rows, device)

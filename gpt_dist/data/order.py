@@ -9,13 +9,18 @@ on the micro-batch, so a run may continue on other hardware with the same data.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt_dist.config.settings import Config
-from gpt_dist.data.shards import Dataset, TokenStream
+from gpt_dist.data.dataset import Dataset
+from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError
+
+if TYPE_CHECKING:
+    from gpt_dist.text.tokenizers.base import Ids
 
 Indices = NDArray[np.int64]
 
@@ -130,6 +135,7 @@ class TrainingData:
                 WindowOrder(len(stream), self.context, config.stride, config.data.shuffle, key)
             )
         self.windows = sum(order.windows for order in self.orders)
+        self._dtype = np.result_type(*(stream.dtype for stream in self.streams))
         self._quotas, self._source, self._rank = _interleave(weights)
 
     def starts(self, indices: Indices) -> tuple[Indices, Indices]:
@@ -146,9 +152,9 @@ class TrainingData:
                 starts[chosen] = order.starts(local[chosen])
         return sources, starts
 
-    def gather(self, sources: Indices, starts: Indices) -> NDArray[np.uint16]:
+    def gather(self, sources: Indices, starts: Indices) -> Ids:
         """(n, context + 1) tokens of the windows that ``starts`` names."""
-        tokens = np.empty((len(starts), self.context + 1), dtype=np.uint16)
+        tokens = np.empty((len(starts), self.context + 1), dtype=self._dtype)
         for number, stream in enumerate(self.streams):
             chosen = sources == number
             if chosen.any():
@@ -159,7 +165,7 @@ class TrainingData:
         """What the text begins with: a prompt for tokenizers without an end-of-text token."""
         return int(self.streams[0].read(0, 1)[0])
 
-    def sequences(self, indices: Indices) -> NDArray[np.uint16]:
+    def sequences(self, indices: Indices) -> Ids:
         """(n, context + 1) tokens of the given sequence indices."""
         return self.gather(*self.starts(np.asarray(indices, dtype=np.int64)))
 

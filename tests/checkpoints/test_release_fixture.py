@@ -14,7 +14,7 @@ import torch
 from gpt_dist.checkpoints.checkpoint import newest_checkpoint, read_state
 from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.config.command_line import load
-from gpt_dist.data.shards import open_dataset
+from gpt_dist.data.dataset import open_dataset
 from gpt_dist.files import file_sha256
 from gpt_dist.generate import main as generate
 from gpt_dist.training.trainer import train

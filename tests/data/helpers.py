@@ -16,7 +16,7 @@ import pytest
 import tiktoken
 
 from gpt_dist import prepare
-from gpt_dist.data.shards import open_dataset
+from gpt_dist.data.dataset import open_dataset
 from gpt_dist.errors import GptDistError
 from gpt_dist.text.gpt2_vocabulary import merge_ranks
 from gpt_dist.text.tokenizers import END_OF_TEXT

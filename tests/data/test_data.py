@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import gpt_dist.data.loader
 from gpt_dist.config.command_line import build
 from gpt_dist.config.settings import Config
+from gpt_dist.data.dataset import open_dataset
 from gpt_dist.data.loader import IGNORE, Loader, open_datasets, validation_batches
 from gpt_dist.data.order import BLOCK, TrainingData, WindowOrder, permute
-from gpt_dist.data.shards import open_dataset, write_shard
+from gpt_dist.data.shards import write_shard
 from gpt_dist.errors import GptDistError
 from tests.conftest import make_dataset, words
 

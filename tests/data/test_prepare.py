@@ -10,11 +10,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gpt_dist import prepare
-from gpt_dist.data.shards import open_dataset
+from gpt_dist.config.command_line import build
+from gpt_dist.data.dataset import open_dataset
+from gpt_dist.data.loader import IGNORE, open_datasets, validation_batches
+from gpt_dist.data.order import TrainingData
+from gpt_dist.data.preparation import documents, readers
 from gpt_dist.errors import UsageError
+from gpt_dist.text import cuts
 from gpt_dist.text.tokenizers import END_OF_TEXT
 from tests.data.helpers import (
     EOT,
@@ -27,6 +34,7 @@ from tests.data.helpers import (
     tokens,
     write_parquet,
 )
+from tests.text.test_cuts import foreign
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -222,6 +230,65 @@ def test_bpe_is_trained_on_the_text(tmp_path: Path) -> None:
     flags = ["--tokenizer", "data/jsonl-bpe", "--val-fraction", 0]
     assert run("text", "y.txt", *flags) == 0
     assert tokens("data/text-bpe") == [eot, *dataset.tokenizer.encode("isn't the cat")]
+
+
+def test_more_tokens_than_16_bits_hold(tmp_path: Path) -> None:
+    """From the text to the batches of training and validation."""
+    characters = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
+    text = characters + characters[::-1]
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    assert run("text", "x.txt", "--tokenizer", "char", "--shard-tokens", "50k") == 0
+    cut = int(len(text) * 0.99)
+    order = {character: token for token, character in enumerate(sorted(set(text)))}
+    expected = [order[character] for character in text]
+    assert tokens("data/text-char") == expected[:cut]
+    assert tokens("data/text-char", "val") == expected[cut:]
+    assert max(expected) > 65535
+    assert run("inspect", "data/text-char") == 0
+    settings = {
+        "model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 16},
+        "data": {"path": "data/text-char", "shuffle": "none"},
+        "train": {"batch_tokens": 16 * 4, "micro_batch_size": 4},
+    }
+    config = build(settings)
+    (dataset,) = open_datasets(config)
+    rows = TrainingData(config, [dataset]).sequences(np.arange(4000))
+    assert rows.tolist() == [expected[i : i + 17] for i in range(0, 4000 * 16, 16)]
+    stream = dataset.split("val")
+    assert stream is not None
+    (batch,) = validation_batches(
+        stream, context=16, tokens=None, micro_batch=1000, rank=0, world_size=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    flat = batch.targets.flatten()
+    assert flat[flat != IGNORE].tolist() == expected[cut + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["cl100k", "no pattern", "added token"])
+@pytest.mark.parametrize("command", ["text", "jsonl"])
+def test_a_foreign_tokenizers_long_documents_have_the_ids_of_the_whole(
+    kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pre-tokenizer it has; documents are cut where that allows it, or not at all."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(cuts, "LOOKAHEAD", 200)
+    tokenizer = foreign(kind)
+    tokenizer.save(tmp_path)
+    generator = random.Random(5)
+    bits = ["(hello)", "12345", "!\n", " ", "Mr. X", "語、", "don't", "\n\n", "#", "ab"]
+    texts = ["x" + "".join(generator.choices(bits, k=size)) + "x" for size in (8000, 3, 5000)]
+    if command == "text":
+        (tmp_path / "x.txt").write_text(f"\n{END_OF_TEXT}\n".join(texts))
+        flags = ["x.txt", "--split", "eot"]
+    else:
+        rows = "\n".join(json.dumps({"text": text}) for text in texts)
+        (tmp_path / "x.jsonl").write_text(rows)
+        flags = ["x.jsonl"]
+    flags += ["--tokenizer", "tokenizer.json", "--val-fraction", 0, "--out", "out"]
+    assert run(command, *flags) == 0
+    expected = [token for text in texts for token in (tokenizer.eot_id, *tokenizer.encode(text))]
+    assert tokens("out") == expected
 
 
 def test_a_foreign_char_tokenizer_names_the_character(tmp_path: Path) -> None:

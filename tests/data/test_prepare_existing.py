@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_dist.data.shards import open_dataset, write_shard
+from gpt_dist.data.dataset import open_dataset
+from gpt_dist.data.shards import write_shard
 from gpt_dist.errors import UsageError
 from gpt_dist.text.tokenizers import load_tokenizer
 from tests.data.helpers import (
@@ -90,9 +91,9 @@ def test_other_directories_are_left_alone(tmp_path: Path) -> None:
         (b"abc", ["text", "x.txt", "--vocab-size", "9"], 2, "only for --tokenizer bpe"),
         (
             b"abc",
-            ["text", "x.txt", "--tokenizer", "bpe", "--vocab-size", "70000"],
+            ["text", "x.txt", "--tokenizer", "bpe", "--vocab-size", "2000000"],
             2,
-            "--vocab-size 70000: valid are 258",
+            "--vocab-size 2000000: valid are 258",
         ),
         (b"abc", ["text", "x.txt", "--val-fraction", "1"], 2, "--val-fraction 1.0: valid are 0"),
         (b"abc", ["text", "x.txt", "--workers", "0"], 2, "--workers 0: valid are 1"),

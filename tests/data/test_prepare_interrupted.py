@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from gpt_dist.data.dataset import open_dataset
 from gpt_dist.data.preparation import run as preparation
 from gpt_dist.data.preparation import tokenize_pool
-from gpt_dist.data.shards import open_dataset
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.text.tokenizers import END_OF_TEXT
 from tests.data.helpers import (

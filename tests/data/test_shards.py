@@ -8,29 +8,25 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_dist.data.shards import (
-    ShardWriter,
-    TokenStream,
-    check_ids,
-    open_dataset,
-    open_split,
-    read_shard,
-    write_shard,
-)
+from gpt_dist.data import dataset
+from gpt_dist.data.dataset import open_dataset, open_split
+from gpt_dist.data.shards import ShardWriter, TokenStream, check_ids, read_shard, write_shard
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.text.tokenizers import CharTokenizer
+from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
 
 
-def llmc_bytes(tokens: list[int]) -> bytes:
+def llmc_bytes(tokens: list[int], model: str = "gpt-2") -> bytes:
     """A shard as llm.c's data_common.py describes it, by hand."""
-    header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
-    return header + struct.pack(f"<{len(tokens)}H", *tokens)
+    magic, version, letter = {"gpt-2": (20240520, 1, "H"), "llama-3": (20240801, 7, "I")}[model]
+    header = struct.pack("<256i", magic, version, len(tokens), *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}{letter}", *tokens)
 
 
 def llmc_directory(directory: Path) -> Path:
@@ -54,6 +50,28 @@ def test_shards_are_llmcs_to_the_byte(tmp_path: Path) -> None:
     (tmp_path / "y.bin").write_bytes(llmc_bytes(tokens))
     assert read_shard(tmp_path / "y.bin").tolist() == tokens
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "y.bin"]
+
+
+def test_large_ids_are_in_llmcs_other_format(tmp_path: Path) -> None:
+    """Of its Llama 3: 32 bits. Both kinds may stand in one stream."""
+    tokens = [0, 128255, 65536, 1]
+    write_shard(tmp_path / "a.bin", np.array(tokens, np.uint32))
+    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes(tokens, "llama-3")
+    write_shard(tmp_path / "b.bin", np.array([65535, 7], np.uint16))
+    stream = TokenStream([tmp_path / "b.bin", tmp_path / "a.bin"], vocab_size=128256)
+    assert stream.gather(np.array([0, 1, 2]), 3).tolist() == [
+        [65535, 7, 0], [7, 0, 128255], [0, 128255, 65536],
+    ]  # fmt: skip
+    assert stream.read(0, 6).tolist() == [65535, 7, *tokens]
+    with pytest.raises(GptDistError, match="has the id 128255, beyond the vocabulary"):
+        TokenStream([tmp_path / "a.bin"], vocab_size=128255).gather(np.array([0]), 4)
+    writer = ShardWriter(tmp_path / "c.bin", np.uint32)
+    writer.write(np.array([70000, 1, 2], np.uint32))
+    writer.close()
+    writer = ShardWriter(tmp_path / "c.bin", np.uint32, resume=1)
+    writer.write(np.array([80000], np.uint32))
+    writer.finish()
+    assert read_shard(tmp_path / "c.bin").tolist() == [70000, 80000]
 
 
 def test_a_shard_appears_only_when_complete(tmp_path: Path) -> None:
@@ -127,6 +145,7 @@ GOOD = llmc_bytes([1, 2, 3])
         (GOOD[:600], "truncated: 600 bytes, but 3 tokens make 1,030"),
         (GOOD[:-1], "truncated: 1,029 bytes, but 3 tokens make 1,030"),
         (GOOD + b"\0\0", "not what its header says: 1,032 bytes, but 3 tokens make 1,030"),
+        (llmc_bytes([1, 2], "llama-3")[:-4], "truncated: 1,028 bytes, but 2 tokens make 1,032"),
         (struct.pack("<256i", 20240520, 1, -5, *[0] * 253), "not what its header says"),
     ],
 )
@@ -266,6 +285,26 @@ def test_unfinished_and_damaged_data_sets_are_refused(tmp_path: Path) -> None:
     (directory / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(GptDistError, match=r"000001\.bin: holds 100 tokens, but .* says 99"):
         open_dataset(directory)
+
+
+def test_a_renamed_key_has_one_place_to_migrate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set of today must load after a release in which "fingerprint" has another name."""
+
+    def rename(info: dict[str, Any]) -> dict[str, Any]:
+        return info | {"format_version": 2, "fingerprint": info["print"]}
+
+    directory = llmc_directory(tmp_path / "x")
+    load_tokenizer("gpt2").save(directory)
+    shards = [{"file": "fineweb_train_000001.bin", "tokens": 100, "sha256": ""}]
+    info = {"format_version": 1, "print": "f", "splits": {"train": {"shards": shards}}}
+    (directory / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(GptDistError, match="damaged"):
+        open_dataset(directory)
+    monkeypatch.setattr(dataset, "DATASET_FORMAT_VERSION", 2)
+    monkeypatch.setitem(dataset.MIGRATIONS, 1, rename)
+    assert open_dataset(directory).fingerprint == "f"
 
 
 def test_more_shards_than_the_usual_limit_of_open_files(tmp_path: Path) -> None:

@@ -250,14 +250,24 @@ def test_char_has_end_of_text_only_where_wanted() -> None:
     assert with_eot.encode("nab") == [2, 0, 1]
 
 
+def test_a_vocabulary_beyond_16_bits() -> None:
+    text = "".join(map(chr, range(0x10000, 0x20000)))
+    exact, large = CharTokenizer(text), CharTokenizer(text, eot=True)
+    assert exact.encode_documents([text[-2:]], [True]).tolist() == [65534, 65535]
+    assert exact.encode_documents([text], [True]).dtype == np.uint16
+    ids = large.encode_documents([text[:2], text[-1:]], [True, False])
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == [65536, 0, 1, 65535]
+    assert large.decode(ids.tolist()) == END_OF_TEXT + text[:2] + text[-1:]
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [
         (lambda: CharTokenizer("abc").encode("abä"), r"'ä' \(position 2\) is not among the 3 char"),
         (lambda: CharTokenizer("abc").encode("ab🙂"), r"'🙂' \(position 2\)"),
         (lambda: CharTokenizer(""), "the text is empty"),
-        (lambda: CharTokenizer(map(chr, range(0x10000, 0x20001))), "65,537 tokens; valid are 1 to"),
-        (lambda: BpeTokenizer.train(["x"], 65537), "65,537 tokens; valid are 258 to 65,536"),
+        (lambda: BpeTokenizer.train(["x"], 1 << 21), "2,097,152 tokens; valid are 258 to 1,048,5"),
         (lambda: BpeTokenizer.train(["x"], 257), "valid are 258"),
         (lambda: load_tokenizer("gpt2").decode([50257]), "token id 50257: .* ids 0 to 50256"),
         (lambda: load_tokenizer("gpt2").decode([-1]), "token id -1"),

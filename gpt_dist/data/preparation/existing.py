@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt_dist.data.dataset import DATASET_FILE, JOURNAL_FILE, open_dataset, read_dataset_file
 from gpt_dist.data.preparation.shard_writing import read_journal, remove_journal
 from gpt_dist.data.preparation.sources import Source
-from gpt_dist.data.shards import DATASET_FILE, JOURNAL_FILE, open_dataset, read_dataset_file
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.files import needing_directory
 from gpt_dist.text.tokenizers import Tokenizer

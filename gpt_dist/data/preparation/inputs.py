@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt_dist.data.dataset import Split
 from gpt_dist.data.preparation.documents import ByteWindow, Piece, Position
 from gpt_dist.data.preparation.downloads import RemoteFile, Report
 from gpt_dist.data.preparation.readers import (
@@ -18,7 +19,6 @@ from gpt_dist.data.preparation.readers import (
     read_parquet,
     read_text,
 )
-from gpt_dist.data.shards import Split
 from gpt_dist.text.cuts import Cut
 
 if TYPE_CHECKING:

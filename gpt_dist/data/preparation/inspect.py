@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt_dist.data.dataset import Dataset, open_dataset
 from gpt_dist.data.preparation.shard_writing import fingerprint
-from gpt_dist.data.shards import Dataset, TokenStream, open_dataset
+from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError
 from gpt_dist.files import file_sha256
 

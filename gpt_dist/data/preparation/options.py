@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 258 <= args.vocab_size <= MAX_VOCAB_SIZE:
         raise UsageError(
             f"--vocab-size {args.vocab_size}: valid are 258 (the bytes and two special tokens) to "
-            f"{MAX_VOCAB_SIZE} (shards hold 16-bit ids)"
+            f"{MAX_VOCAB_SIZE}"
         )
     if not 0 <= args.val_fraction < 1:
         raise UsageError(f"--val-fraction {args.val_fraction}: valid are 0 (none) to below 1")

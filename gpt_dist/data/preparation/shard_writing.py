@@ -13,21 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_dist.data.preparation.documents import Position
-from gpt_dist.data.preparation.tokenize_pool import Cursor, Tokens
-from gpt_dist.data.shards import (
+from gpt_dist.data.dataset import (
     DATASET_FILE,
     DATASET_FORMAT_VERSION,
     JOURNAL_FILE,
-    ShardWriter,
     Split,
+    migrated,
 )
+from gpt_dist.data.preparation.documents import Position
+from gpt_dist.data.preparation.tokenize_pool import Cursor, Tokens
+from gpt_dist.data.shards import ShardWriter
 from gpt_dist.errors import GptDistError
 from gpt_dist.files import sync_directory, write_atomically
 from gpt_dist.text.tokenizers import FILE_NAME, Tokenizer
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -40,6 +41,7 @@ class SplitWriter:
     prefix: str
     """Of the file names: PREFIX_000000.bin."""
     shard_tokens: int
+    dtype: type[np.unsignedinteger[Any]]
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Finished ones: file, tokens, sha256."""
     tokens: int = 0
@@ -55,7 +57,7 @@ class SplitWriter:
         ids = part.ids
         while len(ids):
             if self._open is None:
-                self._open = ShardWriter(self.path(len(self.shards)))
+                self._open = ShardWriter(self.path(len(self.shards)), self.dtype)
             room = self.shard_tokens - self._open.count
             self._open.write(ids[:room])
             self.tokens += len(ids[:room])
@@ -97,7 +99,7 @@ class SplitWriter:
         self.bytes, self.shards = state["bytes"], state["shards"]
         rest = self.tokens - sum(shard["tokens"] for shard in self.shards)
         if rest:
-            self._open = ShardWriter(self.path(len(self.shards)), resume=rest)
+            self._open = ShardWriter(self.path(len(self.shards)), self.dtype, rest)
         first = len(self.shards) + bool(rest)
         for path in [*self.directory.glob(f"{self.prefix}_*.bin"), *self.leftovers()]:
             number = int(path.name.removeprefix(".").removesuffix(".part")[-10:-4])
@@ -140,7 +142,9 @@ class DatasetWriter:
         self.tokenizer = tokenizer
         self.cursor = Cursor()
         self.splits: dict[Split, SplitWriter] = {
-            split: SplitWriter(directory, f"{arguments['source']}_{split}", shard_tokens)
+            split: SplitWriter(
+                directory, f"{arguments['source']}_{split}", shard_tokens, tokenizer.token_dtype
+            )
             for split in SPLITS
         }
         if journal is None:
@@ -217,7 +221,7 @@ def read_journal(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / JOURNAL_FILE
     try:
-        journal: dict[str, Any] = json.loads(path.read_bytes())
+        journal = migrated(json.loads(path.read_bytes()))
         version = journal["format_version"]
     except FileNotFoundError:
         return None

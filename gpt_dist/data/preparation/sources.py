@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
+from gpt_dist.data.dataset import Split
 from gpt_dist.data.preparation.documents import COMPRESSED
 from gpt_dist.data.preparation.downloads import RemoteFile, Report
 from gpt_dist.data.preparation.hub import hub_files, resolve_commit, token_for
@@ -30,7 +31,6 @@ from gpt_dist.data.preparation.inputs import (
 from gpt_dist.data.preparation.readers import (
     TextMode,
 )
-from gpt_dist.data.shards import Split
 from gpt_dist.errors import GptDistError, UsageError
 
 if TYPE_CHECKING:

@@ -12,15 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from gpt_dist.data.dataset import Split
 from gpt_dist.data.preparation.documents import START, Piece, Position
-from gpt_dist.data.shards import Split
 from gpt_dist.text.cuts import Cut, gpt2_cut
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from gpt_dist.text.tokenizers import Tokenizer
+    from gpt_dist.text.tokenizers.base import Ids
 
 CHUNK_CHARACTERS = 1 << 19
 
@@ -81,7 +79,7 @@ class Tokens:
     """A tokenised run."""
 
     split: Split
-    ids: NDArray[np.uint16]
+    ids: Ids
     documents: int
     bytes: int
     """Of text, in UTF-8."""

@@ -19,10 +19,13 @@ from gpt_dist.text.cuts import gpt2_cut
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Ids = NDArray[np.unsignedinteger[Any]]
+    """Token ids as shards hold them: uint16 or uint32."""
+
 FILE_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
-MAX_VOCAB_SIZE = 65536
-"""Token shards hold uint16."""
+MAX_VOCAB_SIZE = 1 << 20
+"""Larger vocabularies are taken for a mistake."""
 
 
 class Tokenizer(ABC):
@@ -38,6 +41,11 @@ class Tokenizer(ABC):
     eot_id: int | None
     """Id of the end-of-text token, which stands before each document; None where there is none."""
 
+    @property
+    def token_dtype(self) -> type[np.unsignedinteger[Any]]:
+        """Type of the ids in token shards: 16 bits where they are enough."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -50,7 +58,7 @@ class Tokenizer(ABC):
         """Token ids of each text, tokenised on up to ``threads`` threads."""
         return [self.encode(text) for text in texts]
 
-    def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
+    def encode_documents(self, texts: list[str], starts: list[bool]) -> Ids:
         """Token ids of texts one after the other, as token shards hold them.
 
         Args:
@@ -58,12 +66,12 @@ class Tokenizer(ABC):
             starts: whether each text begins a document: the end-of-text token stands before it.
                 The others continue the text before them.
         """
-        pieces: list[NDArray[np.uint16]] = []
+        pieces = [np.empty(0, dtype=self.token_dtype)]
         for ids, start in zip(self.encode_batch(texts), starts, strict=True):
             if start and self.eot_id is not None:
-                pieces.append(np.array([self.eot_id], dtype=np.uint16))
-            pieces.append(np.asarray(ids, dtype=np.uint16))
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
+                pieces.append(np.array([self.eot_id], dtype=self.token_dtype))
+            pieces.append(np.asarray(ids, dtype=self.token_dtype))
+        return np.concatenate(pieces)
 
     def safe_cut(self, text: str, limit: int) -> int:
         """The last place, at most ``limit``, where a cut changes no token id; see ``cuts.py``.
@@ -123,13 +131,12 @@ class Tokenizer(ABC):
 
 
 def check_vocab_size(size: int, what: str, least: int = 1) -> None:
-    """Refuse a vocabulary that uint16 shards cannot hold.
+    """Refuse a vocabulary outside of ``least`` … ``MAX_VOCAB_SIZE`` tokens.
 
     Raises:
-        UsageError: outside of least … 65,536.
+        UsageError: naming ``what``.
     """
     if not least <= size <= MAX_VOCAB_SIZE:
         raise UsageError(
-            f"{what}: a vocabulary of {size:,} tokens; valid are {least:,} to {MAX_VOCAB_SIZE:,} "
-            "(token shards hold 16-bit ids)"
+            f"{what}: a vocabulary of {size:,} tokens; valid are {least:,} to {MAX_VOCAB_SIZE:,}"
         )

@@ -28,7 +28,7 @@ class BpeTokenizer(Tokenizer):
         pad: name of its padding token, if it has one.
 
     Raises:
-        UsageError: not byte-level, without that end-of-text token, or too large for token shards.
+        UsageError: not byte-level, or without that end-of-text token.
     """
 
     name = "bpe"
@@ -59,7 +59,7 @@ class BpeTokenizer(Tokenizer):
                 text may have fewer merges to offer.
 
         Raises:
-            UsageError: a vocabulary too small for the bytes or too large for token shards.
+            UsageError: a vocabulary too small for the bytes, or too large.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers

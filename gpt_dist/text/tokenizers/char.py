@@ -10,15 +10,13 @@ import numpy as np
 
 from gpt_dist.errors import UsageError
 from gpt_dist.text.gpt2_vocabulary import END_OF_TEXT
-from gpt_dist.text.tokenizers.base import (
-    FORMAT_VERSION,
-    MAX_VOCAB_SIZE,
-    Tokenizer,
-    check_vocab_size,
-)
+from gpt_dist.text.tokenizers.base import FORMAT_VERSION, Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+UNKNOWN = -1
 
 
 class CharTokenizer(Tokenizer):
@@ -29,7 +27,7 @@ class CharTokenizer(Tokenizer):
         eot: add an end-of-text token, as the last id.
 
     Raises:
-        UsageError: no characters, or more than token shards can hold.
+        UsageError: no characters.
     """
 
     name = "char"
@@ -40,18 +38,17 @@ class CharTokenizer(Tokenizer):
         self.eot_id = len(self.characters) if eot else None
         if not self.characters:
             raise UsageError("char tokenizer: the text is empty")
-        check_vocab_size(self.vocab_size, "char tokenizer")
         if any("\ud800" <= character <= "\udfff" for character in self.characters):
             raise UsageError("char tokenizer: half of a surrogate pair is no character")
         # Code points → ids, as an array: encoding is then one indexing operation.
         points = _code_points(self.characters)
-        self._ids = np.full(int(points[-1]) + 2, MAX_VOCAB_SIZE, dtype=np.int32)
+        self._ids = np.full(int(points[-1]) + 2, UNKNOWN, dtype=np.int32)
         self._ids[points] = np.arange(len(points))
 
     def encode(self, text: str) -> list[int]:
         ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
-        if len(ids) and ids.max() == MAX_VOCAB_SIZE:
-            where = int(ids.argmax())
+        if len(ids) and ids.min() == UNKNOWN:
+            where = int(ids.argmin())
             raise UsageError(
                 f"character {text[where]!r} (position {where}) is not among the "
                 f"{len(self.characters)} characters of this char tokenizer"

@@ -12,7 +12,7 @@ from gpt_dist.text.gpt2_vocabulary import END_OF_TEXT, EOT_ID, VOCAB_SIZE, encod
 from gpt_dist.text.tokenizers.base import FORMAT_VERSION, Tokenizer
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from gpt_dist.text.tokenizers.base import Ids
 
 
 class Gpt2Tokenizer(Tokenizer):
@@ -28,7 +28,7 @@ class Gpt2Tokenizer(Tokenizer):
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         return encoding().encode_ordinary_batch(texts, num_threads=threads)
 
-    def encode_documents(self, texts: list[str], starts: list[bool]) -> NDArray[np.uint16]:
+    def encode_documents(self, texts: list[str], starts: list[bool]) -> Ids:
         if any(END_OF_TEXT in text for text in texts):
             return super().encode_documents(texts, starts)
         # One call for all documents, straight into an array: twice as fast for short documents.
