@@ -16,9 +16,7 @@ def main() -> None:
 
         print(report(config))
         return
-    from gpt_dist.training.trainer import (
-        train,  # torch takes a second to import: --help does without
-    )
+    from gpt_dist.training.trainer import train  # imports torch, which --help does without
 
     train(config)
 

@@ -2,8 +2,8 @@
 
     config, dry_run = load(["--config", "shakespeare-char", "--train.steps", "500"])
 
-reads the preset (or YAML file), lays the dotted overrides over it and validates the whole. All
-problems are reported together, each with the key, the value and what would be valid.
+reads the preset or YAML file, applies the dotted overrides and validates the result. All problems
+are reported together, each with the key, the value and what would be valid.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain YAML data (no objects are ever constructed)."""
+    """Plain YAML data; no Python objects are constructed."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -89,7 +89,7 @@ def preset_directory() -> Path:
 
 
 def presets() -> list[str]:
-    """Names that ``--config`` knows without a path."""
+    """Names that ``--config`` accepts without a path."""
     return sorted(path.stem for path in preset_directory().glob("*.yaml"))
 
 
@@ -162,7 +162,7 @@ def choices(annotation: Any) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``gpt_dist.train``: only for ``--help`` and shell completion."""
+    """The parser of ``gpt_dist.train``, for ``--help`` alone."""
     parser = argparse.ArgumentParser(
         prog="gpt_dist.train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -265,7 +265,11 @@ def parse_value(text: str, annotation: Any) -> Any:
 
 
 def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
-    """Validate nested dictionaries; raise one UsageError that lists every problem."""
+    """Validate nested dictionaries.
+
+    Raises:
+        UsageError: listing every problem, and those in ``problems``.
+    """
     problems = list(problems or [])
     config = None
     try:
@@ -280,11 +284,11 @@ def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """Pydantic's findings, one line a key: key, value, what would be valid."""
+    """One line for each key that pydantic refused: key, value and what would be valid."""
     known, lines = flags(), {}
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
-        # Union members and mapping keys add parts to the location: cut back to the setting.
+        # Members of a union and keys of a mapping lengthen the location: cut it to the setting.
         key = next(
             (".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in known),
             ".".join(path),
@@ -296,7 +300,7 @@ def explain(error: ValidationError) -> list[str]:
             valid = choices(known[key].annotation)
             again = lines.get(key)
             lines[key] = f"{key} = {_show(item['input'])}: {detail} (valid: {valid})"
-            if again:  # several union members failed: the choices say it all
+            if again:  # several members of a union failed: list the choices
                 lines[key] = f"{key} = {_show(item['input'])}: valid is {valid}"
         else:
             lines[key] = f"{key} = {_show(item['input'])}: expected a mapping of settings"

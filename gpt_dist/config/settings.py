@@ -1,4 +1,7 @@
-"""Every setting of a training run, once: field = YAML key = command-line flag = documentation."""
+"""Every setting of a training run, defined once.
+
+A field's name is the YAML key and the command-line flag; its docstring is the help text.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +58,13 @@ class ModelConfig(Section):
     context_length: Count = 1024
     """Longest sequence the model sees, in tokens."""
     vocab_size: Count | None = None
-    """Tokens the model knows; null = as many as the data set's tokenizer has."""
+    """Size of the vocabulary; null = that of the data set's tokenizer."""
     dropout: Fraction = 0.0
     """Dropout on embeddings, attention weights and residual branches."""
     bias: bool = True
     """Biases in linear layers and layer norms."""
     qkv_bias: bool | None = None
-    """Bias of the query/key/value projection; null = as `bias`."""
+    """Bias of the query/key/value projection; null = same as `bias`."""
     tie_embeddings: bool = True
     """Share the token embedding with the output head."""
     norm: Literal["pre", "post"] = "pre"
@@ -74,7 +77,7 @@ class DataConfig(Section):
     path: Mixture = Field(default={"data/fineweb-edu-sample-10BT": 1.0}, validate_default=True)
     """Prepared data set: DIR, or several with weights as DIR:0.7,DIR2:0.3."""
     tokenizer: str = "gpt2"
-    """Tokenizer of shards that have no dataset.json: gpt2, or a tokenizer.json."""
+    """Tokenizer of shards that have no dataset.json: gpt2, or the path of a tokenizer.json."""
     shuffle: Literal["full", "blocks", "none"] = "full"
     """full: over the whole data set; blocks: block by block, for network file systems; none."""
     stride: Count | None = None
@@ -91,7 +94,7 @@ class OptimConfig(Section):
     warmup_steps: CountOrZero = 715
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine to min_lr; wsd (constant, linear over the last fifth); constant."""
+    """After warm-up: cosine; wsd (constant, linear to min_lr over the last fifth); constant."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: Fraction = 0.9
@@ -110,15 +113,15 @@ class TrainConfig(Section):
     batch_tokens: Count = 524288
     """Tokens of one optimizer step over all ranks; gradient accumulation follows from it."""
     micro_batch_size: Count = 16
-    """Most sequences in one forward pass on one rank; lowered to divide the batch."""
+    """Maximum sequences in a forward pass of one rank; lowered until it divides the batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the matrix products; weights stay fp32. auto = bf16 where the device has it."""
+    """Precision of matrix products; weights stay fp32. auto = bf16 where hardware supports it."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the blocks; auto tries it on CUDA and falls back, saying why."""
     init_from: str | None = None
     """Start from the weights of this checkpoint, run or Hugging Face directory."""
     eval_every: CountOrZero = 250
-    """Steps between validations (and before the first step and after the last); 0 = never."""
+    """Steps between validations; also before the first step and after the last. 0 = never."""
     eval_tokens: Count | None = 10485760
     """Validation tokens, the same ones each time; null = the whole split."""
     checkpoint_every: CountOrZero = 1000
@@ -161,7 +164,8 @@ class Config(Section):
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Device to train on."""
     resume: str = "auto"
-    """auto: continue the newest checkpoint in out_dir; never; or a checkpoint's path."""
+    """auto: continue the newest checkpoint in out_dir; never: start a new run; or a checkpoint's
+    path. A run that torchrun or Slurm restarts continues its own newest checkpoint."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -188,7 +192,7 @@ class Config(Section):
 
 
 def combination_problems(config: Config, world_size: int = 1) -> list[str]:
-    """What is wrong with settings that are each valid alone; one line each."""
+    """Conflicts between settings that are each valid alone, one line each."""
     problems = []
     model, train, optim = config.model, config.train, config.optim
     if model.n_embd % model.n_head:
@@ -240,5 +244,5 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that ``--config`` reads back to an equal one."""
+    """The resolved configuration as YAML; ``--config`` reads it back as an equal one."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)

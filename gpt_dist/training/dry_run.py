@@ -1,4 +1,4 @@
-"""What a configuration would cost, without starting it: ``gpt_dist.train --dry-run``."""
+"""What a run costs, computed without starting it: ``gpt_dist.train --dry-run``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gpt_dist.training.setup import count_steps, with_vocabulary
 
 
 def activation_bytes(config: Config, micro_batch: int) -> float:
-    """Estimate of what one rank keeps for the backward pass, in bytes.
+    """Estimated activation memory of one rank, in bytes.
 
-    Per layer and token about 34 * width bytes in 16-bit arithmetic, without attention scores, which
-    the fused kernel never stores (Korthikanti et al. 2022, arXiv:2205.05198, section 4.1);
-    with activation checkpointing one block's plus every block's input.
+    About 34 * width bytes per layer and token in 16-bit precision. That leaves out attention
+    scores, which the fused kernel does not store (Korthikanti et al. 2022, arXiv:2205.05198,
+    section 4.1). With activation checkpointing: one block's activations and every block's input.
     """
     model = config.model
     tokens = micro_batch * model.context_length
@@ -32,7 +32,7 @@ def report(config: Config) -> str:
     """Parameters, memory, steps and tokens of a run, as lines of text.
 
     Raises:
-        UsageError: the data is not there or the batch does not divide.
+        UsageError: there is no such data set, or it does not fit the model.
     """
     datasets = open_datasets(config)
     config = with_vocabulary(config, datasets[0].tokenizer)

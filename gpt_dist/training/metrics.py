@@ -11,6 +11,7 @@ Row = dict[str, Any]
 
 
 def encode_row(row: Row) -> bytes:
+    """A row as a line of JSON; numbers that are not finite become null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -19,7 +20,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def whole_lines(path: Path) -> list[Row]:
-    """Rows of a ``metrics.jsonl``, without a last line that a kill tore."""
+    """Rows of a ``metrics.jsonl``, without lines that a kill left incomplete."""
     if not path.exists():
         return []
     rows = []

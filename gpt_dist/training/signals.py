@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C become a flag that the loop looks at."""
+"""Stop requests: SIGTERM, SIGUSR1 and Ctrl-C set a flag that the training loop checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Catches the stop signals while it is entered; a second Ctrl-C interrupts at once."""
+    """Catches the stop signals inside its block; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None

@@ -34,10 +34,10 @@ class Sink(Protocol):
         """Text that the model wrote after ``step`` updates."""
 
     def flush(self) -> None:
-        """Make everything so far durable; called before a checkpoint is taken."""
+        """Write everything through to the disk; called before a checkpoint is taken."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Flush and close; called when the run ends."""
 
 
 class JsonLines:
@@ -45,8 +45,8 @@ class JsonLines:
 
     Args:
         path: the file.
-        step: rows of later training steps are removed (a resumed run writes them anew).
-        evaluated: likewise for validations after this step.
+        step: rows of later training steps are removed, because a resumed run writes them again.
+        evaluated: scores of later steps are removed likewise.
     """
 
     def __init__(self, path: Path, step: int, evaluated: int) -> None:
@@ -83,7 +83,7 @@ class TensorBoard:
     def __init__(self, directory: Path, step: int, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        # Events after a resumed run's checkpoint are hidden by TensorBoard itself.
+        # TensorBoard itself hides the events after the step that a run resumes from.
         self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
         if not step:
             self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
@@ -109,15 +109,18 @@ class TensorBoard:
 
 
 class Samples:
-    """``samples.txt``: what the model wrote, under a line that names the step."""
+    """``samples.txt``: each sample under a line that names the step."""
 
     HEAD = "===== step {} =====\n"
 
     def __init__(self, path: Path, sampled: int) -> None:
         self._path = path
         if path.exists():
-            parts = re.split(r"^(?====== step \d+ =====$)", path.read_text("utf-8"), flags=re.M)
-            kept = [p for p in parts if p and int(p.split()[2]) <= sampled]
+            text = path.read_text("utf-8", errors="replace")
+            # Step and text of each sample; a head that a kill left incomplete belongs to neither.
+            _, *parts = re.split(r"^===== step (\d+) =====$\n?", text, flags=re.M)
+            samples = zip(map(int, parts[::2]), parts[1::2], strict=True)
+            kept = [self.HEAD.format(step) + text for step, text in samples if step <= sampled]
             write_atomically(path, "".join(kept).encode())
 
     def sample(self, step: int, text: str) -> None:
@@ -136,7 +139,7 @@ class Samples:
 
 
 class ConsoleSink:
-    """A progress bar where a person watches; elsewhere plain lines, rarer as time goes on."""
+    """A progress bar on a terminal; elsewhere plain lines, fewer as time goes on."""
 
     def __init__(self, step: int, steps: int) -> None:
         self._steps, self._console = steps, Console(highlight=False, soft_wrap=True)
@@ -163,7 +166,7 @@ class ConsoleSink:
         now = time.monotonic()
         self._seconds += row["step_ms"] / 1e3
         edge = row["step"] in (self._first + 1, self._steps) or "skipped" in numbers
-        # Often at first, when people look; then more seldom, so that logs stay short.
+        # Frequent at first, while someone watches; later rare, so that logs stay short.
         interval = min(10.0, 1 + (now - self._started) / 30)
         if edge or (not self._progress and now - self._last_line >= interval):
             self._last_line = now

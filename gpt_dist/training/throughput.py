@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what share of the device's peak the training arithmetic reaches."""
+"""The peak speed of a device, for model FLOPs utilisation (the share of it that training uses)."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that one device can reach, or None where it is not known.
+    """Peak FLOP/s of one device, None where unknown.
 
-    On a CPU it is measured: there a datasheet says little about the cores at hand.
+    On a CPU it is measured, because a datasheet says little about the cores that are available.
     """
     if device.type == "cpu":
         return measured_matmul_flops(dtype)
@@ -49,7 +49,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Best FLOP/s of a square matrix product on this process's threads."""
+    """Best FLOP/s of a (size, size) matrix product with this process's threads."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     torch.mm(a, b)
     best, end = float("inf"), time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""Settings: one line for each problem, all at once; presets; files and flags agree."""
+"""Settings: all problems at once, one line each; presets; files and flags agree."""
 
 from __future__ import annotations
 

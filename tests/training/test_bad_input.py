@@ -1,4 +1,4 @@
-"""What goes wrong says so in one line, with the right exit status, and changes nothing on disk."""
+"""An error is one line with the right exit status, and leaves the disk as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Config = Callable[..., Path]
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory but locks, with its content."""
+    """Path and content of every file below a directory, without locks."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -30,7 +30,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def refused(done: subprocess.CompletedProcess[str], status: int, *parts: str) -> None:
-    """One error line that has all parts, and the exit status."""
+    """Check the exit status, and that the only line is an error with all these parts."""
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
@@ -94,7 +94,7 @@ def test_a_second_writer(finished: tuple[Path, Path]) -> None:
 def test_a_full_disk(finished: tuple[Path, Path]) -> None:
     config, run = finished
 
-    def small_files() -> None:  # the same for the program as a disk without room
+    def small_files() -> None:  # to the program this is a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     limited = {"fresh": True, "preexec_fn": small_files}
@@ -102,7 +102,7 @@ def test_a_full_disk(finished: tuple[Path, Path]) -> None:
     refused(done, 1, "checkpoint not written", "safetensors", "step-00000020")
     names = [path.name for path in (run / "checkpoints").iterdir()]
     assert sorted(names) == ["best", "step-00000010", "step-00000020"]
-    run_train(config, run, "--train.steps", "60")  # with room again it goes on
+    run_train(config, run, "--train.steps", "60")  # with room again it continues
 
 
 def test_an_unwritable_directory(tiny_config: Config, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_shards(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_fail_together_and_one_speaks(tiny_config: Config, tmp_path: Path) -> None:
+def test_ranks_fail_together_and_one_prints(tiny_config: Config, tmp_path: Path) -> None:
     for flags, text in (
         (["--train.batch_tokens", "1056"], "must be a multiple"),
         (["--data.path", str(tmp_path / "none")], "no data there"),

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends with the same bits as one that is left alone."""
+"""A run that is killed ten times ends bit for bit like one that is not."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_ten_kills_change_nothing(tiny_config: Config, tmp_path: Path, ranks: in
     command = train_command(config, out, ranks=ranks)
     for kill in range(KILLS):
         agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kill % 5 == 4:  # somewhere in the start-up
+        if kill % 5 == 4:  # during start-up
             time.sleep(generator.uniform(0.5, 3))
-        else:  # somewhere in the next steps, a checkpoint's writing among them
+        else:  # within the next steps, perhaps while a checkpoint is written
             goal = rows(out) + generator.randint(3, 12)
             deadline = time.monotonic() + 120
             while rows(out) < goal and agent.poll() is None:
@@ -63,9 +63,9 @@ def test_ten_kills_change_nothing(tiny_config: Config, tmp_path: Path, ranks: in
         agent.wait(timeout=60)
         deadline = time.monotonic() + 60
         while left := processes(out):
-            assert time.monotonic() < deadline, left  # nobody outlives a killed agent
+            assert time.monotonic() < deadline, left  # no rank outlives its agent
             time.sleep(0.05)
-    assert rows(out) < steps  # the kills did come while it ran
+    assert rows(out) < steps  # the kills came while it was running
     run_train(config, out, ranks=ranks)
     assert_same_run(quiet, out)
     assert (out / "checkpoints/best").resolve().name == (quiet / "checkpoints/best").resolve().name

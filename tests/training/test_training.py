@@ -1,4 +1,4 @@
-"""The trainer as people run it: whole processes, compared with each other."""
+"""Training runs as users start them, each in a process of its own, compared with each other."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_rows_and_files_of_a_run(tiny_config: Config, tmp_path: Path) -> None:
     assert any("sample" in tag for tag in events.Tags()["tensors"])
     assert any("config" in tag for tag in events.Tags()["tensors"])
 
-    # Again: nothing to do, nothing changed.
+    # The same command again has nothing to do and changes nothing.
     before = (out / "metrics.jsonl").read_bytes()
     assert "complete" in run_train(tiny_config(train={"sample_every": 10}), out).stdout
     assert (out / "metrics.jsonl").read_bytes() == before
@@ -139,7 +139,7 @@ def read_rows_loosely(out: Path) -> list[object]:
 
 
 def assert_same_run(quiet: Path, other: Path) -> None:
-    """The same rows but for timing, each once; bitwise the same weights and optimizer."""
+    """The same rows except for timing, each once; bitwise equal weights and optimizer state."""
     assert read_rows(quiet, timing=False) == read_rows(other, timing=False)
     a, b = (complete_checkpoints(run / "checkpoints")[-1] for run in (quiet, other))
     assert a.name == b.name
@@ -158,10 +158,10 @@ def test_resume_from_an_older_checkpoint_drops_what_came_after(
     weights = (out / "checkpoints/step-00000020/model.safetensors").read_bytes()
     import shutil
 
-    shutil.rmtree(out / "checkpoints/step-00000020")  # as if the kill had come before it
+    shutil.rmtree(out / "checkpoints/step-00000020")  # as if the run had been killed before it
     (out / "checkpoints/best").unlink()
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 21, "train_lo')  # a torn line
+        file.write('{"step": 21, "train_lo')  # an incomplete line
     run_train(config, out)
     assert read_rows(out, timing=False) == before
     assert (out / "checkpoints/step-00000020/model.safetensors").read_bytes() == weights
@@ -169,7 +169,7 @@ def test_resume_from_an_older_checkpoint_drops_what_came_after(
 
 def test_retention_keeps_the_newest_and_the_best(tiny_config: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    # A learning rate that wrecks the model after a good start: the best comes early.
+    # A learning rate that ruins the model after a good start, so that the best comes early.
     config = tiny_config(
         optim={"lr": 0.05, "min_lr": 0.05, "schedule": "constant", "warmup_steps": 40},
         train={"steps": 120, "eval_every": 10, "checkpoint_every": 10, "keep_checkpoints": 2},
