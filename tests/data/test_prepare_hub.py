@@ -169,6 +169,11 @@ def test_the_hubs_commit_is_recorded_and_resumed(
             step(process)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=DEADLINE)
+        # Files that are brought here instead must be the same files.
+        shutil.copytree(tmp_path / "web" / place, tmp_path / "copy")
+        write_parquet(tmp_path / "copy" / "sample/10BT/002_00000.parquet", ["more"])
+        with pytest.raises(UsageError, match=r"content = 2 file\(s\), .* not 3 file\(s\), "):
+            run(*command, tmp_path / "copy")
         server.commits = {HEAD: tmp_path / "web", "b" * 40: tmp_path / "new"}
         server.head = "b" * 40
         write_parquet(tmp_path / "new" / place / "sample/10BT/000_00000.parquet", stories(100, 1))

@@ -70,6 +70,7 @@ def essential_arguments(
         **chosen,
         **({"content": source.content} if source and source.content else {}),
         **({"urls": source.urls} if source and source.urls else {}),
+        **({"commit": source.commit} if source and source.commit else {}),
     }
 
 
@@ -122,7 +123,8 @@ FILES = ("content", "urls")
 
 def _differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     """``val_fraction = 0.1, not 0.05``; empty where all is the same."""
-    # Releases before this record noted no URLs, and a source on the hub is named by its commit.
+    # A record of an older release may say nothing of the files; nor do we know those of the hub
+    # before we have asked it.
     files_known = all(any(name in side for name in FILES) for side in (made, wanted))
     found = []
     for name in dict.fromkeys([*made, *wanted]):

@@ -31,9 +31,9 @@ from gpt_dist.errors import GptDistError, UsageError, describe
 from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 COMMIT_SECONDS = 5.0
-"""Between two entries in the journal: about what a kill can cost."""
+"""Between two entries in the journal: a kill costs about that much work."""
 BPE_TRAINING_CHARACTERS = 1 << 28
-"""A BPE is trained on this much text from the beginning of the source."""
+"""A BPE is trained on this much text, from the beginning of the source."""
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def prepare(args: argparse.Namespace) -> None:
     kind = given.name if given else args.tokenizer
     out = Path(args.out or default_directory(args.command, args.variant, kind))
     with WorkProgress("preparing") as progress:
-        # What the hub has is asked only if there is work to do.
+        # The hub is asked only if there is work to do: a finished data set is found offline.
         source = None if is_on_hub(args) else open_source(args, progress.say)
         arguments = essential_arguments(args, given, source)
         if not args.overwrite and found_complete(out, arguments):
@@ -65,8 +65,10 @@ def prepare(args: argparse.Namespace) -> None:
             if source is None:
                 commit = journal["arguments"].get("commit") if journal else None
                 source = open_source(args, progress.say, commit)
-                if source.commit and (commit or not journal):
-                    arguments["commit"] = source.commit
+                arguments = essential_arguments(args, given, source)
+                found_unfinished(out, arguments)  # again, now that the files are known
+            if journal is not None:
+                arguments = journal["arguments"]
             _write(args, given, source, arguments, out, journal, progress)
 
 
@@ -110,7 +112,7 @@ def _write(
 def _tokenize_into(
     writer: DatasetWriter, inputs: Sequence[Input], args: argparse.Namespace, progress: WorkProgress
 ) -> None:
-    """The work itself: read, tokenise, write, and note in the journal how far it is."""
+    """Read, tokenise and write, with an entry in the journal every ``COMMIT_SECONDS``."""
     last_commit = time.monotonic()
     splits = writer.splits.values()
     tokenizer, choose = writer.tokenizer, split_chooser(args.val_fraction, args.seed)
@@ -130,7 +132,7 @@ def _tokenize_into(
 def _make_tokenizer(
     args: argparse.Namespace, source: Source, inputs: Sequence[Input], progress: WorkProgress
 ) -> Tokenizer:
-    """A first pass over the text, for tokenizers that are made from it."""
+    """A tokenizer made from the text, in a first pass over it."""
     documents = 0
 
     def texts() -> Iterator[str]:
@@ -161,7 +163,7 @@ def _first(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def _give_up(writer: DatasetWriter | None, journal: dict[str, Any] | None) -> str:
-    """Leave an unfinished data set for a later attempt, or nothing if it had hardly begun."""
+    """Keep an unfinished data set for a later attempt; remove one that holds nothing yet."""
     if writer is None:
         return ""
     writer.close()
@@ -170,7 +172,7 @@ def _give_up(writer: DatasetWriter | None, journal: dict[str, Any] | None) -> st
         return ""
     return (
         f"{writer.directory}: {writer.cursor.documents:,} documents are done and kept; "
-        "the same command goes on from there, --overwrite begins anew"
+        "the same command resumes after them, --overwrite starts over"
     )
 
 

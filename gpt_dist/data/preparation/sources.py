@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 from gpt_dist.data.dataset import Split
@@ -28,13 +28,8 @@ from gpt_dist.data.preparation.inputs import (
     parquet_reader,
     text_reader,
 )
-from gpt_dist.data.preparation.readers import (
-    TextMode,
-)
+from gpt_dist.data.preparation.readers import TextMode
 from gpt_dist.errors import GptDistError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 TINYSHAKESPEARE = RemoteFile(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -63,8 +58,8 @@ class Source:
         inputs: in the order in which they are read.
         one_document: everything is one document, to be split by characters.
         commit: of the hub's data set; None for other sources.
-        content: identifies the local files by their names and sizes.
-        urls: identifies the files that are neither local nor of the hub.
+        content: identifies the files, here or on the hub, by their names and sizes.
+        urls: identifies the files of other servers.
     """
 
     inputs: Sequence[FileInput | HubInput]
@@ -92,14 +87,19 @@ def open_source(args: argparse.Namespace, report: Report, commit: str | None = N
     files = [entry for entry in source.inputs if isinstance(entry, FileInput)]
     for entry in files:
         entry.downloads, entry.report = Path(args.downloads), report
-    if paths := [entry.file for entry in files if isinstance(entry.file, Path)]:
-        names = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-        size = sum(path.stat().st_size for path in paths)
+    sizes: list[tuple[str, int]] = []
+    for file in (entry.file for entry in files):
+        if isinstance(file, Path):
+            sizes.append((file.name, file.stat().st_size))
+        elif source.commit and file.size is not None:
+            sizes.append((Path(file.name).name, file.size))
+        elif file.sha256 is None:
+            source.urls.append(_public(file.url))
+    if sizes:
+        names = "\n".join(f"{name} {size}" for name, size in sizes)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        source.content = f"{len(paths)} file(s), {size:,} bytes ({digest})"
-    if source.commit is None:
-        remote = [entry.file for entry in files if isinstance(entry.file, RemoteFile)]
-        source.urls = [_public(file.url) for file in remote if file.sha256 is None]
+        total = sum(size for _, size in sizes)
+        source.content = f"{len(sizes)} file(s), {total:,} bytes ({digest})"
     return source
 
 
