@@ -1,13 +1,13 @@
-"""Where data sets lie by default, and which command makes the one of a given name."""
+"""The default directory of each data set, and the command that makes the data set of a name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 VARIANTS = {"fineweb": "sample-10BT", "fineweb-edu": "sample-10BT"}
-"""Sources that have variants, with the variant that is meant without a flag."""
+"""Sources with variants, and their default variant."""
 NAMED_SOURCES = ("shakespeare", "tinyshakespeare", "tinystories", "fineweb-edu", "fineweb")
-"""Sources that need no further argument."""
+"""Sources that need no argument."""
 
 
 def default_directory(source: str, variant: str | None, tokenizer: str) -> Path:
@@ -17,7 +17,7 @@ def default_directory(source: str, variant: str | None, tokenizer: str) -> Path:
 
 
 def prepare_command(directory: Path) -> str:
-    """The command that makes a missing data set, as far as its name tells."""
+    """The command that makes a missing data set, as far as its name says which it is."""
     name, tokenizer = directory.name, "gpt2"
     for kind in ("char", "bpe"):
         if name.endswith(f"-{kind}"):

@@ -25,7 +25,7 @@ from gpt_dist.text.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
 
 DATASET_FILE = "dataset.json"
 JOURNAL_FILE = "prepare.journal"
-"""There while a data set is being written (see preparation/shard_writing.py)."""
+"""Present while a data set is being written (see preparation/shard_writing.py)."""
 DATASET_FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Format version → function that makes the next version of a ``dataset.json`` or a journal.
@@ -34,6 +34,7 @@ When a key, source or tokenizer changes its name, add a function here and raise 
 """
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the tokens and their order: equal for equal data, wherever it lies."""
+        """Identifies the tokens and their order; the same for copies of a data set."""
         if self.info:
             return str(self.info["fingerprint"])
         digest = hashlib.sha256(self.tokenizer.to_json().encode())
@@ -86,10 +87,10 @@ def open_dataset(directory: str | os.PathLike[str], tokenizer_name: str = "gpt2"
     """Open a directory of token shards.
 
     Args:
-        tokenizer_name: tokenizer of shards without ``dataset.json`` (which wins where it is).
+        tokenizer_name: of shards without ``dataset.json``, which otherwise names it.
 
     Raises:
-        UsageError: no data there, with the command that makes it.
+        UsageError: no data there; the message has the command that makes it.
         GptDistError: an unfinished or damaged data set.
     """
     directory = Path(directory)
@@ -110,11 +111,11 @@ def open_dataset(directory: str | os.PathLike[str], tokenizer_name: str = "gpt2"
     if (directory / JOURNAL_FILE).exists():
         raise GptDistError(
             f"{directory}: not finished (no {DATASET_FILE}); run the same prepare command again "
-            "and it goes on where it stopped"
+            "to resume it"
         )
     shards = {"train": [], "val": []}
     for path in sorted(directory.glob("*.bin")):
-        # In names as my_val_train_000.bin the last word counts.
+        # In a name such as my_val_train_000.bin the last word counts.
         train, val = path.name.rfind("_train"), path.name.rfind("_val")
         if train >= 0 or val >= 0:
             shards["train" if train > val else "val"].append(path)

@@ -1,4 +1,4 @@
-"""From the data order to batches on the device, and the fixed stretch that validation reads."""
+"""Batches on the device: training batches in the data order, and the validation batches."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from gpt_dist.text.tokenizers.base import Ids
 
 IGNORE = -1
-"""Target of a position that does not count."""
+"""Target of a position that the loss leaves out."""
 
 
 class Batch(NamedTuple):
-    """``ids`` and ``targets``: (B, T) int64; the targets are the ids one position further."""
+    """``ids`` and ``targets``, (B, T) int64; the targets are the ids shifted by one position."""
 
     ids: Tensor
     targets: Tensor
 
 
 def to_batch(tokens: Ids, device: torch.device) -> Batch:
-    """Tokens (n, T + 1) as a batch on the device; the copy to a GPU does not block."""
+    """Tokens (n, T + 1) as a batch on the device; a copy to a GPU is asynchronous."""
     whole = torch.from_numpy(tokens.astype(np.int64))
     if device.type == "cuda":
         whole = whole.pin_memory().to(device, non_blocking=True)
@@ -47,15 +47,17 @@ class Loader:
         data: the training data.
         batch_sequences: sequences of one step over all ranks.
         micro_batch: sequences of one micro-batch on this rank.
-        rank: this rank; ``world_size``: how many there are.
-        consumed: sequences that earlier steps used up (the loader's whole state).
+        rank: this rank.
+        world_size: number of ranks.
+        consumed: sequences that earlier steps consumed; the loader has no other state.
+        prefetch: reads that the thread may be ahead.
     """
 
     AHEAD = 1 << 12
-    """Sequences whose order is computed at once: one costs about as much as many."""
+    """Sequences whose order is computed at once; one costs about as much as many."""
 
     TOGETHER = 1 << 15
-    """Tokens that are read at once, in several micro-batches where they are small."""
+    """Tokens read at once: several micro-batches where they are small."""
 
     def __init__(
         self,
@@ -107,14 +109,14 @@ class Loader:
                 batch = to_batch(tokens, self.device)
                 parts = (whole.split(starts.shape[1]) for whole in batch)
                 self._queue.put([Batch(*pair) for pair in zip(*parts, strict=True)])
-        except BaseException as error:  # delivered to the training loop, which raises it
+        except BaseException as error:  # the training loop raises it
             self._queue.put(error)
 
     def _own_indices(self) -> Iterator[tuple[Indices, Indices]]:
-        """Sources and starts (micro-batches, B) of this rank's share of the coming micro-steps.
+        """Sources and starts, each (micro-batches, B), of this rank's next sequences.
 
-        That are the rows rank * B … of every world-wide micro-batch. As many micro-batches come
-        together as make ``TOGETHER`` tokens, because small ones cost more to ask for than to read.
+        Rank r takes rows r·B … (r + 1)·B of each global micro-batch. Small micro-batches are read
+        together, up to ``TOGETHER`` tokens, because each read has a fixed cost.
         """
         _, micro_batch, rank, world_size = self._sizes
         stride = micro_batch * world_size
@@ -140,10 +142,10 @@ def validation_batches(
     world_size: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """This rank's part of a fixed stretch of the validation split.
+    """This rank's part of the first ``tokens`` predictions of the validation split (None: all).
 
-    The first ``tokens`` predictions (null: all) in windows that do not overlap, so each token is
-    predicted once whatever the number of ranks; a shorter last window is filled with ``IGNORE``.
+    The windows do not overlap, so each token is predicted once, whatever the number of ranks. A
+    shorter last window is filled up with ``IGNORE``.
     """
     predictions = min(tokens or len(stream), len(stream) - 1)
     starts = np.arange(0, predictions, context, dtype=np.int64)[rank::world_size]
@@ -165,7 +167,11 @@ def validation_batches(
 
 
 def open_datasets(config: Config) -> list[Dataset]:
-    """Open every data set of the mixture; all must share one tokenizer."""
+    """Open every data set of the mixture.
+
+    Raises:
+        GptDistError: they do not share one tokenizer, or one is damaged.
+    """
     datasets = [open_dataset(path, config.data.tokenizer) for path in config.data.path]
     first = datasets[0]
     for other in datasets[1:]:

@@ -1,9 +1,9 @@
 """Which tokens rank r sees at step s: a pure function of (fingerprint, seed, sequence index).
 
-The shards of a data set are one stream of tokens. Windows of ``context_length + 1`` tokens start
-at ``offset + i * stride``, the offset drawn anew each epoch; the order of the windows within an
-epoch is a keyed permutation that is computed, not stored. Nothing depends on the number of ranks or
-on the micro-batch, so a run may continue on other hardware with the same data.
+The shards of a data set form one stream of tokens. Windows of ``context_length + 1`` tokens start
+at ``offset + i * stride``, with a new offset for each epoch. A keyed permutation, computed and not
+stored, orders the windows of an epoch. Nothing depends on the number of ranks or on the
+micro-batch, so a run can continue with the same data on other hardware.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PATTERN = 4096
 
 
 def key_of(*parts: object) -> int:
-    """64 bits that depend on all parts."""
+    """A 64-bit hash of all parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
 def permute(indices: Indices, size: int, key: int) -> Indices:
-    """Map each of ``indices`` by the permutation of ``range(size)`` that belongs to ``key``.
+    """Apply the permutation of ``range(size)`` that ``key`` selects to each of ``indices``.
 
-    A balanced Feistel network over the next even number of bits, walked until the value falls
-    below ``size`` again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): O(1)
+    A balanced Feistel network over the next even number of bits, applied again until the value is
+    below ``size`` (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). It needs O(1)
     memory.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -71,7 +71,7 @@ class WindowOrder:
         context: tokens a window predicts; it holds one more.
         stride: tokens between the starts of two windows.
         shuffle: ``full``, ``blocks`` or ``none``.
-        key: what the order depends on besides the sequence index.
+        key: selects the order.
     """
 
     def __init__(self, tokens: int, context: int, stride: int, shuffle: str, key: int) -> None:
@@ -96,7 +96,7 @@ class WindowOrder:
         offset = key % (self.max_offset + 1)
         if self.shuffle == "full":
             return offset + permute(within, self.windows, key) * self.stride
-        # The last, shorter block stays last: all others are full, so their order is a permutation.
+        # The last block may be shorter and stays last; the order of the full ones is a permutation.
         full_blocks = self.windows // BLOCK
         blocks, inside = np.divmod(within, BLOCK)
         order = np.empty_like(within)
@@ -111,7 +111,7 @@ class WindowOrder:
 
 
 class TrainingData:
-    """Sequence index → tokens, over one data set or a weighted mixture of several."""
+    """The tokens of each sequence index, from one data set or a weighted mixture of several."""
 
     def __init__(self, config: Config, datasets: list[Dataset]) -> None:
         weights = list(config.data.path.values())
@@ -139,7 +139,7 @@ class TrainingData:
         self._quotas, self._source, self._rank = _interleave(weights)
 
     def starts(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Which stream each sequence comes from, and its first token there."""
+        """The stream that each sequence comes from, and the position of its first token there."""
         if len(self.orders) == 1:
             return np.zeros_like(indices), self.orders[0].starts(indices)
         periods, position = np.divmod(indices, len(self._source))
@@ -162,7 +162,7 @@ class TrainingData:
         return tokens
 
     def first_token(self) -> int:
-        """What the text begins with: a prompt for tokenizers without an end-of-text token."""
+        """The first token of the text: a prompt for tokenizers without an end-of-text token."""
         return int(self.streams[0].read(0, 1)[0])
 
     def sequences(self, indices: Indices) -> Ids:
@@ -171,11 +171,11 @@ class TrainingData:
 
 
 def _interleave(weights: list[float]) -> tuple[Indices, Indices, Indices]:
-    """A periodic pattern that visits source k in proportion to its weight, evenly spread.
+    """A periodic pattern that visits each source in proportion to its weight, evenly spread.
 
     Returns:
-        Visits of each source in a period; the source at each position; how many visits of the same
-        source come before that position.
+        The visits of each source in a period; the source at each position; and the number of
+        earlier visits of that source in the period.
     """
     if len(weights) == 1:
         return np.ones(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)

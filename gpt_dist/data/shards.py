@@ -103,8 +103,8 @@ class ShardWriter:
             sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Leave the shard unfinished, for ``resume``."""
-        with suppress(OSError):  # a full disk refuses the last buffered bytes
+        """Leave the shard unfinished, to be resumed."""
+        with suppress(OSError):  # a full disk cannot take the last buffered bytes
             self._file.close()
 
     def discard(self) -> None:
@@ -213,10 +213,10 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, count: int) -> Ids:
-        """Tokens start … start + count of the stream, shape (count,).
+        """``count`` tokens of the stream from position ``start``, shape (count,).
 
         Raises:
-            IndexError: outside of the stream.
+            IndexError: the range is outside the stream.
             GptDistError: a token id beyond the vocabulary; the shard and position are named.
         """
         if start < 0 or count < 0 or start + count > len(self):
@@ -235,7 +235,7 @@ class TokenStream:
         return tokens
 
     def gather(self, starts: NDArray[np.int64], length: int) -> Ids:
-        """Windows of the stream; they may cross from one shard into the next.
+        """Windows of the stream; a window may span shards.
 
         Args:
             starts: first token of each window, shape (n,).
@@ -245,7 +245,7 @@ class TokenStream:
             The windows, shape (n, length).
 
         Raises:
-            IndexError: a window reaches outside of the stream.
+            IndexError: a window reaches outside the stream.
             GptDistError: a token id beyond the vocabulary; the shard and position are named.
         """
         windows: Ids = np.empty((len(starts), length), dtype=self.dtype)
@@ -269,11 +269,11 @@ class TokenStream:
                 windows[row] = self.read(int(starts[row]), length)
         if self.vocab_size is not None and int(windows.max()) >= self.vocab_size:
             bad = int(np.flatnonzero((windows >= self.vocab_size).any(axis=1))[0])
-            self.read(int(starts[bad]), length)  # raises, naming shard and position
+            self.read(int(starts[bad]), length)  # raises and names the shard and the position
         return windows
 
     def _view(self, shard: int, length: int) -> Ids:
-        """All windows of one shard, (tokens - length + 1, length), without a copy."""
+        """All windows of one shard as a view, shape (tokens - length + 1, length)."""
         view = self._views.get((shard, length))
         if view is None:
             view = self._views[shard, length] = sliding_window_view(self._shards[shard], length)
@@ -281,7 +281,7 @@ class TokenStream:
 
 
 def _allow_open_files(count: int) -> None:
-    """Each mapped file keeps a file descriptor open; the usual soft limit is 1024 of them."""
+    """Raise the soft limit, usually 1024: each mapped file keeps a file descriptor open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + count
     if hard != resource.RLIM_INFINITY:

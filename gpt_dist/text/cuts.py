@@ -19,9 +19,8 @@ LOOKAHEAD = 4096
 CANDIDATES = 8
 """Places of each kind that ``checked_cut`` tries before it gives up."""
 
-# GPT-2's pattern never puts white space behind another character into one token, and it has no
-# look-behind: a cut before such white space changes no id. (Python's \s includes all white space of
-# the tokenizers' \s.)
+# GPT-2's pattern never joins white space to the character before it, and has no look-behind: a cut
+# before such white space changes no id. (Python's \s includes all that the tokenizers' \s matches.)
 _BEFORE_SPACE = re.compile(r"(?<=\S)[ \t\n\r]")
 
 

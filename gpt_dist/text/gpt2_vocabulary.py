@@ -19,12 +19,12 @@ VOCAB_SIZE = 50257
 EOT_ID = 50256
 
 R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-"""Of the unpacked merge table; the figure that tiktoken itself checks for its download."""
+"""Checksum of the decompressed merge table; tiktoken checks its download against the same."""
 
 
 @cache
 def merge_ranks() -> dict[bytes, int]:
-    """Every token but the special one → its id, which is also its rank among the merges.
+    """Each token except the special one, with its id, which is also its rank among the merges.
 
     Raises:
         GptDistError: the file in the package is damaged.
@@ -48,7 +48,7 @@ def encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "gpt2",
         explicit_n_vocab=VOCAB_SIZE,
-        # GPT-2's pattern, with the possessive quantifiers by which tiktoken makes it fast.
+        # GPT-2's pattern with tiktoken's possessive quantifiers, which make it fast.
         pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         mergeable_ranks=merge_ranks(),
         special_tokens={END_OF_TEXT: EOT_ID},

@@ -17,7 +17,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some megabytes: enough for several chunks, in files of two kinds."""
+    """A few megabytes, enough for several chunks, in short and long documents."""
     place = tmp_path_factory.mktemp("corpus")
     for number in range(3):
         text = f"\n{END_OF_TEXT}\n".join(stories(3000, number))

@@ -23,7 +23,7 @@ from gpt_dist.text.tokenizers import END_OF_TEXT
 
 EOT = 50256
 DEADLINE = 120.0
-"""Seconds after which a process that says nothing is taken to hang."""
+"""Seconds of silence after which a process counts as hung."""
 
 FLAGS = ["--split", "eot", "--val-fraction", "0.1", "--shard-tokens", "200k"]
 
@@ -109,7 +109,7 @@ def hub_layout(place: Path, documents: list[str], folder: str) -> None:
 
 
 def refused(directory: Path) -> bool:
-    """Whether readers do not take a directory for a data set."""
+    """Whether a directory is refused as a data set."""
     try:
         open_dataset(directory)
     except GptDistError:
@@ -148,9 +148,9 @@ run_main(main)
 
 
 def start_prepare(*arguments: object) -> subprocess.Popen[str]:
-    """The command, stopping at each entry in the journal until ``step`` lets it go on.
+    """The command; it stops at each entry in the journal until ``step`` is called.
 
-    It runs to its end once its standard input is closed (``communicate`` does that).
+    Once its standard input is closed (``communicate`` does that) it runs to its end.
     """
     command = [sys.executable, "-c", STEPWISE, *map(str, arguments)]
     pipe = subprocess.PIPE
@@ -158,7 +158,7 @@ def start_prepare(*arguments: object) -> subprocess.Popen[str]:
 
 
 def journal_entry(process: subprocess.Popen[str]) -> int | None:
-    """Wait for the next journal entry: documents in it, or None where the work is done."""
+    """Wait for the next journal entry; returns its documents, None at the end of the work."""
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], DEADLINE)
     assert ready, f"no journal entry in {DEADLINE} s"
@@ -167,7 +167,7 @@ def journal_entry(process: subprocess.Popen[str]) -> int | None:
 
 
 def step(process: subprocess.Popen[str]) -> None:
-    """Let it go on after a journal entry."""
+    """Continue after a journal entry."""
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()

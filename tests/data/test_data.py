@@ -1,4 +1,4 @@
-"""The data order: a permutation, the same for every world, nothing lost and nothing twice."""
+"""The data order: a permutation that every world size shares; nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def make_config(path: str, **train: int) -> Config:
 def stream(
     config: Config, world_size: int, micro_batch: int, steps: int, start: int = 0
 ) -> np.ndarray:
-    """Every sequence of some steps in global order, from all ranks' loaders."""
+    """The sequences of a few steps in global order, from the loaders of all ranks."""
     data = TrainingData(config, open_datasets(config))
     batch = config.batch_sequences
     loaders = [

@@ -1,4 +1,4 @@
-"""Documents in pieces: the cut must never change an id, and reading goes on from any piece."""
+"""Documents in pieces: they join to the document, and reading resumes after any piece."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ gpt2 = load_tokenizer("gpt2")
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short texts meet the limits too."""
+    """Lets short texts reach the limits."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 32)
     monkeypatch.setattr(readers, "PIECE_BYTES", 32)
 
@@ -46,8 +46,8 @@ def whole(pieces: Iterator[Piece] | list[Piece]) -> list[str]:
     return found
 
 
-def goes_on_from_every_piece(read: Callable[[Position], Iterator[Piece]]) -> None:
-    """With the same documents; a long one may be cut elsewhere."""
+def resumes_after_every_piece(read: Callable[[Position], Iterator[Piece]]) -> None:
+    """The documents are the same; a long one may be cut elsewhere."""
 
     def marked(pieces: Iterable[Piece]) -> str:
         return "".join("|" * piece.starts + piece.text for piece in pieces)
@@ -80,7 +80,7 @@ def test_text_files(mode: TextMode, tmp_path: Path) -> None:
         path = tmp_path / "x.txt"
         path.write_bytes(text.encode())
         assert whole(read_text(path, mode, START)) == EXPECTED[mode](text)
-        goes_on_from_every_piece(lambda at: read_text(path, mode, at))
+        resumes_after_every_piece(lambda at: read_text(path, mode, at))
 
     check()
 
@@ -105,7 +105,7 @@ def test_a_part_of_a_file(tmp_path: Path) -> None:
     assert list(read_text(tmp_path / "x.txt", "files", Position(7), 3, 7)) == []
 
 
-def write_packed(path: Path, data: bytes) -> None:
+def write_compressed(path: Path, data: bytes) -> None:
     match path.suffix:
         case ".gz":
             path.write_bytes(gzip.compress(data))
@@ -120,12 +120,12 @@ def write_packed(path: Path, data: bytes) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".lz4"])
-def test_packed_files(suffix: str, tmp_path: Path) -> None:
+def test_compressed_files(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.txt{suffix}"
-    write_packed(path, "one two\nthree 語\n".encode() * 60)
+    write_compressed(path, "one two\nthree 語\n".encode() * 60)
     assert whole(read_text(path, "lines", START)) == ["one two", "three 語"] * 60
-    goes_on_from_every_piece(lambda at: read_text(path, "lines", at))
-    path.write_bytes(b"not packed")
+    resumes_after_every_piece(lambda at: read_text(path, "lines", at))
+    path.write_bytes(b"not compressed")
     with pytest.raises(GptDistError, match=f"x.txt{suffix}: cannot be read"):
         list(read_text(path, "lines", START))
 
@@ -176,7 +176,7 @@ def test_json_lines(suffix: str, tmp_path: Path) -> None:
     expected = ["one", "two\n\nthree", "語 " * 100, "last🙂"]
     for field in ("text", "meta.body"):
         assert whole(read_jsonl(path, field, START)) == expected
-        goes_on_from_every_piece(lambda at, field=field: read_jsonl(path, field, at))  # type: ignore[misc]
+        resumes_after_every_piece(lambda at, field=field: read_jsonl(path, field, at))  # type: ignore[misc]
 
 
 def test_lone_surrogates_become_what_tiktoken_makes_of_them(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_parquet(kind: pa.DataType, row_group_size: int, tmp_path: Path) -> None
     pq.write_table(table, path, row_group_size=row_group_size)
     expected = ["one", "two\n\nthree", "語 " * 100, "last🙂"] * 5
     assert whole(read_parquet(path, "text", START)) == expected
-    goes_on_from_every_piece(lambda at: read_parquet(path, "text", at))
+    resumes_after_every_piece(lambda at: read_parquet(path, "text", at))
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

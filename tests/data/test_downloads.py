@@ -1,4 +1,4 @@
-"""Downloads against a local server: they go on after failures and kills, and are checked."""
+"""Downloads from a local server: they resume after failures and kills, and are verified."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_a_download(server: FileServer, tmp_path: Path) -> None:
     assert files(tmp_path / "d") == ["host/file.bin"]
     assert said[-1] == "fetching host/file.bin: 3 MB of 3"
     assert file.fetch(tmp_path / "d") == path
-    assert len(server.requests) == 1, "what is there is not fetched again"
+    assert len(server.requests) == 1, "a file that is there is not fetched again"
 
 
 @pytest.mark.parametrize("facts", [{}, {"size": len(DATA), "sha256": SHA256}])
-def test_a_lost_connection_goes_on(
+def test_a_lost_connection_resumes(
     server: FileServer, tmp_path: Path, facts: dict[str, object]
 ) -> None:
     server.cut_after = [1_000_000, 0, 500_000]
@@ -74,7 +74,7 @@ def test_a_server_without_ranges(server: FileServer, tmp_path: Path) -> None:
     assert remote(server).fetch(tmp_path / "d").read_bytes() == DATA
 
 
-def test_a_file_that_changed_meanwhile_begins_anew(
+def test_a_file_that_changed_since_starts_over(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.cut_after = [1_000_000]
@@ -156,7 +156,7 @@ def test_a_mirror_of_the_hub(server: FileServer, tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_commit_is_fetched_again(server: FileServer, tmp_path: Path) -> None:
-    """Of the same name and size; its checksum tells."""
+    """Name and size are the same; the checksum is not."""
     remote(server, size=len(DATA), sha256=SHA256).fetch(tmp_path / "d")
     other = DATA[::-1]
     (tmp_path / "web" / "file.bin").write_bytes(other)
@@ -170,7 +170,7 @@ UNSAFE += ["\\\\host\\x.parquet", "C:\\x.parquet", "c:x.parquet", "x\0.parquet"]
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_unsafe_names_are_refused(name: str, server: FileServer, tmp_path: Path) -> None:
-    """Whether a URL says them or a mirror's list."""
+    """In a URL and in the list of a mirror."""
     with pytest.raises(GptDistError, match=r"not a safe file name: '.*parquet'") as caught:
         RemoteFile(f"{server.url}/x", name)
     assert "\n" not in str(caught.value)

@@ -61,7 +61,7 @@ def text_files(place: Path, documents: list[str]) -> list[object]:
     return ["text", place]
 
 
-def text_packed(place: Path, documents: list[str]) -> list[object]:
+def text_compressed(place: Path, documents: list[str]) -> list[object]:
     (place / "x.txt.gz").write_bytes(gzip.compress(END_OF_TEXT.join(documents).encode()))
     return ["text", f"{place}/*.gz", "--split", "eot"]
 
@@ -99,7 +99,7 @@ def hf(place: Path, documents: list[str]) -> list[object]:
 
 
 SOURCES: list[Writer] = [
-    text_eot, text_lines, text_files, text_packed, jsonl, parquet, fineweb, fineweb_dump,
+    text_eot, text_lines, text_files, text_compressed, jsonl, parquet, fineweb, fineweb_dump,
     tinystories_file, hf,
 ]  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
 
 
 def test_a_giant_document_has_the_ids_of_the_whole(tmp_path: Path) -> None:
-    """Several megabytes without a separator, with stretches that have no white space."""
+    """Several megabytes without a separator, in part without white space."""
     generator = random.Random(1)
     parts = [" ".join(stories(300, seed)) for seed in range(12)]
     parts += [
@@ -269,7 +269,7 @@ def test_more_tokens_than_16_bits_hold(tmp_path: Path) -> None:
 def test_a_foreign_tokenizers_long_documents_have_the_ids_of_the_whole(
     kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever pre-tokenizer it has; documents are cut where that allows it, or not at all."""
+    """They are cut where its pre-tokenizer allows it, or not at all."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
     monkeypatch.setattr(readers, "PIECE_BYTES", 2000)
     monkeypatch.setattr(cuts, "LOOKAHEAD", 200)

@@ -1,4 +1,4 @@
-"""What is there already, bad input, and ``inspect``: nothing is lost, and one line says why."""
+"""Existing data sets, bad input and ``inspect``: nothing is lost, and one line says why."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def arguments_of(directory: str) -> dict[str, Any]:
 
 
 def forget(directory: str, *names: str) -> None:
-    """Make it a data set of an older release, which did not record these arguments."""
+    """Turn it into a data set of an older release, which did not record these arguments."""
     file = Path(directory) / "dataset.json"
     info = json.loads(file.read_text())
     for name in names:
@@ -121,7 +121,7 @@ def test_an_unfinished_data_set_resumes_from_its_own_url_only(
 
 
 def test_fineweb_from_a_mirror_of_the_hub(tmp_path: Path) -> None:
-    """Listed, fetched over a breaking connection, tokenised; then found to be there, offline."""
+    """Fetched over a breaking connection and tokenised; found again without a connection."""
     documents = stories(300)
     hub_layout(tmp_path / "web/datasets/HuggingFaceFW/fineweb-edu", documents, "sample/10BT")
     with serve(tmp_path / "web") as server:
@@ -158,7 +158,7 @@ def test_tinystories_from_a_mirror_of_the_hub(tmp_path: Path) -> None:
 def test_the_hubs_commit_is_recorded_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The data set changes on the hub between a kill and the resumption."""
+    """The data set on the hub changes between the kill and the second attempt."""
     place = "datasets/HuggingFaceFW/fineweb-edu"
     documents = stories(4000)
     hub_layout(tmp_path / "web" / place, documents, "sample/10BT")
@@ -206,7 +206,7 @@ def test_the_hubs_commit_is_recorded_and_resumed(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["environment", "mirror"])
 def test_hub_data_sets_by_name(how: str, tmp_path: Path) -> None:
-    """Through ``datasets``, in a process of its own because that reads its address at import."""
+    """In a process of its own: ``datasets`` reads the address of the hub at import."""
     documents = stories(30)
     write_parquet(tmp_path / "old/datasets/owner/name/data/train-00000-of-00001.parquet", documents)
     write_parquet(tmp_path / "web/datasets/owner/name/data/train-00000-of-00001.parquet", ["new"])
@@ -238,7 +238,7 @@ def test_hub_data_sets_by_name(how: str, tmp_path: Path) -> None:
 
 
 def test_tinystories_from_a_full_local_copy(tmp_path: Path) -> None:
-    """All that the hub's repository holds, side by side: one variant is read."""
+    """A directory with all files of the hub's repository: only one variant is read."""
     place = tmp_path / "copy"
     names = {"v2": "TinyStoriesV2-GPT4", "v1": "TinyStories"}
     texts: dict[tuple[str, str], list[str]] = {}

@@ -40,7 +40,7 @@ def test_workers_do_not_matter(
 
 
 def test_killed_again_and_again(corpus: Path, reference: dict[str, str], tmp_path: Path) -> None:
-    """SIGKILL right after a journal entry, and while the work after it is under way."""
+    """SIGKILL right after a journal entry, or during the work that follows it."""
     out = tmp_path / "out"
     command = ["text", corpus, *FLAGS, "--out", out]
     for kill, workers in enumerate((1, 2, 3, 1, 2)):
@@ -61,7 +61,7 @@ def test_killed_again_and_again(corpus: Path, reference: dict[str, str], tmp_pat
 
 
 def crash_at(number: int, *arguments: object) -> int:
-    """Prepare in a forked child that dies before its n-th fsync, rename or removal of a file."""
+    """Run prepare in a forked child that dies before its n-th fsync, rename or removal."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -113,7 +113,7 @@ def test_dying_at_every_step_of_writing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_dying_while_overwriting(tmp_path: Path) -> None:
-    """What is there is at each moment the old data set, the new one, or visibly none."""
+    """At every moment the directory is the old data set, the new one, or visibly none."""
     (tmp_path / "x.txt").write_text("\n".join(stories(40)))
     old = ["text", "x.txt", "--split", "lines", "--workers", 1]
     new = [*old, "--seed", 5, "--overwrite"]

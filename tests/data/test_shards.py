@@ -1,4 +1,4 @@
-"""Token shards: llm.c's format to the byte, windows across shards, and every way to be damaged."""
+"""Token shards: llm.c's format to the byte, windows across shards, and all kinds of damage."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_shards_are_llmcs_to_the_byte(tmp_path: Path) -> None:
 
 
 def test_large_ids_are_in_llmcs_other_format(tmp_path: Path) -> None:
-    """Of its Llama 3: 32 bits. Both kinds may stand in one stream."""
+    """That of its Llama 3, with 32 bits. One stream may mix both."""
     tokens = [0, 128255, 65536, 1]
     write_shard(tmp_path / "a.bin", np.array(tokens, np.uint32))
     assert (tmp_path / "a.bin").read_bytes() == llmc_bytes(tokens, "llama-3")
@@ -90,10 +90,10 @@ def test_a_shard_appears_only_when_complete(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.data())
 @settings(deadline=None, max_examples=25)
-def test_an_interrupted_shard_goes_on(
+def test_an_interrupted_shard_resumes(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject
 ) -> None:
-    """Whatever was written after the point to go on from, and even if it had been finished."""
+    """Whatever was written after the point to resume at, also if the shard was finished."""
     path = tmp_path_factory.mktemp("s") / "x.bin"
     tokens = np.arange(sum(sizes) + 1, dtype=np.uint16)
     kept = data.draw(st.integers(1, len(tokens)))
@@ -111,7 +111,7 @@ def test_an_interrupted_shard_goes_on(
     assert path.read_bytes() == llmc_bytes(tokens.tolist())
 
 
-def test_going_on_needs_what_was_written(tmp_path: Path) -> None:
+def test_resuming_needs_what_was_written(tmp_path: Path) -> None:
     with pytest.raises(GptDistError, match=r"x\.bin\.part: missing or shorter than 1,034 bytes"):
         ShardWriter(tmp_path / "x.bin", resume=5)
 
@@ -290,7 +290,7 @@ def test_unfinished_and_damaged_data_sets_are_refused(tmp_path: Path) -> None:
 def test_a_renamed_key_has_one_place_to_migrate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A data set of today must load after a release in which "fingerprint" has another name."""
+    """A data set of format 1 loads in a format 2 that renames "print" to "fingerprint"."""
 
     def rename(info: dict[str, Any]) -> dict[str, Any]:
         return info | {"format_version": 2, "fingerprint": info["print"]}

@@ -76,7 +76,7 @@ def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 @cache
 def foreign(kind: str) -> BpeTokenizer:
-    """A byte-level BPE that splits text otherwise than GPT-2, trained so that borders matter."""
+    """A byte-level BPE that splits text differently from GPT-2, trained so that borders matter."""
     backend = Backend(models.BPE())
     match kind:
         case "cl100k":
@@ -127,8 +127,8 @@ def test_a_cut_changes_no_id_of_a_foreign_tokenizer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpt2s_rule_does_not_hold_for_foreign_tokenizers(kind: str) -> None:
-    """Which is why they have their own; and where a cut is possible, one is found."""
+def test_foreign_tokenizers_need_a_rule_of_their_own(kind: str) -> None:
+    """GPT-2's changes their ids; theirs finds a cut wherever their pre-tokenizer allows one."""
     tokenizer = foreign(kind)
     wrong = 0
     for limit in range(1, 200):

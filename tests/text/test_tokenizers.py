@@ -131,7 +131,7 @@ def test_documents_at_once_equal_one_by_one(texts: list[str], data: st.DataObjec
 @given(TEXTS, st.lists(st.integers(0, 2**32), max_size=40), st.data())
 @settings(deadline=None, max_examples=200)
 def test_stream_decoding_equals_decoding(text: str, noise: list[int], data: st.DataObject) -> None:
-    """For any ids, broken bytes in the middle included; and only whole characters come out."""
+    """For any ids, also with broken bytes; only whole characters are returned."""
     for tokenizer in every_tokenizer(text):
         ids = tokenizer.encode(text) + [number % tokenizer.vocab_size for number in noise]
         ids = data.draw(st.permutations(ids)) if data.draw(st.booleans()) else ids

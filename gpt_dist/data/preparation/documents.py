@@ -1,7 +1,7 @@
-"""Documents out of files, as a stream of pieces of bounded size.
+"""Documents from files, as a stream of pieces of bounded size.
 
-A document of any length is cut into pieces at places where the token ids do not depend on the
-cut, so that memory stays bounded and the ids are those of the whole document.
+Long documents are cut only where the cut does not change the token ids. Memory stays bounded, and
+the ids are those of the whole document.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gpt_dist.errors import GptDistError
 from gpt_dist.text.cuts import Cut
 
 PIECE_BYTES = 1 << 18
-"""Longest piece, about, where the text allows a cut; also how much is read at a time."""
+"""About the longest piece, where the text allows a cut; also the amount read at a time."""
 MAX_RUN = 1 << 24
-"""Longest stretch of text without a place to cut that is still accepted."""
+"""Longest text without a place to cut that is accepted."""
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
 class Position(NamedTuple):
-    """Where reading goes on: a byte or row of a file, perhaps in the middle of a document."""
+    """Where reading resumes: a byte or row of a file, perhaps inside a document."""
 
     offset: int = 0
     inside: bool = False
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     starts: bool
     """Begins a document."""
     next: Position | None
-    """Where reading goes on after this piece; None where that cannot be said."""
+    """Where reading resumes after this piece; None where it cannot."""
     done: float
     """Share of the file that has been read, 0 to 1."""
 
@@ -64,10 +64,10 @@ def cut_text(text: str, name: str, cut: Cut) -> Iterator[str]:
 
 
 def longer(size: int, name: str) -> int:
-    """A larger size to look for a place to cut in.
+    """Twice the size, to look for a place to cut in more text.
 
     Raises:
-        GptDistError: it is large enough.
+        GptDistError: ``MAX_RUN`` is reached.
     """
     if size >= MAX_RUN:
         raise GptDistError(
@@ -110,32 +110,32 @@ def whole_document(text: str, name: str, cut: Cut, following: int, done: float) 
 
 
 class ByteWindow:
-    """The part of a file that is in memory: read on demand at its end, taken at its front.
+    """The part of a file that is in memory: it grows at its end and is consumed at its front.
 
-    Files whose names end in .gz, .bz2, .zst or .lz4 are unpacked on the way.
+    Files whose names end in .gz, .bz2, .zst or .lz4 are decompressed.
 
     Args:
-        start, end: the part of the (unpacked) file to read, in bytes; end None = all.
+        start, end: the part of the (decompressed) file to read, in bytes; end None = all.
 
     Raises:
-        GptDistError: the file cannot be read or unpacked.
+        GptDistError: the file cannot be read or decompressed.
     """
 
     def __init__(self, path: Path, start: int = 0, end: int | None = None) -> None:
         self.path = path
         self.position = start
-        """Of the first byte of the window in the (unpacked) file."""
+        """Offset of the window's first byte in the (decompressed) file."""
         self._data, self._begin, self._scanned = b"", 0, 0
         self._end = end
-        self._packing = COMPRESSED.get(path.suffix.lower())
+        self._compression = COMPRESSED.get(path.suffix.lower())
         try:
             self._size = path.stat().st_size
             self._raw: IO[bytes] = path.open("rb")
             self._file: IO[bytes] = self._raw
-            if self._packing:
+            if self._compression:
                 import pyarrow as pa
 
-                self._file = pa.input_stream(self._raw, compression=self._packing)
+                self._file = pa.input_stream(self._raw, compression=self._compression)
                 while start and (block := self._file.read(min(start, 1 << 22))):
                     start -= len(block)
             else:
@@ -147,7 +147,7 @@ class ByteWindow:
         return len(self._data) - self._begin
 
     def grow(self) -> bool:
-        """Read some more; False at the end."""
+        """Read more; False at the end of the file."""
         count = max(PIECE_BYTES, len(self))
         if self._end is not None:
             count = min(count, self._end - self.position - len(self))
@@ -163,7 +163,7 @@ class ByteWindow:
     def find(self, separator: bytes) -> int:
         """Bytes before the first separator; -1 where the window has none."""
         found = self._data.find(separator, max(self._begin, self._scanned))
-        self._scanned = len(self._data) - len(separator) + 1  # it may have begun there
+        self._scanned = len(self._data) - len(separator) + 1  # one may begin in the last bytes
         return found - self._begin if found >= 0 else -1
 
     def rfind(self, separator: bytes) -> int:
@@ -172,7 +172,7 @@ class ByteWindow:
         return found - self._begin if found >= 0 else -1
 
     def take(self, count: int) -> None:
-        """The first ``count`` bytes are done with."""
+        """Drop the first ``count`` bytes."""
         self._begin += count
         self._scanned = self._begin
         self.position += count
@@ -182,7 +182,7 @@ class ByteWindow:
         return self._data[self._begin : self._begin + count]
 
     def text(self, count: int, partial: bool = False) -> str:
-        """The first ``count`` bytes as text; ``partial``: leave out a last, unfinished character.
+        """The first ``count`` bytes as text; ``partial`` leaves out an incomplete last character.
 
         Raises:
             GptDistError: not UTF-8; names the byte's position in the file.
@@ -193,7 +193,7 @@ class ByteWindow:
                 codecs.getincrementaldecoder("utf-8")().decode(data) if partial else data.decode()
             )
         except UnicodeDecodeError as error:
-            unpacked = " of the unpacked file" if self._packing else ""
+            unpacked = " of the decompressed file" if self._compression else ""
             raise GptDistError(
                 f"{self.path}: not UTF-8: byte {self.position + error.start:,}{unpacked} is "
                 f"0x{data[error.start]:02x} ({error.reason})"
@@ -202,7 +202,7 @@ class ByteWindow:
     @property
     def done(self) -> float:
         """Share of the file that has been read, 0 to 1."""
-        place = self._raw.tell() if self._packing else self.position
+        place = self._raw.tell() if self._compression else self.position
         return min(1.0, place / self._size) if self._size else 1.0
 
     def _unreadable(self, error: OSError) -> GptDistError:

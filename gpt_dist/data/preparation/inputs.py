@@ -112,10 +112,10 @@ def parquet_reader(column: str) -> Reader:
 def split_by_characters(whole: FileInput, val_fraction: float) -> list[FileInput]:
     """One file as two inputs: the first characters for training, the last for validation.
 
-    As nanoGPT: the first ``int(n * (1 - val_fraction))`` of n characters.
+    As in nanoGPT: the first ``int(n * (1 - val_fraction))`` of n characters.
 
     Raises:
-        GptDistError: the file cannot be had or read.
+        GptDistError: the file cannot be downloaded or read.
     """
     path = whole.path()
     characters = sum(len(begins) for _, begins in _character_begins(path))
@@ -134,7 +134,7 @@ def split_by_characters(whole: FileInput, val_fraction: float) -> list[FileInput
 
 
 def _character_begins(path: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Blocks of a file: their place, and where in them characters begin."""
+    """Blocks of a file: their offset, and where characters begin in them."""
     import numpy as np
 
     with closing(ByteWindow(path)) as window:

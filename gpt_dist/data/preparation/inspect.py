@@ -59,7 +59,7 @@ def inspect(directory: Path) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not problems:
-        print("  all checks passed" if dataset.info else "  sizes and ids are right (no checksums)")
+        print("  all checks passed" if dataset.info else "  sizes and ids are valid (no checksums)")
     return 1 if problems else 0
 
 
@@ -74,7 +74,7 @@ def _origin(info: dict[str, Any]) -> str:
 
 
 def _checksum_problems(dataset: Dataset) -> list[str]:
-    """Shards whose bytes are not what ``dataset.json`` says, and likewise the rest."""
+    """Shards, tokenizer or fingerprint that differ from ``dataset.json``."""
     problems = []
     for entry in dataset.info["splits"].values():
         for shard in entry["shards"]:
@@ -90,7 +90,7 @@ def _checksum_problems(dataset: Dataset) -> list[str]:
 
 
 def _look_through(stream: TokenStream, eot: int | None) -> tuple[int, list[str]]:
-    """Count the end-of-text tokens and find ids beyond the vocabulary."""
+    """The number of end-of-text tokens, and a problem if an id is beyond the vocabulary."""
     documents = 0
     for start in range(0, len(stream), BLOCK_TOKENS):
         try:

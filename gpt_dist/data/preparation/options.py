@@ -22,15 +22,15 @@ examples:
   python -m gpt_dist.prepare inspect data/shakespeare-char
 
 Each source has its own help: python -m gpt_dist.prepare fineweb-edu --help.
-A machine without internet: bring the files and give --source DIR.
-The same command after a kill goes on where it stopped."""
+On a machine without internet, copy the files there and give --source DIR.
+After a kill the same command resumes."""
 
 MAX_SHARD_TOKENS = 2**31 - 1
-"""The header's count is an int32."""
+"""The header stores the count as an int32."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help)")
@@ -56,7 +56,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"{MAX_VOCAB_SIZE}"
         )
     if not 0 <= args.val_fraction < 1:
-        raise UsageError(f"--val-fraction {args.val_fraction}: valid are 0 (none) to below 1")
+        raise UsageError(
+            f"--val-fraction {args.val_fraction}: valid are 0 (none) and more, below 1"
+        )
     if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
         raise UsageError(f"--shard-tokens {args.shard_tokens}: valid are 1 to {MAX_SHARD_TOKENS}")
     if not 1 <= args.workers <= 1024:
@@ -70,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--variant {args.variant}: valid are sample-10BT, sample-100BT, sample-350BT and the "
             "names of dumps, such as CC-MAIN-2024-10"
         )
-    # Both libraries that tokenise take their number of threads from here.
+    # Hugging Face tokenizers takes its number of threads from the environment.
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return args
@@ -99,17 +101,17 @@ def make_parser() -> argparse.ArgumentParser:
         "tinyshakespeare",
         "Karpathy's 1.1 MB of Shakespeare, split as in nanoGPT",
         0.1,
-        "the file input.txt, or the URL of a mirror's",
+        "the file input.txt, or a URL of it",
     )
     hub = "a directory laid out as on the hub, or the URL of a mirror of the hub"
     stories = add(
         "tinystories",
-        "stories in the words of a four-year-old (2 GB), with a validation split of their own",
+        "stories in the words of a four-year-old (2 GB), with their own validation split",
         0.01,
         f"a file, {hub}",
     )
     stories.add_argument(
-        "--variant", choices=["v2", "v1"], help="v2 (by GPT-4 only; the default) or v1"
+        "--variant", choices=["v2", "v1"], help="v2 (written by GPT-4 only; default) or v1"
     )
     _revision(stories)
     for name, what in (("fineweb", "the web, filtered"), ("fineweb-edu", "its educational part")):
@@ -127,16 +129,16 @@ def make_parser() -> argparse.ArgumentParser:
         )
         _revision(web)
     files = "more files: a path, pattern or URL"
-    text = add("text", "text files (UTF-8, may be packed: .gz .bz2 .zst .lz4)", 0.01, files)
+    text = add("text", "text files (UTF-8, may be compressed: .gz .bz2 .zst .lz4)", 0.01, files)
     _paths(text)
     text.add_argument(
         "--split",
         choices=["files", "lines", "eot"],
         default="files",
-        help="what a document is: a file (default), a line, or what stands between <|endoftext|>. "
-        "A single file that is one document is split by characters, as in nanoGPT",
+        help="a document is a file (default), a line, or the text between two <|endoftext|>; "
+        "a single file that is one document is split by characters, as in nanoGPT",
     )
-    jsonl = add("jsonl", "JSON lines: an object on each line", 0.01, files)
+    jsonl = add("jsonl", "JSON lines: one object on each line", 0.01, files)
     _paths(jsonl)
     jsonl.add_argument(
         "--field", default="text", help="key of the text (default text); a.b looks inside objects"
@@ -146,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     parquet.add_argument("--column", default="text", help="column of the text (default text)")
     hf = add(
         "hf",
-        "any data set of the Hugging Face hub, streamed",
+        "any data set of the Hugging Face hub, as a stream",
         0.01,
         "a local copy of it, or the URL of a mirror of the hub",
     )
@@ -180,10 +182,10 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
         "--tokenizer",
         default="gpt2",
         metavar="gpt2|char|bpe|PATH",
-        help="gpt2 (default); char: one token a character; bpe: trained on this text; "
-        "or a tokenizer.json",
+        help="gpt2 (default); char: one token for each character; bpe: trained on this text; "
+        "or the path of a tokenizer.json",
     )
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="of bpe (default 8192)")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of bpe (default 8192)")
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -203,7 +205,7 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
         type=int,
         default=_cores(),
         metavar="N",
-        help="threads that tokenise (default: all cores); the result does not depend on it",
+        help="threads that tokenise (default: all cores); the result is always the same",
     )
     parser.add_argument(
         "--seed", type=int, default=1337, help="chooses the validation documents (default 1337)"
@@ -212,7 +214,7 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
         "--downloads",
         default="data/downloads",
         metavar="DIR",
-        help="where downloaded files are kept (default data/downloads)",
+        help="directory for downloaded files (default data/downloads)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the data set that is in --out"
@@ -220,7 +222,7 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # what this process may use, as under Slurm; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

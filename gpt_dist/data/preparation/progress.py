@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WorkProgress:
     """Progress of reading and tokenising text; a context manager. Writes to standard error.
 
     Args:
-        title: what is being done, in a word or two.
+        title: names the work in a word or two.
     """
 
     def __init__(self, title: str) -> None:
@@ -44,7 +44,7 @@ class WorkProgress:
         return self
 
     def update(self, done: float, documents: int, tokens: int | None = None) -> None:
-        """Show where the work stands.
+        """Show the progress.
 
         Args:
             done: share of the work, 0 to 1.
@@ -52,7 +52,7 @@ class WorkProgress:
             tokens: so far; their rate is shown.
         """
         now = time.monotonic()
-        if self._first is None:  # what an earlier attempt did must not count as fast
+        if self._first is None:  # work of an earlier attempt must not count towards the speed
             self._first = done, tokens or 0
         figures = f"{documents:,} documents"
         if tokens is not None:
@@ -68,7 +68,7 @@ class WorkProgress:
             print(f"{self._title} {done:.0%}  {figures}{rest}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """Tell what is being waited for."""
+        """Show what the work waits for."""
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text)

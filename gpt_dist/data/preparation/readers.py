@@ -1,6 +1,6 @@
 """Readers: the documents of text, JSON lines, parquet and hub data sets, as streams of pieces.
 
-Each reader goes on from the position that an earlier piece of it told.
+Each reader can resume at the ``next`` position of any of its pieces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_LINE_BYTES = 1 << 27
-"""Longest line of JSON."""
+"""Longest line of JSON that is accepted."""
 
 TextMode = Literal["files", "lines", "eot"]
 SEPARATORS: dict[TextMode, str | None] = {"files": None, "lines": "\n", "eot": END_OF_TEXT}
@@ -44,10 +44,10 @@ def read_text(
     """The documents of a UTF-8 text file.
 
     Args:
-        mode: ``files``, the file is one document, to the byte; ``lines``, each line is one, without
-            its line end; ``eot``, ``<|endoftext|>`` stands between them, and white space around
-            it does not count. Documents of nothing but white space are left out.
-        at: where to go on, from an earlier piece's ``next``.
+        mode: ``files``: the file is one document, byte for byte; ``lines``: each line is one,
+            without its line end; ``eot``: ``<|endoftext|>`` separates them, and white space around
+            it is dropped. Documents of white space only are left out.
+        at: where to resume, an earlier piece's ``next``.
         start, end: the part of the file to read, in bytes.
         cut: where the tokenizer lets a text be cut.
 
@@ -64,7 +64,7 @@ def read_text(
                 if window.grow():
                     continue
                 length, ended = len(window), True
-            if length >= 0:  # all documents that end in this window
+            if length >= 0:  # yield all documents that end in this window
                 block, position = window.text(length), window.position
                 window.take(length if ended or not separator else length + len(separator))
                 ascii_only, done = block.isascii(), window.done
@@ -101,7 +101,7 @@ def read_jsonl(path: Path, field: str, at: Position, cut: Cut = gpt2_cut) -> Ite
 
     Args:
         field: key of the text; ``a.b`` looks inside objects. Empty texts are left out.
-        at: where to go on, from an earlier piece's ``next``.
+        at: where to resume, an earlier piece's ``next``.
 
     Raises:
         GptDistError: the file cannot be read; a line is not JSON or has no such text.
@@ -130,10 +130,10 @@ def read_jsonl(path: Path, field: str, at: Position, cut: Cut = gpt2_cut) -> Ite
 
 
 def _field(row: Any, field: str) -> str:
-    """A text in a row.
+    """The text of a row.
 
     Raises:
-        ValueError: in words for people.
+        ValueError: with a message for the user.
     """
     value = row
     for key in [field] if isinstance(row, dict) and field in row else field.split("."):
@@ -149,7 +149,7 @@ def _field(row: Any, field: str) -> str:
 
 
 def _line_number(path: Path, position: int) -> str:
-    """Number of the line that begins at a byte of the (unpacked) file."""
+    """Number of the line that begins at a byte of the (decompressed) file."""
     count = 1
     with closing(ByteWindow(path, 0, position)) as window:
         while window.grow():
@@ -176,7 +176,7 @@ def read_parquet(path: Path, column: str, at: Position, cut: Cut = gpt2_cut) -> 
                 if row + size.num_rows <= at.offset:
                     row += size.num_rows
                     continue
-                # Rows in about 4 MB, from the average, so that long documents do not pile up.
+                # About 4 MB of rows of average size: long documents must not pile up.
                 rows = size.num_rows * (1 << 22) // max(1, size.total_byte_size)
                 for batch in file.iter_batches(
                     batch_size=min(1024, max(1, rows)), row_groups=[group], columns=[column]
@@ -197,7 +197,7 @@ def read_parquet(path: Path, column: str, at: Position, cut: Cut = gpt2_cut) -> 
 def _texts(values: pa.Array) -> Iterator[str | None]:
     try:
         texts = values.to_pylist()
-    except UnicodeDecodeError:  # again one by one, to know which
+    except UnicodeDecodeError:  # again one by one, to find out which row it is
         texts = (value.as_py() for value in values)
     yield from texts
 

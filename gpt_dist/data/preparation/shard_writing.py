@@ -1,8 +1,8 @@
 """Write a data set shard by shard, so that a kill at any moment loses little and breaks nothing.
 
-While it is being written the directory holds ``prepare.journal``: what was asked for, which shards
-are finished, how far the open ones are on the disk, and where reading goes on. ``dataset.json``,
-without which nobody takes the directory for a data set, is written last.
+During the work the directory holds ``prepare.journal``: the arguments, the finished shards, how
+much of the open ones is on the disk, and where to resume reading. ``dataset.json`` is written last;
+without it the directory is not a data set.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gpt_dist.data.dataset import (
     DATASET_FILE,
     DATASET_FORMAT_VERSION,
     JOURNAL_FILE,
+    SPLITS,
     Split,
     migrated,
 )
@@ -30,8 +31,6 @@ from gpt_dist.text.tokenizers import FILE_NAME, Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-SPLITS: tuple[Split, ...] = ("train", "val")
-
 
 @dataclass
 class SplitWriter:
@@ -39,7 +38,7 @@ class SplitWriter:
 
     directory: Path
     prefix: str
-    """Of the file names: PREFIX_000000.bin."""
+    """File names are PREFIX_000000.bin."""
     shard_tokens: int
     dtype: type[np.unsignedinteger[Any]]
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -68,7 +67,7 @@ class SplitWriter:
         self.bytes += part.bytes
 
     def sync(self) -> None:
-        """Bring what is written to the disk."""
+        """Flush what is written to the disk."""
         if self._open is not None:
             self._open.sync()
 
@@ -94,7 +93,7 @@ class SplitWriter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to what the journal says, removing what was written after it."""
+        """Return to the state of the journal; what was written after it is removed."""
         self.tokens, self.documents = state["tokens"], state["documents"]
         self.bytes, self.shards = state["bytes"], state["shards"]
         rest = self.tokens - sum(shard["tokens"] for shard in self.shards)
@@ -107,7 +106,9 @@ class SplitWriter:
                 path.unlink()
         for shard in self.shards:
             if not (self.directory / shard["file"]).is_file():
-                raise GptDistError(f"{self.directory / shard['file']}: has been removed")
+                raise GptDistError(
+                    f"{self.directory / shard['file']}: has been removed; --overwrite starts over"
+                )
 
     def leftovers(self) -> list[Path]:
         """Temporary files of unfinished shards."""
@@ -118,11 +119,11 @@ class DatasetWriter:
     """A data set that is being written.
 
     Args:
-        directory: exists already, and holds nothing else or the journal of an earlier attempt.
+        directory: exists, and is empty or holds the journal of an earlier attempt.
         arguments: what determines the tokens; kept in the journal and in ``dataset.json``.
         tokenizer: saved in the data set at once.
         shard_tokens: tokens in each shard.
-        journal: of an earlier attempt, to go on with it.
+        journal: of the attempt to resume.
 
     Raises:
         GptDistError: a shard that the journal names is missing.
@@ -148,7 +149,7 @@ class DatasetWriter:
             for split in SPLITS
         }
         if journal is None:
-            self.commit(self.cursor)  # first, for what follows to be known as ours after a kill
+            self.commit(self.cursor)  # first: after a kill it tells that the files are ours
             tokenizer.save(directory)
         else:
             index, position, documents = journal["cursor"]
@@ -162,7 +163,7 @@ class DatasetWriter:
             self.splits[part.split].write(part)
 
     def commit(self, cursor: Cursor) -> None:
-        """All before the cursor is written: bring it to the disk, and note it in the journal."""
+        """Flush all that was read before the cursor to the disk, then record it in the journal."""
         for writer in self.splits.values():
             writer.sync()
         self.cursor = cursor
@@ -175,7 +176,7 @@ class DatasetWriter:
         write_atomically(self.directory / JOURNAL_FILE, json.dumps(journal).encode())
 
     def finish(self) -> dict[str, Any]:
-        """Complete the last shards and write ``dataset.json``; returns what it holds."""
+        """Complete the last shards and write ``dataset.json``; returns its content."""
         for writer in self.splits.values():
             writer.finish()
         tokenizer_sha256 = hashlib.sha256(self.tokenizer.to_json().encode()).hexdigest()
@@ -200,21 +201,21 @@ class DatasetWriter:
         return info
 
     def close(self) -> None:
-        """Stop in the middle; the journal knows how to go on."""
+        """Stop before the end; the journal tells where to resume."""
         for writer in self.splits.values():
             writer.close()
 
 
 def fingerprint(tokenizer_sha256: str, splits: dict[Any, dict[str, Any]]) -> str:
-    """Identifies tokens and their order: sha256 over the tokenizer and all shards."""
+    """Identifies tokens and their order: sha256 of the tokenizer's and all shards' checksums."""
     shards = {name: [s["sha256"] for s in splits[name]["shards"]] for name in sorted(splits)}
     return hashlib.sha256(json.dumps([tokenizer_sha256, shards]).encode()).hexdigest()
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
-    """The journal of an unfinished data set, to go on with it; None where there is none.
+    """The journal of an unfinished data set; None where there is none.
 
-    What is left of an attempt that had hardly begun, or of a removal, is removed.
+    The remains of an attempt that wrote nothing yet, or of an interrupted removal, are removed.
 
     Raises:
         GptDistError: the journal is damaged.
@@ -228,7 +229,7 @@ def read_journal(directory: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise GptDistError(f"{path}: damaged; --overwrite starts over") from None
     if version != DATASET_FORMAT_VERSION:
-        raise GptDistError(f"{path}: of another version; --overwrite starts over")
+        raise GptDistError(f"{path}: written by another version; --overwrite starts over")
     if "cursor" not in journal or not (directory / FILE_NAME).exists():
         remove_data_set(directory)
         return None
@@ -243,9 +244,9 @@ def remove_journal(directory: Path) -> None:
 
 
 def remove_data_set(directory: Path) -> None:
-    """Remove all that a ``DatasetWriter`` makes, if it made anything there.
+    """Remove everything that a ``DatasetWriter`` wrote, if it wrote anything here.
 
-    A kill in the middle leaves a journal, and so no data set but one that may be removed.
+    A kill during the removal leaves a journal, so the rest is never taken for a data set.
     """
     if (directory / DATASET_FILE).exists():
         (directory / DATASET_FILE).replace(directory / JOURNAL_FILE)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-from gpt_dist.data.dataset import Split
+from gpt_dist.data.dataset import SPLITS, Split
 from gpt_dist.data.preparation.documents import COMPRESSED
 from gpt_dist.data.preparation.downloads import RemoteFile, Report
 from gpt_dist.data.preparation.hub import hub_files, resolve_commit, token_for
@@ -43,8 +43,6 @@ TINYSTORIES_FILES = {
     "v1": ("TinyStories-train.txt", "TinyStories-valid.txt"),
 }
 FINEWEB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-
-SPLITS: tuple[Split, ...] = ("train", "val")
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

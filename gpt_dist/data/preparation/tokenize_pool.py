@@ -1,7 +1,7 @@
 """Tokenise a stream of pieces on all cores, in order, with bounded memory.
 
-Threads are enough: tiktoken and Hugging Face tokenizers let go of Python's lock, and one copy of
-the vocabulary serves all. A chunk of many documents is one call into the tokenizer.
+Threads are enough: tiktoken and Hugging Face tokenizers release Python's lock, and all threads
+share one vocabulary. A chunk of many documents is one call into the tokenizer.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ CHUNK_CHARACTERS = 1 << 19
 
 
 class Input(Protocol):
-    """One file, or whatever else documents are read from."""
+    """A file, or anything else that documents are read from."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For messages."""
 
     @property
     def split(self) -> Split | None:
-        """Where its documents go; None: to be chosen document by document."""
+        """Where its documents go; None: chosen document by document."""
 
     @property
     def size(self) -> int:
-        """Weight of this input in the progress, for example bytes."""
+        """Weight of this input in the progress bar, such as its bytes."""
 
     def read(self, at: Position, cut: Cut) -> Iterator[Piece]:
         """The documents from a position on; long ones in pieces, cut where ``cut`` allows it."""
 
     def prefetch(self) -> None:
-        """This input is read next: begin to fetch it, if it is far away."""
+        """Begin to download this input; it is read next."""
 
 
 class Cursor(NamedTuple):
-    """Where reading all the inputs goes on."""
+    """Where reading of all inputs resumes."""
 
     input: int = 0
     position: Position = START
@@ -56,7 +56,7 @@ class Cursor(NamedTuple):
 
 @dataclass
 class Run:
-    """Texts that go to the same split, one after the other."""
+    """Consecutive texts of one split."""
 
     split: Split
     texts: list[str] = field(default_factory=list)
@@ -65,13 +65,13 @@ class Run:
 
 @dataclass
 class Chunk:
-    """Work for one thread: runs of texts, and where reading goes on after them."""
+    """Work for one thread: runs of texts, and where reading resumes after them."""
 
     runs: list[Run]
     after: Cursor | None
-    """None where reading cannot go on from here."""
+    """None where reading cannot resume here."""
     done: float
-    """Share of all inputs that has been read, 0 to 1."""
+    """Share of all inputs read so far, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Tokens:
     ids: Ids
     documents: int
     bytes: int
-    """Of text, in UTF-8."""
+    """Length of the text in UTF-8."""
 
 
 def read_chunks(
@@ -148,7 +148,7 @@ def tokenize(
     try:
         for chunk in chunks:
             pending.append((chunk, pool.submit(work, chunk)))
-            # A few more than there are threads, so that none waits for the reading.
+            # A few more chunks than threads, so that no thread waits for the reader.
             if len(pending) > 2 * workers + 2:
                 first, future = pending.popleft()
                 yield first, future.result()
@@ -160,10 +160,10 @@ def tokenize(
 
 
 def split_chooser(val_fraction: float, seed: int) -> Callable[[int], Split]:
-    """Which split a document goes to: a hash of its index decides, so that it streams.
+    """Choose the split of a document by a hash of its index, which needs no second pass.
 
-    The first document is always for training and, where there is validation at all, the second for
-    validation, so that a handful of documents has both.
+    The first document always goes to training. With a validation split, the second goes there, so
+    that even a few documents fill both.
     """
     threshold = int(val_fraction * 2**64)
 

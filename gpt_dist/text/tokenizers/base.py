@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 FILE_NAME = "tokenizer.json"
 FORMAT_VERSION = 1
 MAX_VOCAB_SIZE = 1 << 20
-"""Larger vocabularies are taken for a mistake."""
+"""A larger vocabulary is taken for a mistake."""
 
 
 class Tokenizer(ABC):
-    """What the rest of the package knows of a tokenizer.
+    """The interface of all tokenizers.
 
-    Text is always taken as plain text: the string ``<|endoftext|>`` inside it does not become the
-    end-of-text token.
+    Text is always plain text: the string ``<|endoftext|>`` in it does not become the end-of-text
+    token.
     """
 
     name: str
     """``gpt2``, ``char`` or ``bpe``."""
     vocab_size: int
     eot_id: int | None
-    """Id of the end-of-text token, which stands before each document; None where there is none."""
+    """Id of the end-of-text token, which precedes each document; None where there is none."""
 
     @property
     def token_dtype(self) -> type[np.unsignedinteger[Any]]:
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
         """Token ids of a text.
 
         Raises:
-            UsageError: the text has a character that the vocabulary cannot express (char only).
+            UsageError: the text has a character that is not in the vocabulary (char only).
         """
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
@@ -59,12 +59,12 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_documents(self, texts: list[str], starts: list[bool]) -> Ids:
-        """Token ids of texts one after the other, as token shards hold them.
+        """Token ids of consecutive texts, as token shards hold them: shape (n,).
 
         Args:
-            texts: documents, or pieces of documents cut where ids do not depend on it.
-            starts: whether each text begins a document: the end-of-text token stands before it.
-                The others continue the text before them.
+            texts: documents, or pieces of documents from ``safe_cut``.
+            starts: whether each text begins a document; the end-of-text token is put before it.
+                The others continue the previous text.
         """
         pieces = [np.empty(0, dtype=self.token_dtype)]
         for ids, start in zip(self.encode_batch(texts), starts, strict=True):
@@ -90,7 +90,7 @@ class Tokenizer(ABC):
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for (a special token's name for special tokens).
+        """The bytes of one id; of a special token, its name.
 
         Raises:
             UsageError: an id beyond the vocabulary.
@@ -103,7 +103,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int32]:
-        """Bytes of text that each id stands for, shape (vocab_size,); 0 for special tokens."""
+        """Bytes of text of each id, shape (vocab_size,); 0 for special tokens."""
         lengths = np.array([len(piece) for piece in self._table], dtype=np.int32)
         lengths[list(self._special_ids)] = 0
         return lengths
@@ -119,10 +119,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """What ``tokenizer.json`` holds."""
+        """The content of ``tokenizer.json``."""
 
     def to_json(self) -> str:
-        """``tokenizer.json`` as text, the same for equal tokenizers."""
+        """``tokenizer.json`` as text; equal tokenizers give equal text."""
         return json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -37,7 +37,7 @@ class BpeTokenizer(Tokenizer):
         self, backend: tokenizers.Tokenizer, eot: str = END_OF_TEXT, pad: str | None = None
     ) -> None:
         self._backend = backend
-        backend.encode_special_tokens = True  # in a text they are plain text
+        backend.encode_special_tokens = True  # their names in a text are plain text
         backend.no_truncation()
         backend.no_padding()
         self.vocab_size = backend.get_vocab_size()
@@ -55,8 +55,8 @@ class BpeTokenizer(Tokenizer):
         """Learn merges from texts; the same texts always give the same tokenizer.
 
         Args:
-            vocab_size: ids wanted, the 256 bytes and the two special tokens included. A short
-                text may have fewer merges to offer.
+            vocab_size: includes the 256 bytes and the two special tokens. A short text may give
+                fewer.
 
         Raises:
             UsageError: a vocabulary too small for the bytes, or too large.
@@ -83,7 +83,7 @@ class BpeTokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        # Its threads are the library's own (RAYON_NUM_THREADS).
+        # The library has its own threads (RAYON_NUM_THREADS).
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -20,7 +20,7 @@ UNKNOWN = -1
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in code-point order, as nanoGPT's shakespeare_char.
+    """One id for each character, in code-point order, as in nanoGPT's shakespeare_char.
 
     Args:
         characters: the vocabulary; sorted and made unique here.
@@ -39,8 +39,8 @@ class CharTokenizer(Tokenizer):
         if not self.characters:
             raise UsageError("char tokenizer: the text is empty")
         if any("\ud800" <= character <= "\udfff" for character in self.characters):
-            raise UsageError("char tokenizer: half of a surrogate pair is no character")
-        # Code points → ids, as an array: encoding is then one indexing operation.
+            raise UsageError("char tokenizer: half of a surrogate pair is not a character")
+        # Ids by code point, as an array: encoding is one indexing operation.
         points = _code_points(self.characters)
         self._ids = np.full(int(points[-1]) + 2, UNKNOWN, dtype=np.int32)
         self._ids[points] = np.arange(len(points))

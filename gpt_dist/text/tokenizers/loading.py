@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a name (``gpt2``), a ``tokenizer.json``, or a directory that holds one.
 
-    A ``tokenizer.json`` of Hugging Face ``tokenizers`` (byte-level BPE) is understood as well.
+    A ``tokenizer.json`` of Hugging Face ``tokenizers`` (byte-level BPE) works as well.
 
     Raises:
-        UsageError: no such file, or not a tokenizer that this version understands.
+        UsageError: no such file, or not a tokenizer that this version can read.
     """
     if str(name_or_path) == "gpt2":
         return Gpt2Tokenizer()

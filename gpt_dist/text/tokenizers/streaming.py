@@ -1,4 +1,4 @@
-"""Text out of ids that come one by one."""
+"""Decoding of ids that arrive one by one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from gpt_dist.text.tokenizers.base import Tokenizer
 
 
 class StreamDecoder:
-    """Decode ids as they come, giving out only whole UTF-8 characters.
+    """Decode ids as they arrive; only whole UTF-8 characters are returned.
 
-    All that ``push`` and ``flush`` return, joined, is ``tokenizer.decode`` of all the ids.
+    The results of ``push`` and ``flush``, joined, equal ``tokenizer.decode`` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -18,9 +18,9 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, *ids: int) -> str:
-        """The text that these ids complete; a character still in parts is held back."""
+        """The text that these ids complete; an incomplete character is held back."""
         return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole."""
+        """The rest at the end: U+FFFD for a character that stayed incomplete."""
         return self._decoder.decode(b"", final=True)
