@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 import time
@@ -13,20 +12,17 @@ import pytest
 
 from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
 from tests.cluster.two_hosts import TwoHosts, obstacle
+from tests.components import missing
 from tests.conftest import BIN
 
 ROOT = Path(__file__).parents[2]
-
-
-def unavailable(reason: str) -> None:
-    """Skip, unless this is CI, where everything is installed."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{reason}; see tests/cluster/setup.sh")
+SETUP = "tests/cluster/setup.sh"
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    if missing := missing_programs():
-        unavailable(f"no {', '.join(missing)}")
+    if programs := missing_programs():
+        missing(f"no {', '.join(programs)}; see {SETUP}")
     # Not pytest's own directory: the paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
         with SlurmCluster(Path(directory)) as cluster:
@@ -37,7 +33,7 @@ def slurm() -> Iterator[SlurmCluster]:
 @pytest.fixture
 def hosts() -> Iterator[TwoHosts]:
     if reason := obstacle():
-        unavailable(reason)
+        missing(f"{reason}; see {SETUP}")
     with TwoHosts() as two:
         yield two
 

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,11 @@ from gpt_dist.evaluation import tasks
 from gpt_dist.evaluation.scoring import Request, score
 from gpt_dist.export import export_hf
 from gpt_dist.model.gpt import GPT
-from gpt_dist.text.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
+from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tests import warm
+from tests.components import require_module
 
-transformers = pytest.importorskip("transformers")
+transformers = require_module("transformers")
 transformers.utils.logging.set_verbosity_error()
 CONTEXT = 40
 SPEECH = """
@@ -35,19 +35,30 @@ with [header] [title] [step] She He into 1st 20% can't “well” café, done. a
 """
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with GPT-2's vocabulary, exported."""
+def export_random_model(tokenizer: Tokenizer, directory: Path) -> Path:
     torch.manual_seed(6)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": CONTEXT}
-    model = GPT(ModelConfig.model_validate(shape | {"vocab_size": 50257})).eval()
+    model = GPT(ModelConfig.model_validate(shape | {"vocab_size": tokenizer.vocab_size})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-        model.wte.weight[50257:] = 0
-    directory = tmp_path_factory.mktemp("model") / "exported"
-    export_hf(model, load_tokenizer("gpt2"), directory, torch.float32)
+        model.wte.weight[tokenizer.vocab_size :] = 0
+    export_hf(model, tokenizer, directory, torch.float32)
     return directory
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with GPT-2's vocabulary, exported."""
+    directory = tmp_path_factory.mktemp("gpt2") / "exported"
+    return export_random_model(load_tokenizer("gpt2"), directory)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a small vocabulary, exported."""
+    directory = tmp_path_factory.mktemp("model") / "exported"
+    return export_random_model(BpeTokenizer.train([SPEECH], vocab_size=400), directory)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +126,10 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def harness(
-    model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+    gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
     """What lm-eval says of the exported model, on the same files."""
-    missing = "lm-eval is not installed: pip install 'gpt_dist[dev]'"
-    lm_eval = pytest.importorskip("lm_eval", reason=missing)
+    lm_eval = require_module("lm_eval", "lm-eval is not installed: pip install 'gpt_dist[dev]'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -130,7 +140,7 @@ def harness(
         (configs / f"{name}.yaml").write_text(filled, encoding="utf-8")
     os.environ.setdefault("HF_DATASETS_CACHE", str(configs / "cache"))
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(model_dir), device="cpu", batch_size=8),
+        model=HFLM(pretrained=str(gpt2_dir), device="cpu", batch_size=8),
         tasks=[f"our_{name}" for name in TASKS],
         task_manager=TaskManager(include_path=str(configs), include_defaults=False),
         bootstrap_iters=0,
@@ -143,11 +153,11 @@ def harness(
 
 @pytest.mark.slow
 def test_hellaswag_equals_lm_eval(
-    harness: Any, model_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    harness: Any, gpt2_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = data / "hellaswag.jsonl"
     ours = evaluate_json(
-        capsys, "--checkpoint", model_dir, "--task", "hellaswag", "--source", source
+        capsys, "--checkpoint", gpt2_dir, "--task", "hellaswag", "--source", source
     )["lm_eval"]
     theirs = harness["our_hellaswag"]
     assert ours["acc"]["value"] == pytest.approx(theirs["acc"], abs=1e-12)
@@ -156,10 +166,10 @@ def test_hellaswag_equals_lm_eval(
 
 @pytest.mark.slow
 def test_lambada_equals_lm_eval(
-    harness: Any, model_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    harness: Any, gpt2_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = data / "lambada.jsonl"
-    ours = evaluate_json(capsys, "--checkpoint", model_dir, "--task", "lambada", "--source", source)
+    ours = evaluate_json(capsys, "--checkpoint", gpt2_dir, "--task", "lambada", "--source", source)
     theirs = harness["our_lambada"]
     assert ours["acc"]["value"] == pytest.approx(theirs["acc"], abs=1e-12)
     assert ours["perplexity"]["value"] == pytest.approx(theirs["perplexity"], rel=1e-4)
@@ -167,11 +177,11 @@ def test_lambada_equals_lm_eval(
 
 @pytest.mark.slow
 def test_perplexity_equals_lm_eval(
-    harness: Any, model_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    harness: Any, gpt2_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = data / "text.txt"
     ours = evaluate_json(
-        capsys, "--checkpoint", model_dir, "--task", "perplexity", "--source", source
+        capsys, "--checkpoint", gpt2_dir, "--task", "perplexity", "--source", source
     )
     theirs = harness["our_perplexity"]
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
@@ -251,13 +261,13 @@ def test_windows_score_each_token_once() -> None:
 
 
 def test_batches_do_not_matter(model_dir: Path) -> None:
-    model, _, _ = load_model(model_dir)
+    model, tokenizer, _ = load_model(model_dir)
     model.train()
     draw = random.Random(8)
     requests = [
         Request(
-            [draw.randrange(50257) for _ in range(draw.randint(1, 60))],
-            [draw.randrange(50257) for _ in range(draw.randint(1, 20))],
+            [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(1, 60))],
+            [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(1, 20))],
         )
         for _ in range(23)
     ]
@@ -270,39 +280,26 @@ def test_batches_do_not_matter(model_dir: Path) -> None:
 
 
 def test_greedy_is_what_greedy_decoding_says(model_dir: Path) -> None:
-    model, _, _ = load_model(model_dir)
-    ids = [50256]
+    model, tokenizer, _ = load_model(model_dir)
+    ids = [tokenizer.eot_id or 0]
     for _ in range(5):
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    wrong = [*ids[:4], ids[4] + 1, ids[5]]
-    assert score(
-        model, [Request(ids[:1], ids[1:]), Request(wrong[:1], wrong[1:])]
-    ).greedy.tolist() == [
-        True,
-        False,
-    ]
+    wrong = [*ids[:4], (ids[4] + 1) % tokenizer.vocab_size, ids[5]]
+    requests = [Request(ids[:1], ids[1:]), Request(wrong[:1], wrong[1:])]
+    assert score(model, requests).greedy.tolist() == [True, False]
 
 
 @pytest.mark.slow
 def test_ranks_share_the_work(model_dir: Path, data: Path) -> None:
-    """Two ranks under torchrun print what one process prints, once."""
+    """Two ranks print what one process prints, once."""
     source = data / "hellaswag.jsonl"
     arguments = ["--checkpoint", model_dir, "--task", "hellaswag", "--source", source]
     command = [*map(str, arguments), "--json", "--device", "cpu", "--limit", "21"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     outputs = []
-    for launcher in (
-        [sys.executable, "-m"],
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"],
-    ):
-        done = subprocess.run(
-            [*launcher, "gpt_dist.evaluate", *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    for ranks in (1, 2):
+        done = warm.run_ranks("gpt_dist.evaluate", command, ranks)
+        assert done.returncode == 0, done.stderr
         outputs.append(json.loads(done.stdout))
     assert outputs[0] == outputs[1]
     assert outputs[0]["examples"] == 21

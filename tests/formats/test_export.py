@@ -22,8 +22,9 @@ from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.hf_tokenizers import tokenizer_files
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tests.components import require_module
 
-transformers = pytest.importorskip("transformers")
+transformers = require_module("transformers")
 transformers.utils.logging.set_verbosity_error()
 
 TEXT = (

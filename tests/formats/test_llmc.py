@@ -15,8 +15,9 @@ from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.llmc import read_llmc, to_llmc
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import CharTokenizer
+from tests.components import require_module
 
-transformers = pytest.importorskip("transformers")
+transformers = require_module("transformers")
 VOCAB, WIDTH, LAYERS, CONTEXT = 100, 32, 3, 24
 
 

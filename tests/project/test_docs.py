@@ -15,6 +15,7 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.training.dry_run import activation_bytes
 from gpt_dist.training.formatting import human
 from gpt_dist.training.metrics import whole_lines
+from tests.components import require_module
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -70,7 +71,7 @@ def test_each_step_from_bigram_to_transformer_buys_something() -> None:
 
 @pytest.mark.slow
 def test_site_builds_strictly(tmp_path: Path) -> None:
-    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    require_module("material", "mkdocs-material is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -105,9 +106,8 @@ def test_paths_in_the_text_exist(page: Path) -> None:
 @pytest.mark.slow
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """notebooks/quickstart.ipynb from an empty directory, with fewer steps."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    nbformat, nbclient = require_module("nbformat"), require_module("nbclient")
+    require_module("ipykernel")
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if "STEPS = " in cell.source)
     first.source = re.sub(r"STEPS = \d+", "STEPS = 4", first.source)
