@@ -81,7 +81,7 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], Merges]:
     """Byte-level BPE vocabulary and merges of a gpt2 or char tokenizer."""
     spell = byte_characters()
     table = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    vocab = {"".join(spell[byte] for byte in piece): token for token, piece in enumerate(table)}
+    vocab = _spelled(table)
     if isinstance(tokenizer, Gpt2Tokenizer):
         ranks = {piece: token for token, piece in enumerate(table) if token != tokenizer.eot_id}
         return vocab, _recover_merges(ranks)
@@ -99,6 +99,12 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], Merges]:
             vocab.setdefault(left + right, len(vocab))
             merges.append((left, right))
     return vocab, list(dict.fromkeys(merges))
+
+
+def _spelled(table: list[bytes]) -> dict[str, int]:
+    """The vocabulary in printable characters, one a byte, from each token's bytes."""
+    spell = byte_characters()
+    return {"".join(spell[byte] for byte in piece): token for token, piece in enumerate(table)}
 
 
 def _recover_merges(ranks: dict[bytes, int]) -> Merges:
@@ -173,8 +179,9 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     if data["model"].get("type", "BPE") != "BPE":
         raise UsageError(f"{whole}: a {data['model']['type']} tokenizer; valid is a byte-level BPE")
     if data["pre_tokenizer"] == GPT2_PRE_TOKENIZER and not data["normalizer"]:
-        if backend.get_vocab() == vocabulary(Gpt2Tokenizer())[0]:
-            return Gpt2Tokenizer()
+        gpt2 = Gpt2Tokenizer()
+        if backend.get_vocab() == _spelled([gpt2.token_bytes(t) for t in range(gpt2.vocab_size)]):
+            return gpt2
         if characters := _characters(backend, vocab_size, eot):
             return CharTokenizer(characters, eot=backend.token_to_id(eot or "") is not None)
     try:
