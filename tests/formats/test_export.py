@@ -34,7 +34,11 @@ TEXT = (
 )
 
 
-@pytest.fixture(scope="module", params=["gpt2", "char", "char-eot", "bpe"])
+GPT2 = pytest.param("gpt2", marks=pytest.mark.slow)
+"""Its 50,257 tokens take seconds to write and to compare."""
+
+
+@pytest.fixture(scope="module", params=[GPT2, "char", "char-eot", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return make_tokenizer(request.param)
 
@@ -178,6 +182,7 @@ def test_tokenizers_agree_on_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert transformers.GPT2Tokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == ids
 
 
+@pytest.mark.slow
 def test_gpt2_files_are_openai_s() -> None:
     """The sha256 of OpenAI's own encoder.json and vocab.bpe, as tiktoken (MIT) checks them."""
     files = tokenizer_files(load_tokenizer("gpt2"), 1024)

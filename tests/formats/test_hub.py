@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from gpt_dist.checkpoints.reader import load_model
+from tests import warm
 from tests.formats.test_export import exported, make_model, make_tokenizer
 
 
@@ -91,11 +91,10 @@ def test_names_of_the_hub_are_fetched(tmp_path: Path, good: Path) -> None:
     }
 
     def fetch(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "gpt_dist.import_hf", name, "--out", str(tmp_path / "out")],
+        return warm.run_ranks(
+            "gpt_dist.import_hf",
+            [name, "--out", str(tmp_path / "out")],
             env=os.environ | cache | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
-            capture_output=True,
-            text=True,
         )
 
     try:
