@@ -1,4 +1,4 @@
-# gpt_dist: `make demo` shows the whole of it, `make test` proves it. Both set everything up.
+# gpt_dist: `make demo` shows all of it, `make test` tests all of it. Both install what they need.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,22 +23,25 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## Prepare text, train on 2 ranks, sample, serve, call: under 6 minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
+quick: install  ## Run the tests that need no process of their own: under 90 seconds
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not cluster and not node"
+
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
 	bash tests/cluster/setup.sh
 	$(BIN)/pytest tests/cluster
 
-check: lint test  ## What CI runs: lint, types, tests
+check: lint test  ## Run what CI runs: lint, types, tests
 
-lint: install
+lint: install  ## Check style, types and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-soak: install  ## The long versions of the fault tests; results go to benchmarks/results
+soak: install  ## Run the long versions of the fault tests, results in benchmarks/results
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
 	SOAK=1 $(BIN)/pytest tests/serve
 
@@ -51,7 +54,7 @@ docs: install  ## Build the documentation into site/
 image-check: install  ## Build the Dockerfile with buildah (as root), train and serve inside
 	bash launch/container/image-check.sh
 
-format: install  ## Format the code and mend what can be mended
+format: install  ## Format the code and fix what can be fixed automatically
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -59,4 +62,4 @@ clean:  ## Remove the environment, caches and build products (runs/ and data/ st
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-cluster check lint soak proto docs image-check format clean
+.PHONY: help install demo quick test test-cluster check lint soak proto docs image-check format clean

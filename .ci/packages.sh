@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the tests need beside Python: a Slurm cluster, network namespaces, Node.js, a browser.
+# Install what the tests need beside Python: Slurm, network namespaces, Node.js, a browser, a C++
+# compiler, Docker Compose and kubectl. What is already there stays as it is.
 set -euo pipefail
 wanted=()
 need() { command -v "$1" >/dev/null 2>&1 || wanted+=("$2"); }
@@ -7,12 +8,13 @@ PATH="$PATH:/usr/sbin:/sbin"
 need sbatch slurm-wlm
 need munged munge
 need ip iproute2
-need iptables iptables
+need ps procps
 need node nodejs
 need npm npm
 need chromium chromium
 need g++ g++
 need docker-compose docker-compose
+need kubectl kubernetes-client
 if [ ${#wanted[@]} -gt 0 ]; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq

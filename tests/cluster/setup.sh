@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the cluster tests need and this machine lacks: Slurm, munge, iproute2 (Debian,
+# Install what the cluster tests need and this machine lacks: Slurm, munge, iproute2, procps (Debian,
 # Ubuntu; as root). The tests start their own daemons and networks and take them down again:
 #
 #   tests/cluster/setup.sh && python -m pytest -m cluster
@@ -8,7 +8,7 @@ set -euo pipefail
 
 PATH="$PATH:/usr/sbin:/sbin"
 packages=()
-for pair in slurmctld:slurm-wlm munged:munge ip:iproute2; do
+for pair in slurmctld:slurm-wlm munged:munge ip:iproute2 ps:procps; do
     command -v "${pair%%:*}" >/dev/null || packages+=("${pair#*:}")
 done
 if ((${#packages[@]} == 0)); then
