@@ -32,6 +32,7 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
     from gpt_dist.config.settings import Config
     from gpt_dist.data.loader import Batch
     from gpt_dist.model.gpt import GPT
+    from gpt_dist.parallel.compiling import compile_blocks
     from gpt_dist.parallel.world import World
     from gpt_dist.training.memory import keep_freed_memory
     from gpt_dist.training.setup import make_engine
@@ -49,10 +50,14 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
             config = Config.model_validate(
                 {
                     "model": {**shape, "context_length": context, "vocab_size": VOCABULARY},
-                    "train": {"batch_tokens": accumulate * settings["micro_batch"] * context},
+                    "train": {
+                        "batch_tokens": accumulate * settings["micro_batch"] * context,
+                        "micro_batch_size": settings["micro_batch"],
+                    },
                 }
             )
             model = GPT(config.model).to(device).train()
+            compile_blocks(model, world, config, dtype)
             engines[0] = make_engine(model, world, config, dtype)
         engine = engines[0]
         engine.loss_scale = 1 / (tokens.shape[0] * context)

@@ -44,7 +44,7 @@ class CheckpointReader:
         self._files = {
             part: TensorFile(directory / f"{part}.safetensors") for part in ("model", "optimizer")
         }
-        self._rows = model.wte.weight.shape[0]
+        self._rows = model.shapes["wte.weight"][0]  # the parameter itself may be partitioned
 
     def __call__(self, name: str) -> Tensor:
         """The tensor ``model.<parameter>`` or ``optimizer.<state>.<parameter>``, with padding rows.

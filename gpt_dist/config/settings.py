@@ -153,6 +153,11 @@ class ParallelConfig(Section):
     timeout: Positive = 600.0
     """Seconds after which a rank that does not answer ends the run."""
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds the whole weights (ZeRO-3)."""
+        return self.strategy == "deepspeed" and self.zero_stage == 3
+
 
 class Config(Section):
     """A training run."""
@@ -222,15 +227,10 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
             "optim.name = muon: not with parallel.strategy = deepspeed, which cuts matrices into "
             "flat pieces; use ddp or optim.name = adamw"
         )
-    if train.compile is True and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
+    if train.compile is True and parallel.shards_weights:
         problems.append(
             "train.compile = true: not with parallel.zero_stage = 3, which gathers the weights "
             "between the operations that would be fused; set it to false or use stage 0 to 2"
-        )
-    if config.eval.hellaswag_every and (parallel.strategy, parallel.zero_stage) == ("deepspeed", 3):
-        problems.append(
-            "eval.hellaswag_every: not during training with parallel.zero_stage = 3; "
-            "run gpt_dist.evaluate on a checkpoint"
         )
     if parallel.strategy != "deepspeed":
         for key in ("offload", "deepspeed_config"):

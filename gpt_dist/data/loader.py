@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import deque
@@ -144,26 +145,28 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's part of the first ``tokens`` predictions of the validation split (None: all).
 
-    The windows do not overlap, so each token is predicted once, whatever the number of ranks. A
-    shorter last window is filled up with ``IGNORE``.
+    The windows do not overlap, so each token is predicted once, whatever the number of ranks. Every
+    rank gets the same number of batches, all of shape (micro_batch, context), because a forward
+    pass can be collective and a compiled one serves a single shape. Missing windows, and the end
+    of a short one, have the target ``IGNORE``.
     """
     predictions = min(tokens or len(stream), len(stream) - 1)
-    starts = np.arange(0, predictions, context, dtype=np.int64)[rank::world_size]
-    for first in range(0, len(starts), micro_batch):
-        chosen = starts[first : first + micro_batch]
-        whole = chosen + context <= predictions
-        rows = np.zeros((len(chosen), context + 1), dtype=stream.dtype)
-        if whole.any():
-            rows[whole] = stream.gather(chosen[whole], context + 1)
-        ids, targets = to_batch(rows, device)
-        for row in np.flatnonzero(~whole):
+    starts = np.arange(0, predictions, context, dtype=np.int64)
+    rounds = math.ceil(len(starts) / (micro_batch * world_size))
+    mine = starts[rank::world_size]
+    for first in range(0, rounds * micro_batch, micro_batch):
+        chosen = mine[first : first + micro_batch]
+        ids = np.zeros((micro_batch, context), dtype=np.int64)
+        targets = np.full((micro_batch, context), IGNORE, dtype=np.int64)
+        whole = np.flatnonzero(chosen + context <= predictions)
+        if len(whole):
+            rows = stream.gather(chosen[whole], context + 1)
+            ids[whole], targets[whole] = rows[:, :-1], rows[:, 1:]
+        for row in range(len(whole), len(chosen)):
             length = predictions - int(chosen[row])
-            piece = torch.from_numpy(stream.read(int(chosen[row]), length + 1).astype(np.int64))
-            ids, targets = ids.clone(), targets.clone()
-            ids[row, :length] = piece[:-1].to(device)
-            targets[row] = IGNORE
-            targets[row, :length] = piece[1:].to(device)
-        yield Batch(ids, targets)
+            piece = stream.read(int(chosen[row]), length + 1)
+            ids[row, :length], targets[row, :length] = piece[:-1], piece[1:]
+        yield Batch(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
 
 
 def open_datasets(config: Config) -> list[Dataset]:

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gpt_dist.evaluation.validation import evaluating
 from gpt_dist.model.gpt import GPT
+from gpt_dist.parallel.compiling import uncompiled
 from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
 
-ROWS = 1024
-"""Positions whose logits exist at the same time."""
+POSITIONS = 2048
+"""Most positions that are scored in one forward pass, because their logits exist together."""
 
 
 class Request(NamedTuple):
@@ -74,50 +75,63 @@ def score(
         fp64 tensor (N,) and bool tensor (N,) on the CPU, in the order of the requests.
     """
     rank, size = (world.rank, world.size) if world else (0, 1)
-    device = model.wte.weight.device
-    # Longest first: what does not fit into memory shows at once.
-    order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
-    mine = order[rank::size]
+    batches = _batches(requests, batch_size, model.config.context_length)
     found = torch.zeros(2, len(requests), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            for start in range(0, len(mine), batch_size):
-                part = mine[start : start + batch_size]
-                found[:, part] = _score_batch(model, [requests[i] for i in part])
-                if on_done is not None:
-                    on_done(min(len(requests), size * (start + len(part))), len(requests))
-    finally:
-        model.train(training)
+    device, done = model.wte.weight.device, 0
+    with (
+        evaluating(model),
+        # Every batch has its own shape: compiling each would take longer than running it.
+        uncompiled(model),
+        torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        for first in range(0, len(batches), size):
+            # A forward pass can be collective: a rank without a batch makes one of nothing.
+            mine = batches[first + rank] if first + rank < len(batches) else []
+            found[:, mine] = _score_batch(model, [requests[i] for i in mine])
+            done += sum(map(len, batches[first : first + size]))
+            if on_done is not None:
+                on_done(done, len(requests))
     if world:
         found = world.all_reduce(found)
     return Scores(found[0], found[1] > 0.5)
+
+
+def _batches(requests: Sequence[Request], rows: int, context: int) -> list[list[int]]:
+    """Indices of requests, those of similar length together, longest first.
+
+    The longest come first so that a lack of memory shows at once. Few enough positions are
+    scored in one batch to keep their logits small.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
+    batches: list[list[int]] = []
+    scored = 0
+    for i in order:
+        count = min(context, len(requests[i].continuation))
+        if not batches or len(batches[-1]) == rows or scored + count > POSITIONS:
+            batches.append([])
+            scored = 0
+        batches[-1].append(i)
+        scored += count
+    return batches
 
 
 def _score_batch(model: GPT, requests: Sequence[Request]) -> Tensor:
     """(2, N): log-likelihood, and 1 where greedy decoding says the continuation."""
     limit = model.config.context_length
     rows = [(request.context + request.continuation)[-limit - 1 :] for request in requests]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    counted = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
+    longest = max(map(len, rows), default=2)
+    ids = torch.zeros(max(1, len(rows)), longest, dtype=torch.long)
+    counted = torch.zeros(len(ids), longest - 1, dtype=torch.bool)
     for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)  # padding comes after, where nothing sees it
         counted[i, max(0, len(row) - 1 - len(request.continuation)) : len(row) - 1] = True
     device = model.wte.weight.device
     owner = counted.nonzero()[:, 0]
     targets = ids[:, 1:][counted].to(device)
-    hidden = model.hidden(ids[:, :-1].to(device))[counted.to(device)]
-    likelihoods, hits = [], []
-    for start in range(0, len(hidden), ROWS):
-        part, wanted = hidden[start : start + ROWS], targets[start : start + ROWS]
-        logits = F.linear(part, model.head_weight)[:, : model.vocab_size].float()
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        likelihoods.append((chosen - logits.logsumexp(dim=1)).cpu())
-        hits.append((logits.argmax(dim=1) == wanted).cpu())
-    totals = torch.zeros(2, len(requests), dtype=torch.float64)
-    totals[0].index_add_(0, owner, torch.cat(likelihoods).double())
-    misses = torch.zeros(len(requests)).index_add_(0, owner, (~torch.cat(hits)).float())
-    totals[1] = misses == 0
-    return totals
+    logits = model(ids[:, :-1].to(device), positions=counted.to(device)).float()
+    likelihood = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    misses = logits.argmax(dim=1) != targets
+    totals = torch.zeros(2, len(ids), dtype=torch.float64)
+    totals[0].index_add_(0, owner, likelihood.double().cpu())
+    totals[1] = torch.zeros(len(ids)).index_add_(0, owner, misses.float().cpu()) == 0
+    return totals[:, : len(requests)]

@@ -27,12 +27,13 @@ class Validation(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While entered, a model in training evaluates: no dropout."""
+    """Put a model into evaluation mode (no dropout); afterwards restore the mode it was in."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        model.train(training)
 
 
 def validate(
@@ -79,7 +80,6 @@ def _validate_one(
     context = config.model.context_length
     micro_batch, _ = config.micro_batch(world.size)
     predictions = min(config.train.eval_tokens or len(stream), len(stream) - 1)
-    windows = math.ceil(predictions / context)
     batches = validation_batches(
         stream,
         context=context,
@@ -92,14 +92,11 @@ def _validate_one(
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     lengths = torch.from_numpy(byte_lengths.astype(np.int32)).to(world.device)
     totals = torch.zeros(2, dtype=exact, device=world.device)
-    # Every rank makes the same number of rounds, so that they can agree to stop in any of them.
-    for _ in range(math.ceil(windows / (micro_batch * world.size))):
+    for batch in batches:  # as many on every rank, so all of them ask together
         if world.any(stop()):
             return None
-        batch = next(batches, None)
-        if batch is not None:
-            totals[0] += engine.evaluate(batch)
-            counted = batch.targets[batch.targets != IGNORE]
-            totals[1] += lengths[counted].sum()
+        totals[0] += engine.evaluate(batch)
+        counted = batch.targets != IGNORE
+        totals[1] += (lengths[batch.targets.clamp(min=0)] * counted).sum()
     nats, length = world.all_reduce(totals).tolist()
     return Validation(nats / predictions, nats / math.log(2) / max(1.0, length))

@@ -149,19 +149,24 @@ class GPT(nn.Module):
                 x = block(x)
         return cast(Tensor, self.ln_f(x))
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Logits, or the summed loss.
 
         Args:
             ids: (B, T) token ids, T at most ``context_length``.
             targets: (B, T) next tokens; a negative target is ignored.
+            positions: (B, T) bool; without ``targets``, the positions to compute logits for.
 
         Returns:
-            (B, T, vocab_size) logits without ``targets``; with them the sum of the
-            cross-entropies in nats, a scalar in fp32.
+            With ``targets`` the sum of the cross-entropies in nats, a scalar in fp32. Without
+            them logits: (B, T, vocab_size), or (N, vocab_size) of the N chosen positions.
         """
         x = self.hidden(ids)
         if targets is None:
+            if positions is not None:
+                x = x[positions]
             return F.linear(x, self.head_weight)[..., : self.vocab_size]
         return ops.linear_cross_entropy(
             x.flatten(0, 1), self.head_weight, targets.flatten(), self.vocab_size

@@ -44,7 +44,8 @@ def fused_accumulation(enabled: bool = True) -> Iterator[None]:
 
 def fuses(weight: Tensor) -> bool:
     """Whether the pass being recorded adds this parameter's gradient to its ``main_grad``."""
-    return _fused and weight.requires_grad and torch.is_grad_enabled() and concrete(weight)
+    # What is being compiled must not depend on the mode: one graph serves every micro-batch.
+    return concrete(weight) and _fused and weight.requires_grad and torch.is_grad_enabled()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

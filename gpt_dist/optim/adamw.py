@@ -2,38 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+class GuardedOptimizer(Protocol):
+    """What an engine steps: an optimizer that clips by a number, and skips a broken step."""
+
+    param_groups: list[dict[str, object]]
+
+    def guard(self, divisor: Tensor, skip: Tensor) -> None:
+        """Prepare the next step.
+
+        Args:
+            divisor: scalar that the gradients are divided by.
+            skip: bool scalar; where it is set, the step changes nothing.
+        """
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+def parameter_groups(
+    parameters: list[nn.Parameter], weight_decay: float
+) -> list[dict[str, object]]:
     """Matrices and embeddings decay; biases and layer norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
+    groups: list[dict[str, object]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
-def make_adamw(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over the model's two groups."""
-    groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused
-    )
+class AdamW(torch.optim.AdamW):
+    """AdamW (arXiv:1711.05101) as a ``GuardedOptimizer``.
+
+    Fused, the kernel itself divides by ``grad_scale`` and does nothing where ``found_inf`` is
+    set: clipping needs no pass over the gradients, and the host does not wait to learn of a NaN.
+    Not fused, a guarded step reads ``skip`` on the host and divides the gradients first.
+
+    Args:
+        parameters: to optimize.
+        fused: whether the device of the parameters has the fused kernel.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], config: OptimConfig, *, fused: bool) -> None:
+        super().__init__(
+            parameter_groups(parameters, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=1e-8,
+            fused=fused,
+        )
+        self.fused = fused
+        self._guard: tuple[Tensor, Tensor] | None = None
+
+    def guard(self, divisor: Tensor, skip: Tensor) -> None:
+        self._guard = divisor, skip
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        guard, self._guard = self._guard, None
+        self.grad_scale = self.found_inf = None
+        if guard and self.fused:
+            self.grad_scale, self.found_inf = guard[0], guard[1].float()
+        elif guard:
+            if guard[1].item():
+                return
+            divide_gradients([p for group in self.param_groups for p in group["params"]], guard[0])
+        super().step(closure)
+
+    def make_state(self) -> None:
+        """Make the state of every parameter now, which PyTorch makes in the first step."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device if self.fused else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
-def make_adamw_state(optimizer: torch.optim.AdamW, *, fused: bool) -> None:
-    """Make AdamW's state of every parameter now, which it would make at its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+@torch.no_grad()
+def divide_gradients(parameters: list[nn.Parameter], divisor: Tensor) -> None:
+    """Divide the gradients of the parameters that have one, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, divisor)
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether PyTorch's fused AdamW, which can skip a step by itself, exists for a device."""
+    return device.type in ("cpu", "cuda")
+
+
+def clip_divisor(norm: Tensor, grad_clip: float) -> Tensor:
+    """What gradients are divided by so that their global norm is at most ``grad_clip`` (0: any)."""
+    if not grad_clip:
+        return torch.ones_like(norm)
+    return ((norm + 1e-6) / grad_clip).clamp(min=1.0)
 
 
 @torch.no_grad()
@@ -41,7 +113,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors together, a scalar on their device."""
     if not tensors or tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
-    # PyTorch's sum over 38M numbers at once was off by a thousandth; over a row it is not.
+    # PyTorch's sum of 38M squares at once was off by a thousandth; row by row it is not.
     rows = [torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.cat(rows))
     return norm

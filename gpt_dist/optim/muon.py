@@ -13,40 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
-from gpt_dist.optim.adamw import make_adamw_state
+from gpt_dist.optim.adamw import AdamW, divide_gradients
 
 MOMENTUM = 0.95
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Presents two optimizers as one: their groups, their state and their step.
+    """A ``GuardedOptimizer`` made of two: their groups, their state and their steps.
 
-    Clips and skips as PyTorch's fused AdamW does: ``grad_scale`` divides the gradients, and where
-    ``found_inf`` is set nothing changes. Reading ``found_inf`` makes the host wait for the device,
-    which the orthogonalisation's dozen of matrix products a parameter hides.
+    A guarded step reads ``skip`` on the host. The host waits for the device there, but the dozen
+    matrix products that orthogonalise each parameter hide it.
+
+    Args:
+        model: whose parameters to optimize; the matrices of ``model.h`` by Muon.
+        fused: whether the device has the fused AdamW.
     """
-
-    grad_scale: Tensor
-    found_inf: Tensor
 
     def __init__(self, model: nn.Module, config: OptimConfig, *, fused: bool) -> None:
         named = dict(model.named_parameters())
         self.matrices = [p for n, p in named.items() if p.dim() == 2 and n.startswith("h.")]
         chosen = {id(p) for p in self.matrices}
         rest = [p for p in named.values() if id(p) not in chosen]
-        decay = [p for p in rest if p.dim() >= 2]
-        plain = [p for p in rest if p.dim() < 2]
-        groups = [
-            {"params": decay, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=1e-8,
-            fused=fused,
-        )
+        self.adamw = AdamW(rest, config, fused=fused)
         self.muon = torch.optim.Muon(
             self.matrices,
             lr=config.lr,
@@ -56,22 +44,30 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         super().__init__(list(named.values()), {"lr": config.lr})
         self.param_groups = self.adamw.param_groups + self.muon.param_groups
+        self._guard: tuple[Tensor, Tensor] | None = None
 
-        make_adamw_state(self.adamw, fused=fused)
+    def make_state(self) -> None:
+        """Make the state of every parameter now, which PyTorch makes in the first step."""
+        self.adamw.make_state()
         for matrix in self.matrices:
             self.muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        for owner, parameters in ((self.adamw, rest), (self.muon, self.matrices)):
-            for parameter in parameters:
-                self.state[parameter] = owner.state[parameter]
+        for owner in (self.adamw, self.muon):
+            for parameter, state in owner.state.items():
+                self.state[parameter] = state
+
+    def guard(self, divisor: Tensor, skip: Tensor) -> None:
+        self._guard = divisor, skip
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.found_inf.item():
-            return
-        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        guard, self._guard = self._guard, None
+        if guard:
+            divisor, skip = guard
+            if skip.item():
+                return
+            self.adamw.guard(divisor, skip)
+            divide_gradients(self.matrices, divisor)
         self.adamw.step()
-        gradients = [p.grad for p in self.matrices if p.grad is not None]
-        torch._foreach_div_(gradients, self.grad_scale)
         self.muon.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

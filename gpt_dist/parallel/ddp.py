@@ -13,9 +13,9 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.ops import fused_accumulation
-from gpt_dist.optim.adamw import global_norm, make_adamw, make_adamw_state
+from gpt_dist.optim.adamw import AdamW, can_fuse, global_norm
 from gpt_dist.optim.muon import MuonWithAdamW
-from gpt_dist.parallel.engine import Reader, clip_divisor, guard_update
+from gpt_dist.parallel.engine import Reader, guard_step
 from gpt_dist.parallel.world import World
 
 
@@ -35,14 +35,14 @@ class DDPEngine:
         # Gradients are of each rank's summed loss, averaged over ranks by DDP. Only the update
         # divides them by the tokens: no pass over them just for that.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
-        self.fused = world.device.type in ("cpu", "cuda")
-        # With its state before the first pass: what stays must not lie between what comes and goes.
-        self.optimizer: torch.optim.Optimizer
+        fused = can_fuse(world.device)
+        self.optimizer: AdamW | MuonWithAdamW
         if config.optim.name == "muon":
-            self.optimizer = MuonWithAdamW(model, config.optim, fused=self.fused)
+            self.optimizer = MuonWithAdamW(model, config.optim, fused=fused)
         else:
-            self.optimizer = adamw = make_adamw(model, config.optim, fused=self.fused)
-            make_adamw_state(adamw, fused=self.fused)
+            self.optimizer = AdamW(list(model.parameters()), config.optim, fused=fused)
+        # Before the first pass: tensors that live as long as the run do not fragment the heap.
+        self.optimizer.make_state()
         self.ddp: torch.nn.Module = model
         if world.size > 1:
             self.ddp = DistributedDataParallel(
@@ -52,14 +52,15 @@ class DDPEngine:
             )
 
     def warm_up(self, batch: Batch) -> None:
-        """Two passes: DDP rebuilds its buckets after the first, which changes how sums are ordered.
+        """Passes whose gradients are dropped.
 
-        A single process has nothing to rebuild.
+        On several ranks there are two, because DDP rebuilds its buckets after the first, which
+        changes the order of sums. On a GPU one shows whether a micro-batch fits into its memory.
         """
-        if self.world.size > 1:
-            for _ in range(2):
-                self.micro_step(batch, last=True)
-            self.optimizer.zero_grad()
+        passes = 2 if self.world.size > 1 else int(self.world.device.type != "cpu")
+        for _ in range(passes):
+            self.micro_step(batch, last=True)
+        self.optimizer.zero_grad()
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
         with ExitStack() as settings:
@@ -80,12 +81,8 @@ class DDPEngine:
             group["lr"] = lr
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients) * self.loss_scale
-        if self.fused:
-            guard_update(self.optimizer, norm, self.grad_clip, self.loss_scale)
-            self.optimizer.step()
-        elif norm.isfinite():
-            torch._foreach_div_(gradients, clip_divisor(norm, self.grad_clip) / self.loss_scale)
-            self.optimizer.step()
+        guard_step(self.optimizer, norm, self.grad_clip, self.loss_scale)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 

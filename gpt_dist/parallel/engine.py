@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
+from gpt_dist.optim.adamw import GuardedOptimizer, clip_divisor
 
 Reader = Callable[[str], Tensor]
 """Name → full tensor on the host, as ``Engine.full_state`` yields them."""
@@ -61,29 +62,17 @@ class Engine(Protocol):
         ...
 
 
-def clip_divisor(norm: Tensor, grad_clip: float) -> Tensor:
-    """What gradients of a global norm are divided by, so that it becomes at most ``grad_clip``."""
-    if not grad_clip:
-        return torch.ones_like(norm)
-    return ((norm + 1e-6) / grad_clip).clamp(min=1.0)
-
-
-def guard_update(
-    optimizer: torch.optim.Optimizer, norm: Tensor, grad_clip: float, scale: float = 1.0
+def guard_step(
+    optimizer: GuardedOptimizer, norm: Tensor, grad_clip: float, scale: float = 1.0
 ) -> None:
-    """Let the next step of a fused optimizer clip, and skip itself where the norm is not finite.
-
-    The kernel divides by ``grad_scale`` and leaves all alone on ``found_inf``: clipping needs
-    no pass over the gradients, and the host need not wait to learn of a NaN.
+    """Let the optimizer's next step clip, and skip itself where the norm is not finite.
 
     Args:
-        optimizer: a fused one.
-        norm: of the gradients times ``scale``.
-        grad_clip: largest norm; 0 = none.
+        norm: global norm of the gradients times ``scale``, a scalar on their device.
+        grad_clip: largest norm; 0 = no clipping.
         scale: what the gradients are to be multiplied by.
     """
-    optimizer.grad_scale = clip_divisor(norm, grad_clip) / scale  # type: ignore[attr-defined]
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.guard(clip_divisor(norm, grad_clip) / scale, ~norm.isfinite())
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,12 +22,10 @@ from typing import Any
 
 from gpt_dist.errors import GptDistError
 from gpt_dist.parallel.rendezvous import connect
+from gpt_dist.parallel.watchdog import watch_agent
 
 PATIENCE = 2.0
 """Seconds to wait for answers; a healthy process answers within milliseconds."""
-
-AGENT_PATIENCE = 15.0
-"""Seconds after which a torchrun agent that has not noticed its worker's end is taken for stuck."""
 
 
 class RollCall:
@@ -132,36 +129,3 @@ def whereabouts() -> str:
             return f"{Path(code.co_filename).name}:{frame.f_lineno} ({code.co_name})"
         frame = frame.f_back
     return "start-up"
-
-
-AGENT_WATCH = """
-import os, signal, sys, time
-agent, worker, patience = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-deadline = time.monotonic() + patience
-while time.monotonic() < deadline:
-    time.sleep(0.5)
-    try:
-        with open(f"/proc/{worker}/stat") as file:
-            parent = int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        sys.exit()  # the agent has taken note of its worker's end
-    if parent != agent:
-        sys.exit()
-print(f"error: torchrun ({agent}) is stuck on a dead connection: ending it", file=sys.stderr)
-os.kill(agent, signal.SIGKILL)
-"""
-
-
-def watch_agent() -> None:
-    """End the torchrun agent if it does not notice that this process, its worker, has ended.
-
-    An agent that was cut off from the host of the rendezvous blocks in the kernel's TCP for a
-    quarter of an hour, deaf to signals; without its help the job would hang that long.
-    """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        arguments = [str(os.getppid()), str(os.getpid()), str(AGENT_PATIENCE)]
-        subprocess.Popen(
-            [sys.executable, "-S", "-c", AGENT_WATCH, *arguments],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )

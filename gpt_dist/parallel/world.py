@@ -52,6 +52,8 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; every rank gets the same answer."""
+        if self.size == 1:
+            return flag
         return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
 
     def barrier(self) -> None:

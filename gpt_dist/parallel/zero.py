@@ -7,12 +7,13 @@ Checkpoints are ours too, through DeepSpeed's accessors for whole tensors.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.errors import UsageError
 from gpt_dist.model.gpt import GPT
-from gpt_dist.optim.adamw import global_norm, make_adamw
-from gpt_dist.parallel.engine import Reader, guard_update
+from gpt_dist.optim.adamw import AdamW, can_fuse, global_norm
+from gpt_dist.parallel.engine import Reader, guard_step
 from gpt_dist.parallel.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -112,7 +113,15 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str =
 
 
 class DeepSpeedEngine:
-    """``Engine`` over ``deepspeed.initialize``; see ``engines.DDPEngine`` for the arguments."""
+    """``Engine`` over ``deepspeed.initialize``.
+
+    Args:
+        model: on its device; in stage 3 on the host, from where each parameter moves to the
+            device alone to be partitioned, so that the device never holds the whole model.
+        world: the ranks that share a step.
+        config: the run's configuration.
+        dtype: arithmetic of the matrix products; parameters and updates stay fp32.
+    """
 
     def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
         settings = build_config(config, dtype, world.size)
@@ -127,17 +136,36 @@ class DeepSpeedEngine:
         self.model, self.world, self.dtype = model, world, dtype
         self.stage, self.grad_clip = config.parallel.zero_stage, config.optim.grad_clip
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
-        self.adamw = make_adamw(model, config.optim, fused=not config.parallel.offload)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        # What steps is DeepSpeed's partition of the parameters, on the host where it is offloaded.
+        fused = can_fuse(torch.device("cpu") if config.parallel.offload else world.device)
+        # Made first: partitioned, a parameter no longer shows whether it is a matrix.
+        self.adamw = AdamW(list(model.parameters()), config.optim, fused=fused)
+        if self.stage == 3:
+            # Each parameter moves to the device alone and is partitioned there at once.
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+            # The head's weights may be the embedding's: gathered for the whole forward pass.
+            deepspeed.zero.register_external_parameter(model, model.head_weight)
+        with errors_only(deepspeed.utils.logger):  # it warns of a class that it has not tested
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self.adamw, config=settings
+            )
         self.deepspeed = deepspeed
         self._make_moments()
 
     def warm_up(self, batch: Batch) -> None:
-        """Nothing to do: ZeRO's order of reduction is fixed from the start."""
+        """A step whose gradients are not finite, so that it changes nothing."""
+        self._micro_step(batch, torch.nan, last=False)
+        self._micro_step(batch, torch.nan, last=True)
+        with errors_only(self.deepspeed.utils.logger):  # it warns of the overflow
+            self.step(0.0)
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
+        return self._micro_step(batch, self.loss_scale, last=last)
+
+    def _micro_step(self, batch: Batch, scale: float, *, last: bool) -> Tensor:
+        self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(batch.ids, batch.targets)
-        self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
         if not last:
             self.engine.step()
         detached: Tensor = loss.detach()
@@ -150,7 +178,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             # Stage 0 is plain AdamW behind an all-reduce: norm, clipping and skipping are ours.
             norm = global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            guard_update(self.adamw, norm, self.grad_clip)
+            guard_step(self.adamw, norm, self.grad_clip)
             self.engine.step()
             return norm
         self.engine.step()
@@ -223,6 +251,17 @@ class DeepSpeedEngine:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+@contextmanager
+def errors_only(logger: logging.Logger) -> Iterator[None]:
+    """Silence a logger's warnings."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def import_deepspeed() -> Any:
     """DeepSpeed, without its chatter."""
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -232,7 +271,8 @@ def import_deepspeed() -> Any:
     except ImportError as error:
         raise UsageError(f"parallel.strategy = deepspeed: cannot import it ({error})") from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # An operator for inference that would be compiled on every machine; training does not use it.
-    deepspeed.comm.torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # An all-reduce in shared memory, for inference on CPUs, that DeepSpeed would compile here. As
+    # an attribute of deepspeed.comm, "torch" is PyTorch, not this module.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -13,9 +12,10 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData
 from gpt_dist.data.shards import TokenStream
-from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.errors import UsageError
 from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.parallel.compiling import compile_blocks
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.engine import Engine, pick_dtype
 from gpt_dist.parallel.world import World
@@ -110,10 +110,12 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
     if world.device.type == "cpu":
         keep_freed_memory()
 
+    model = world.together(lambda: initial_model(config, tokenizer, start.path if start else None))
+
     def build() -> tuple[Engine, str]:
-        model = initial_model(config, tokenizer, start.path if start else None)
-        model = model.to(world.device).train()
-        compiled = compile_blocks(model, config.train.compile, world.device)
+        if not config.parallel.shards_weights:  # which move one at a time, to be partitioned
+            model.to(world.device)
+        compiled = compile_blocks(model.train(), world, config, dtype)
         engine = make_engine(model, world, config, dtype)
         if start:
             engine.load_optimizer(CheckpointReader(start.path, model))
@@ -211,36 +213,6 @@ def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
     )
     load_weights(model, weights, config.train.init_from)
     return model
-
-
-def compile_blocks(model: GPT, setting: Literal["auto"] | bool, device: torch.device) -> str:
-    """Compile the blocks in place as ``train.compile`` says; one compilation serves all of them.
-
-    In place, because a wrapper would rename the parameters. Only the blocks: that starts in
-    seconds, and gradients are reduced while the backward pass goes on.
-
-    Returns:
-        What was done, and why where it was not: a word for the run's headline.
-
-    Raises:
-        GptDistError: compiling was demanded and failed.
-    """
-    if not setting or (setting == "auto" and device.type != "cuda") or not len(model.h):
-        return "eager"
-    for block in model.h:
-        block.compile()
-    try:  # compilation happens at the first call
-        width = model.config.n_embd
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            model.h[0](torch.zeros(1, min(16, model.config.context_length), width, device=device))
-    except Exception as error:  # compilers fail in many ways, all of them worth going on without
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        if setting is True:
-            raise GptDistError(f"train.compile = true: {reason}") from error
-        for block in model.h:
-            block._compiled_call_impl = None
-        return f"eager (torch.compile failed: {reason})"
-    return "compiled"
 
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:

@@ -24,6 +24,7 @@ from gpt_dist.data.order import key_of
 from gpt_dist.errors import GptDistError
 from gpt_dist.optim.schedules import learning_rate
 from gpt_dist.parallel import world as distributed
+from gpt_dist.parallel.compiling import warm_up
 from gpt_dist.parallel.world import World
 from gpt_dist.training.callbacks import Callback, make_callbacks
 from gpt_dist.training.metrics import Row
@@ -64,7 +65,7 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
             return
         run.say(run.headline())
         first = run.data.sequences(np.arange(run.micro_batch))
-        run.engine.warm_up(to_batch(first, world.device))
+        warm_up(run.engine, world, config, to_batch(first, world.device))
         # Up to here nothing in the directory has changed: a run that cannot start leaves no trace.
         world.decide(lambda: directory.write_config(run.config))
         monitor = world.decide(lambda: Monitor.open(run.config, run.progress, run.total_steps))
