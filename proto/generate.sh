@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-.}
 python=${PYTHON:-python}
-# The foreign API gets no gRPC stubs: the server registers it by name, and clients bring their own.
+# No gRPC stubs for the inference protocol: the server registers it by name, and clients have theirs.
 "$python" -m grpc_tools.protoc -I proto --python_out="$out" --pyi_out="$out" \
     proto/gpt_dist/v1/*.proto proto/serve/inference/*.proto
 "$python" -m grpc_tools.protoc -I proto --grpc_python_out="$out" \

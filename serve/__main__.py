@@ -15,7 +15,7 @@ log = logging.getLogger("serve")
 
 
 async def serve(options: Options) -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Serve until a signal or a failure; returns the exit status."""
     from serve.server import Server
 
     server = Server(options)
@@ -37,13 +37,13 @@ async def serve(options: Options) -> int:
     finally:
         stopping.cancel()
         await server.drain()
-    if not loading.done():  # the thread that loads cannot be interrupted
+    if not loading.done():  # the loading thread cannot be interrupted
         os._exit(0)
     return 0
 
 
 def main() -> int:
-    """Parse, set up the log, serve."""
+    """Parse the options, set up logging and serve."""
     options = parse()
     check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
     set_up(options.log_format, options.log_level)

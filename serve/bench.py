@@ -1,4 +1,4 @@
-"""``python -m serve.bench``: load a server, and say how long its users wait."""
+"""``python -m serve.bench``: put load on a server and measure its latency and throughput."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass
 class Record:
-    """One request as its user saw it; times in seconds."""
+    """What the client measured for one request. Times are in seconds."""
 
     tokens: int = 0
     first: float = math.nan
-    """Until the first token."""
+    """Time to the first token."""
     gaps: list[float] = field(default_factory=list)
-    """Between tokens; those of one message share its gap."""
+    """Times between tokens. Tokens of one message share its gap equally."""
     total: float = math.nan
     error: str = ""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the closest ranks; NaN of nothing."""
+    """Interpolate linearly between the closest ranks. NaN if there are no values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -48,17 +48,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Percentiles and mean, in milliseconds."""
+    """Percentiles and mean of times in seconds, in milliseconds."""
     figures = {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
     figures["mean"] = sum(values) / len(values) if values else math.nan
     return {name: round(value * 1000, 3) for name, value in figures.items()}
 
 
 def lengths(text: str) -> Callable[[random.Random], int]:
-    """A distribution of lengths: ``64``, ``uniform:16,128`` or ``normal:64,20``.
+    """Parse a distribution of lengths: ``64``, ``uniform:16,128`` or ``normal:64,20``.
 
     Raises:
-        argparse.ArgumentTypeError: not one of these.
+        argparse.ArgumentTypeError: the text is none of these.
     """
     kind, _, rest = text.partition(":")
     try:
@@ -74,7 +74,7 @@ def lengths(text: str) -> Callable[[random.Random], int]:
         return lambda draw: draw.randint(int(low), int(high))
     if kind == "normal" and low >= 1 and high >= 0:
         return lambda draw: max(1, round(draw.gauss(low, high)))
-    raise argparse.ArgumentTypeError(f"{text}: write 64, uniform:16,128 or normal:64,20")
+    raise argparse.ArgumentTypeError(f"{text}: must be like 64, uniform:16,128 or normal:64,20")
 
 
 async def ask(
@@ -107,31 +107,31 @@ async def ask(
 
 @dataclass(frozen=True)
 class Load:
-    """What to ask, and how fast."""
+    """The requests, and how fast they are sent."""
 
     requests: int
     concurrency: int | None
-    """This many at a time; or else"""
+    """Number of requests in flight, or None to use ``rate``."""
     rate: float | None
-    """this many a second, at random moments (a Poisson process)."""
+    """Requests per second, as a Poisson process."""
     prompts: list[Prompt]
-    """Used in turn."""
+    """Used in rotation."""
     new_tokens: list[int]
-    """One for each request."""
+    """Maximum new tokens, one entry per request."""
     parameters: dict[str, Any]
 
 
 async def run(
     target: str, load: Load, seed: int, done: Callable[[], None] = lambda: None, **options: Any
 ) -> tuple[list[Record], float]:
-    """Apply a load; returns what happened, and the seconds that it took.
+    """Apply a load; returns a record per request, and the duration in seconds.
 
     Args:
         target: the server.
-        load: the load.
-        seed: of the arrival times.
+        load: the requests.
+        seed: for the arrival times.
         done: called after each request.
-        options: for `AsyncClient`.
+        options: arguments of `AsyncClient`.
     """
     draw = random.Random(seed)
     records: list[Record] = []
@@ -162,7 +162,7 @@ async def run(
 
 
 def report(records: Sequence[Record], seconds: float) -> dict[str, Any]:
-    """Figures of a run."""
+    """Summarise the records of a run that took ``seconds``."""
     good = [record for record in records if not record.error]
     tokens = sum(record.tokens for record in records)
     return {
@@ -180,7 +180,7 @@ def report(records: Sequence[Record], seconds: float) -> dict[str, Any]:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw the distributions of the three times."""
+    """Draw the distributions of the three latencies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m serve.bench",
-        description="Load a server with streamed requests and measure what its users see.",
+        description="Send streamed requests to a server and measure latency and throughput.",
         epilog="""examples:
   python -m serve.bench --concurrency 32 --requests 128
   python -m serve.bench --rate 5 --prompt-tokens uniform:16,512 --new-tokens normal:64,20
@@ -220,26 +220,38 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
     made.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
-    made.add_argument("--tls-ca", type=Path, metavar="FILE", help="authorities to trust, PEM")
-    made.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of a request")
+    made.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="certificate authorities to trust (PEM)"
+    )
+    made.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="deadline of a request, default %(default)g",
+    )
     shape = made.add_mutually_exclusive_group()
-    shape.add_argument("--concurrency", type=int, metavar="N", help="at a time; default 8")
-    shape.add_argument("--rate", type=float, metavar="N", help="a second, at random moments")
+    shape.add_argument("--concurrency", type=int, metavar="N", help="requests in flight; default 8")
+    shape.add_argument(
+        "--rate", type=float, metavar="N", help="requests per second, as a Poisson process"
+    )
     made.add_argument("--requests", type=int, default=64, metavar="N", help="default %(default)s")
     made.add_argument(
         "--prompt-tokens", type=lengths, default=lengths("64"), metavar="LENGTHS",
-        help="64, uniform:16,128 or normal:64,20; random tokens; default 64",
+        help="length of random prompts: 64, uniform:16,128 or normal:64,20; default 64",
     )  # fmt: skip
-    made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead")
+    made.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="read prompts instead, one per line"
+    )
     made.add_argument(
         "--new-tokens", type=lengths, default=lengths("64"), metavar="LENGTHS",
-        help="as --prompt-tokens; default 64",
+        help="tokens to generate, in the same notation; default 64",
     )  # fmt: skip
     made.add_argument("--temperature", type=float, default=1.0, metavar="X")
     made.add_argument("--top-k", type=int, default=50, metavar="N", help="default %(default)s")
-    made.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the distributions (PNG)")
+    made.add_argument("--seed", type=int, default=0, help="for lengths, prompts and arrival times")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the distributions as PNG")
     return made
 
 
@@ -249,7 +261,7 @@ def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
         text = arguments.prompts.read_text(encoding="utf-8")
         prompts: list[Prompt] = [line for line in text.splitlines() if line]
         if not prompts:
-            raise UsageError(f"--prompts {arguments.prompts}: has no line with text")
+            raise UsageError(f"--prompts {arguments.prompts}: contains no line of text")
     else:
         prompts = [
             [draw.randrange(vocab_size) for _ in range(arguments.prompt_tokens(draw))]
@@ -266,7 +278,7 @@ def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run the load, print the results and write them."""
     made = parser()
     arguments = made.parse_args()
     if arguments.requests < 1 or (arguments.concurrency or 1) < 1 or (arguments.rate or 1) <= 0:

@@ -1,7 +1,7 @@
-"""grpc.health.v1, with a Watch that goes on for as long as it is listened to.
+"""grpc.health.v1.
 
-The servicer of grpcio-health-checking 1.81 forgets all watchers of a service when one of them
-leaves, and lets a slow one delay the others.
+The servicer of grpcio-health-checking 1.81 is not used: when one watcher of a service leaves, it
+drops the others too, and one slow watcher delays the rest.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from grpc_health.v1 import health_pb2
 from serve.api.status import StatusError
 
 OVERALL = ""
-"""The server as a whole."""
+"""The name that stands for the whole server."""
 Status = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """Answers ``grpc.health.v1.Health``; every service has the same state.
+    """Implements ``grpc.health.v1.Health``. All services have the same state.
 
     Args:
-        services: full names; the server as a whole is always among them.
+        services: their full names; the empty name, for the whole server, is added.
     """
 
     def __init__(self, services: list[str]) -> None:
@@ -33,7 +33,7 @@ class Health:
         self._changed = asyncio.Event()
 
     def set(self, serving: bool) -> None:
-        """Change the state, and tell all watchers."""
+        """Change the state and notify all watchers."""
         if serving != self.serving:
             self.serving = serving
             self._changed.set()

@@ -1,4 +1,4 @@
-"""Log lines for people or for programs, on stderr."""
+"""Logging to stderr, as plain text or JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _IN_MESSAGE = frozenset({"method", "code", "ms"})
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, message, and what belongs to the call."""
+    """One JSON object per line: time, level, message, and the fields of the call."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -38,38 +38,46 @@ class Metrics:
                 f"gpt_dist_{name}", text, labels, buckets=SECONDS, registry=self.registry
             )
 
-        self.calls = counter("calls", "RPCs by method and status code", "method", "code")
-        self.call_seconds = histogram("call_seconds", "Duration of RPCs", "method")
-        self.rejections = counter("rejections", "Calls not accepted, by reason", "reason")
-        self.cancelled = counter("cancelled", "Sequences given up by their callers")
+        self.calls = counter("calls", "Calls, by method and status code", "method", "code")
+        self.call_seconds = histogram("call_seconds", "Duration of calls", "method")
+        self.rejections = counter("rejections", "Rejected calls, by reason", "reason")
+        self.cancelled = counter("cancelled", "Sequences cancelled by their callers")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of accepted prompts")
-        self.generated_tokens = counter("generated_tokens", "Tokens of finished sequences")
-        self.finished_sequences = counter("finished", "Finished sequences by reason", "reason")
-        self.queue_time = histogram("queue_seconds", "From arrival to the first computation")
-        self.time_to_first_token = histogram("time_to_first_token_seconds", "From arrival")
-        self.inter_token = histogram("inter_token_seconds", "Between two tokens of a sequence")
+        self.generated_tokens = counter(
+            "generated_tokens", "Generated tokens of finished sequences"
+        )
+        self.finished_sequences = counter("finished", "Finished sequences, by reason", "reason")
+        self.queue_time = histogram(
+            "queue_seconds", "Time from arrival to the start of the computation"
+        )
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "Time from arrival to the first token"
+        )
+        self.inter_token = histogram("inter_token_seconds", "Time between two tokens of a sequence")
         for reason in Finish:
             self.finished_sequences.labels(reason.name.lower())
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a gauge that is read when it is scraped."""
+        """Add a gauge whose value is computed at each scrape."""
         Gauge(f"gpt_dist_{name}", text, registry=self.registry).set_function(value)
 
     def watch(self, scheduler: Scheduler) -> None:
         """Add the gauges of a scheduler."""
         decoder = scheduler.decoder
-        self.gauge("running", "Sequences in a slot", lambda: len(scheduler.running))
-        self.gauge("waiting", "Jobs that wait for a slot", lambda: scheduler.waiting)
-        self.gauge("slots", "Sequences that can run at once", lambda: decoder.max_slots)
-        self.gauge("queue_limit", "Jobs that may wait", lambda: scheduler.max_queue)
+        self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
+        self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.waiting)
+        self.gauge(
+            "slots", "Maximum number of sequences generated at once", lambda: decoder.max_slots
+        )
+        self.gauge("queue_limit", "Maximum number of waiting requests", lambda: scheduler.max_queue)
         self.gauge(
             "kv_tokens",
-            "Tokens that running sequences have in the cache",
+            "Tokens of running sequences in the KV cache",
             lambda: sum(decoder.length(slot) for slot in list(scheduler.running)),
         )
         self.gauge(
             "kv_capacity_tokens",
-            "Tokens that the cache can hold",
+            "Capacity of the KV cache in tokens",
             lambda: decoder.max_slots * decoder.max_context,
         )
 
@@ -79,9 +87,9 @@ class Metrics:
         self.generated_tokens.inc(tokens)
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
-        """Answer scrapes on a port, in a thread.
+        """Serve scrapes on a port, in a thread.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is in use.
         """
         return start_http_server(port, host, self.registry)

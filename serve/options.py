@@ -1,4 +1,4 @@
-"""Flags of ``python -m serve``, each also an environment variable."""
+"""Flags of ``python -m serve``. Each is also an environment variable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PREFIX = "GPT_DIST_SERVE_"
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a server; see ``--help``."""
+    """Settings of a server. ``--help`` explains them."""
 
     checkpoint: Path
     model_name: str = "gpt2"
@@ -90,58 +90,66 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     path = {"type": Path, "metavar": "FILE"}
 
     model = made.add_argument_group("model")
-    add(model, "checkpoint", "run, checkpoint or exported model directory; required",
+    add(model, "checkpoint", "run, checkpoint or exported model; required",
         type=Path, metavar="PATH")  # fmt: skip
-    add(model, "model-name", "name that clients see", metavar="NAME")
-    add(model, "watch", "follow a training run: use each new checkpoint", **on)
-    add(model, "watch-interval", "how often to look for one", **seconds)
+    add(model, "model-name", "name of the model in responses", metavar="NAME")
+    add(model, "watch", "follow a training run: load each new checkpoint", **on)
+    add(model, "watch-interval", "how often to look for a new checkpoint", **seconds)
 
     engine = made.add_argument_group("engine")
     add(engine, "device", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
-    add(engine, "dtype", "of the weights; auto is bf16 where that is fast",
+    add(engine, "dtype", "of the weights; auto is bf16 if the device computes in it, else fp32",
         choices=("auto", "fp32", "bf16", "int8"))  # fmt: skip
-    add(engine, "threads", "CPU threads; default all", **count)
-    add(engine, "max-slots", "sequences at once; default 32, on CUDA 64", **count)
-    add(engine, "max-queue", "sequences that may wait", type=_at_least(0, int), metavar="N")
-    add(engine, "max-context", "tokens of prompt and text; default the model's", **count)
-    add(engine, "prefill-chunk", "most prompt tokens between two steps; default 256, on CUDA 512",
+    add(engine, "threads", "CPU threads; default: all", **count)
+    add(
+        engine, "max-slots", "maximum number of sequences at once; default: 32, on CUDA 64", **count
+    )
+    add(
+        engine,
+        "max-queue",
+        "maximum number of waiting sequences",
+        type=_at_least(0, int),
+        metavar="N",
+    )
+    add(engine, "max-context", "maximum tokens of prompt and output; default: the model's", **count)
+    add(engine, "prefill-chunk", "maximum prompt tokens between two steps; default: 256, CUDA 512",
         **count)  # fmt: skip
-    add(engine, "deterministic", "same tokens for a seed in any company (slower)", **on)
+    add(engine, "deterministic", "same tokens for a seed, whatever else runs (slower)", **on)
 
     network = made.add_argument_group("network")
     add(network, "host", "address to listen on", metavar="ADDRESS")
-    add(network, "port", "0 picks one", type=_PORT, metavar="N")
-    add(network, "allow-insecure", "listen beyond this machine without TLS", **on)
-    add(network, "tls-cert", "certificate chain, PEM", **path)
-    add(network, "tls-key", "its private key, PEM", **path)
-    add(network, "tls-ca", "demand client certificates of these authorities, PEM", **path)
-    add(network, "auth-token-file", "demand one of these bearer tokens, one a line", **path)
-    add(network, "max-message-bytes", "longest request", **count)
+    add(network, "port", "0 picks a free one", type=_PORT, metavar="N")
+    add(network, "allow-insecure", "allow --host beyond this machine without TLS", **on)
+    add(network, "tls-cert", "certificate chain (PEM)", **path)
+    add(network, "tls-key", "its private key (PEM)", **path)
+    add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
+    add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
+    add(network, "max-message-bytes", "maximum size of a request", **count)
     add(
         network,
         "stream-interval",
-        "least time between two messages of a stream; 0 sends every token at once",
+        "minimum time between two messages of a stream; 0 sends every token at once",
         **seconds,
     )
-    add(network, "kserve", "offer the Open Inference Protocol as well", **on)
+    add(network, "kserve", "also serve the Open Inference Protocol", **on)
 
     running = made.add_argument_group("operation")
-    add(running, "grace", "on SIGTERM, time for accepted requests to finish", **seconds)
-    add(running, "stall-seconds", "NOT_SERVING after so long without progress", **seconds)
-    add(running, "metrics-port", "Prometheus metrics; 0 picks one; default off",
+    add(running, "grace", "on SIGTERM, time for accepted calls to finish", **seconds)
+    add(running, "stall-seconds", "report NOT_SERVING after this long without progress", **seconds)
+    add(running, "metrics-port", "serve Prometheus metrics; 0 picks a free port; default: off",
         type=_PORT, metavar="N")  # fmt: skip
-    add(running, "metrics-host", "address of the metrics", metavar="ADDRESS")
-    add(running, "log-format", "of the log on stderr", choices=("plain", "json"))
-    add(running, "log-level", "least severity", choices=("debug", "info", "warning", "error"))
+    add(running, "metrics-host", "address for the metrics", metavar="ADDRESS")
+    add(running, "log-format", "format of the log on stderr", choices=("plain", "json"))
+    add(running, "log-level", "lowest level to log", choices=("debug", "info", "warning", "error"))
     return made
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Command line over environment over defaults.
+    """Parse the command line. It overrides the environment, which overrides the defaults.
 
     Raises:
-        UsageError: something required is missing, or two settings contradict each other.
-        SystemExit: of argparse, for all else.
+        UsageError: a required setting is missing, or two settings contradict each other.
+        SystemExit: argparse found another error.
     """
     made = parser()
     given = vars(made.parse_args(arguments))
@@ -154,9 +162,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--checkpoint is required: a run, checkpoint or exported model directory")
     options = Options(**values)
     if (options.tls_cert is None) != (options.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together")
+        raise UsageError("--tls-cert and --tls-key must be given together")
     if options.tls_ca is not None and options.tls_cert is None:
-        raise UsageError("--tls-ca needs --tls-cert and --tls-key")
+        raise UsageError("--tls-ca requires --tls-cert and --tls-key")
     return options
 
 

@@ -1,10 +1,9 @@
-"""A page to play with a model: prompt, sampling, several streaming replies side by side.
+"""A web page for a model: a prompt, sampling settings, and streaming replies side by side.
 
     python -m serve.playground --target 127.0.0.1:50051
     python -m serve.playground --checkpoint runs/mine
 
-With ``--checkpoint`` a server runs inside this process, on a port of its own that only this
-machine can reach.
+With ``--checkpoint``, a server runs in this process, on a loopback port.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 
 MAX_SAMPLES = 8
 TOP = 5
-"""Alternatives shown on hover."""
+"""Number of alternatives shown on hover."""
 REFRESH_SECONDS = 0.05
-"""Between two updates of the page, at least."""
+"""Minimum time between two updates of the page."""
 BYTES_PER_SECOND = 1e6
-"""Each update carries all of the text, so long replies are shown in longer intervals."""
+"""Each update sends the whole text, so longer replies are updated less often."""
 
 CSS = """
 .replies { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
@@ -60,7 +59,7 @@ CSS = """
 
 
 class Piece(NamedTuple):
-    """Text of one token, or of several that only together make a character."""
+    """Text of one token, or of several tokens that form one character together."""
 
     text: str
     probability: float
@@ -79,7 +78,7 @@ class Reply:
         self._waiting: list[Any] = []
 
     def add(self, message: Any) -> None:
-        """Take in a message of the stream."""
+        """Add a message of the stream."""
         self.text += message.text_delta
         self.tokens += len(message.token_ids)
         for entry in message.logprobs:
@@ -95,12 +94,12 @@ class Reply:
             self.end = name.removeprefix("FINISH_REASON_").lower().replace("_", " ")
 
     def html(self, prompt: str) -> str:
-        """The reply as a panel; each token carries its probability, as colour and on hover."""
+        """The reply as a panel. Colour and hover text show each token's probability."""
         spans, left = [], len(self.text)
         for piece in self.pieces:
             shown = piece.text[:left]
             left -= len(shown)
-            if not shown:  # held back: it may become a stop sequence
+            if not shown:  # the server holds it back: it may begin a stop sequence
                 break
             tenth, told = int(9.99 * piece.probability), html.escape(piece.hint)
             spans.append(f'<i class="p{tenth}" data-hint="{told}">{html.escape(shown)}</i>')
@@ -112,14 +111,14 @@ class Reply:
 
 
 def hint(entry: Any) -> str:
-    """What hovering over a token tells: its probability and the likeliest in its place."""
+    """Hover text of a token: its probability, and the most likely tokens at its place."""
     lines = [f"{quote(entry.token)}  {math.exp(entry.logprob):.1%}", ""]
     lines += [f"{math.exp(top.logprob):6.1%}  {quote(top.token)}" for top in entry.top]
     return "\n".join(lines)
 
 
 def quote(token: bytes) -> str:
-    """A token's text with its white space visible."""
+    """A token's text with visible white space."""
     return repr(token.decode("utf-8", errors="replace"))
 
 
@@ -139,10 +138,10 @@ async def converse(
     seed: float,
     stop: str,
 ) -> AsyncGenerator[tuple[str, str], None]:
-    """Stream replies; leaving the generator cancels the call, which frees the server's slots.
+    """Stream replies. Closing the generator cancels the call and frees the server's slots.
 
     Yields:
-        (panels as HTML, a line on how it stands).
+        (panels as HTML, status line).
     """
     replies = [Reply() for _ in range(int(samples))]
     status = "waiting"
@@ -184,7 +183,7 @@ async def converse(
 
 
 def model_card(target: str, checkpoint: Path | None) -> str:
-    """What is being served, as Markdown; an exported model's own README.md where there is one.
+    """Describe the served model in Markdown, after an exported model's own README.md.
 
     Raises:
         GptDistError: the server does not answer.
@@ -204,20 +203,20 @@ def model_card(target: str, checkpoint: Path | None) -> str:
     if readme is None or not readme.is_file():
         return table
     text = readme.read_text(encoding="utf-8")
-    if text.startswith("---\n"):  # the hub's YAML header is for machines
+    if text.startswith("---\n"):  # skip the YAML header
         text = text.partition("\n---\n")[2]
     return f"{text}\n\n## As served\n\n{table}"
 
 
 class InProcessServer:
-    """A server in a thread of this process, on a free port of the loopback interface.
+    """A server in a thread of this process, on a free loopback port.
 
     Args:
-        checkpoint: run, checkpoint or exported directory.
+        checkpoint: run, checkpoint or exported model.
 
     Raises:
-        UsageError: there is nothing to load.
-        GptDistError: a damaged checkpoint.
+        UsageError: there is no checkpoint.
+        GptDistError: the checkpoint is damaged.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -245,7 +244,7 @@ class InProcessServer:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def close(self) -> None:
-        """Finish what is running, for two seconds at most, and stop."""
+        """Drain for at most two seconds, and stop."""
         self._run(self._server.drain())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -255,12 +254,12 @@ class InProcessServer:
 
 
 def build(target: str, card: str, max_new_tokens: int = 1024) -> gradio.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
         target: ``host:port`` of a server.
-        card: Markdown of the second tab.
-        max_new_tokens: upper end of that slider.
+        card: Markdown for the second tab.
+        max_new_tokens: upper end of the slider.
     """
     import gradio as gr
 
@@ -274,14 +273,16 @@ def build(target: str, card: str, max_new_tokens: int = 1024) -> gradio.Blocks:
                 halt = gr.Button("Stop", variant="stop", elem_id="stop")
             with gr.Accordion("Sampling", open=True), gr.Row():
                 controls = [
-                    gr.Slider(1, MAX_SAMPLES, 2, step=1, label="Samples", info="side by side"),
+                    gr.Slider(
+                        1, MAX_SAMPLES, 2, step=1, label="Samples", info="replies side by side"
+                    ),
                     gr.Slider(
                         1,
                         max_new_tokens,
                         min(200, max_new_tokens),
                         step=1,
                         label="Tokens",
-                        info="each",
+                        info="per reply",
                     ),
                     gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy"),
                     gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all"),
@@ -289,7 +290,7 @@ def build(target: str, card: str, max_new_tokens: int = 1024) -> gradio.Blocks:
                     gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0: all"),
                     gr.Slider(1, 2, 1, step=0.05, label="Repetition", info="1: no penalty"),
                     gr.Number(-1, label="Seed", info="-1: any", precision=0, minimum=-1),
-                    gr.Textbox("", label="Stop at", info="a text", elem_id="stop-at"),
+                    gr.Textbox("", label="Stop at", info="stop sequence", elem_id="stop-at"),
                 ]
             panels = gr.HTML(elem_id="replies")
             status = gr.Markdown(elem_id="status")
@@ -310,7 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve.playground",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A web page to play with a model.",
+        description="A web page for trying out a model.",
         epilog="examples:\n"
         "  python -m serve.playground --target 127.0.0.1:50051\n"
         "  python -m serve.playground --checkpoint runs/mine --port 7861",
@@ -318,22 +319,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--target", metavar="HOST:PORT", help=f"a running server (default: {DEFAULT_TARGET})"
+        "--target", metavar="HOST:PORT", help=f"server to use (default: {DEFAULT_TARGET})"
     )
     source.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="run the engine in this process instead"
+        "--checkpoint", type=Path, metavar="PATH", help="serve this model in this process instead"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="of the page (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of the page (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Show the page until interrupted.
+    """Serve the page until interrupted.
 
     Raises:
-        UsageError: Gradio is not installed, or nothing to load.
-        GptDistError: no server answers, a damaged checkpoint, or the port is taken.
+        UsageError: Gradio is not installed, or there is no checkpoint.
+        GptDistError: no server answers, the checkpoint is damaged, or the port is in use.
     """
     args = make_parser().parse_args(argv)
     try:

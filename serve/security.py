@@ -1,4 +1,4 @@
-"""Who may connect: TLS, mutual TLS, bearer tokens, and no open port by accident."""
+"""Access control: TLS, mutual TLS, bearer tokens, and no public port by accident."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve.api.status import DETAILS, StatusError
 log = logging.getLogger("serve")
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-"""No token needed: probes have none, and learn nothing but the state."""
+"""Services that need no token. Probes have none, and health reveals only the state."""
 
 
 def is_loopback(host: str) -> bool:
@@ -31,28 +31,29 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, tls: bool, allow_insecure: bool) -> None:
-    """Refuse to listen in the clear where others can connect.
+    """Refuse to listen beyond this machine without TLS.
 
     Raises:
-        UsageError: neither TLS nor the explicit permission is given.
+        UsageError: there is neither TLS nor ``allow_insecure``.
     """
     if not (tls or allow_insecure or is_loopback(host)):
         raise UsageError(
             f"--host {host} listens beyond this machine: give --tls-cert and --tls-key, "
-            "or --allow-insecure where the network is trusted"
+            "or --allow-insecure if the network is trusted"
         )
 
 
 class Certificates:
-    """Server certificate, key and the authority of client certificates, followed as they change.
+    """The server's TLS files. Changed files are used from the next handshake on.
 
     Args:
-        cert: PEM chain of the server.
-        key: its PEM private key.
-        ca: PEM of the authorities that client certificates must be from; None asks for none.
+        cert: certificate chain (PEM).
+        key: its private key (PEM).
+        ca: authorities that must have signed client certificates (PEM); None requires no client
+            certificates.
 
     Raises:
-        GptDistError: a file cannot be read, or certificate and key do not belong together.
+        GptDistError: a file cannot be read, or certificate and key do not match.
     """
 
     def __init__(self, cert: Path, key: Path, ca: Path | None = None) -> None:
@@ -91,14 +92,14 @@ class Certificates:
                 return None
             self._check()
             self._stamp = stamp
-            log.info("TLS files changed: using the new ones")
+            log.info("TLS files changed; using the new ones")
             return self._configuration()
-        except (GptDistError, OSError) as error:  # half written, perhaps
+        except (GptDistError, OSError) as error:  # it may be half written
             log.warning("keeping the old TLS files: %s", describe(error))
             return None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For ``add_secure_port``."""
+        """The argument for ``add_secure_port``."""
         return grpc.dynamic_ssl_server_credentials(
             self._configuration(),
             self._renewed,  # type: ignore[arg-type]  # None is no change
@@ -107,10 +108,12 @@ class Certificates:
 
 
 class TokenFile:
-    """Bearer tokens, one a line (blank lines and lines with ``#`` are skipped), re-read on change.
+    """Bearer tokens, one per line. Blank lines and comments (``#``) are skipped.
+
+    The file is read again when it changes.
 
     Raises:
-        GptDistError: the file cannot be read or has no token.
+        GptDistError: the file cannot be read or contains no token.
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,7 +125,7 @@ class TokenFile:
         except OSError as error:
             raise GptDistError(f"--auth-token-file: {describe(error)}") from None
         if not self._tokens:
-            raise GptDistError(f"--auth-token-file {path}: has no token")
+            raise GptDistError(f"--auth-token-file {path}: contains no token")
 
     def _read(self) -> None:
         stat = self.path.stat()
@@ -133,7 +136,7 @@ class TokenFile:
             self._stamp = stamp
 
     def accepts(self, authorization: str) -> bool:
-        """Whether an ``authorization`` header has one of the tokens."""
+        """Whether an ``authorization`` header carries one of the tokens."""
         try:
             self._read()
         except OSError as error:
@@ -142,12 +145,12 @@ class TokenFile:
         if scheme.lower() != "bearer":
             return False
         given = token.strip().encode()
-        # All are compared, each in constant time, so that the time taken says nothing.
+        # Compare with every token in constant time, so that the duration reveals nothing.
         return sum(hmac.compare_digest(given, known) for known in self._tokens) > 0
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg]
-    """Lets calls pass that bring a token."""
+    """Rejects calls without a valid token."""
 
     def __init__(self, tokens: TokenFile, refused: Callable[[], None]) -> None:
         self.tokens, self.refused = tokens, refused
@@ -171,7 +174,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-ar
 async def _deny(request: Any, context: Any) -> None:
     error = StatusError(
         grpc.StatusCode.UNAUTHENTICATED,
-        "send a valid token as metadata `authorization: Bearer TOKEN`",
+        "no valid token: send metadata `authorization: Bearer TOKEN`",
         "UNAUTHENTICATED",
     )
     await context.abort(error.code, error.message, ((DETAILS, error.details()),))

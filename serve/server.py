@@ -1,4 +1,4 @@
-"""The server's life: bind, load, serve, follow a training run, drain."""
+"""The server's life cycle: bind, load, serve, follow a training run, drain."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ log = logging.getLogger("serve")
 
 MONITOR_SECONDS = 0.25
 KEEPALIVE = [
-    # Find out about clients that vanished without a word, and free their slots.
+    # Detect clients that vanished, and free their slots.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Clients may ping every few seconds; the default would disconnect them for it.
+    # Clients may ping every few seconds. By default grpc would disconnect them.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -48,18 +48,18 @@ class Server:
     """One gRPC server and its model.
 
         server = Server(options)
-        await server.start()       # listening; UNAVAILABLE
-        await server.load()        # SERVING
+        await server.start()       # listens; calls get UNAVAILABLE
+        await server.load()        # serves
         await server.wait()        # until stop() or a failure
         await server.drain()
 
     Args:
         options: settings.
-        clock: seconds, for deadlines, time budgets and the watch over the engine's progress.
+        clock: the time in seconds, for deadlines, time budgets and stall detection.
 
     Raises:
-        UsageError: it would listen to strangers in the clear.
-        GptDistError: TLS files or tokens are unusable.
+        UsageError: it would listen beyond this machine without TLS.
+        GptDistError: the TLS files or the token file cannot be used.
     """
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,7 +92,7 @@ class Server:
             interceptors=interceptors,
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # a second server on this port is an error
+                ("grpc.so_reuseport", 0),  # report a port in use instead of sharing it
                 *KEEPALIVE,
             ],
         )
@@ -103,10 +103,10 @@ class Server:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._grpc)
 
     async def start(self) -> None:
-        """Listen; calls are answered with UNAVAILABLE, and health with NOT_SERVING, until `load`.
+        """Listen. Until `load`, calls get UNAVAILABLE and health is NOT_SERVING.
 
         Raises:
-            GptDistError: an address cannot be had.
+            GptDistError: the port is in use, or the address is not this machine's.
         """
         options = self.options
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -119,8 +119,8 @@ class Server:
                 self.port = self._grpc.add_insecure_port(address)
         except RuntimeError:
             raise GptDistError(
-                f"cannot listen on {address}: the port is taken, or the address is not this "
-                "machine's; choose another --port, or 0 for any"
+                f"cannot listen on {address}: the port is in use, or the address is not this "
+                "machine's; choose another --port, or 0 for a free one"
             ) from None
         if options.metrics_port is not None:
             self._serve_metrics(options.metrics_host, options.metrics_port)
@@ -142,10 +142,10 @@ class Server:
         self._close_metrics = close
 
     async def load(self) -> None:
-        """Load the model, and be SERVING.
+        """Load the model and serve it.
 
         Raises:
-            UsageError: there is nothing to load, or an option does not fit it.
+            UsageError: there is no checkpoint, or an option does not fit it.
             GptDistError: the checkpoint is damaged.
         """
         loaded = await asyncio.to_thread(load, self.options)
@@ -172,15 +172,15 @@ class Server:
 
     @property
     def report(self) -> list[str]:
-        """What was loaded, and where, in lines for people."""
+        """Lines about the loaded model, to print at start-up."""
         return self._loaded.report if self._loaded else []
 
     def stop(self) -> None:
-        """Let `wait` return."""
+        """Make `wait` return."""
         self._stop.set()
 
     async def wait(self) -> None:
-        """Until `stop` is called, a signal comes, or the engine fails.
+        """Wait for `stop`, a signal or a failure of the engine.
 
         Raises:
             GptDistError: the engine failed.
@@ -190,7 +190,7 @@ class Server:
             raise GptDistError(f"the engine failed: {describe(self.failure)}")
 
     def handle_signals(self) -> None:
-        """SIGTERM and SIGINT: `stop`; the second one cuts the draining short."""
+        """On SIGTERM and SIGINT, `stop`. A second signal ends `drain` at once."""
         loop = asyncio.get_running_loop()
 
         def received() -> None:
@@ -202,10 +202,10 @@ class Server:
             loop.add_signal_handler(number, received)
 
     async def drain(self) -> bool:
-        """Take no new work, finish what was accepted within ``grace``, and close.
+        """Refuse new calls, finish accepted ones within ``grace`` seconds, and close.
 
         Returns:
-            Whether everything was finished.
+            Whether all accepted calls finished.
         """
         self.service.draining = True
         self.health.set(False)
@@ -218,12 +218,12 @@ class Server:
         except TimeoutError:
             pass
         if self.service.open_calls:
-            log.warning("%d calls are cut off", self.service.open_calls)
+            log.warning("%d calls are aborted", self.service.open_calls)
             finished = False
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # A little grace: calls that were just refused still have to be told.
+        # Refused calls need a moment to receive their status.
         await self._grpc.stop(0.5)
         if self.engine is not None:
             await asyncio.to_thread(self.engine.stop)
@@ -236,19 +236,21 @@ class Server:
         self.stop()
 
     async def _monitor(self) -> None:
-        """Report NOT_SERVING while work waits and none is done."""
+        """Report NOT_SERVING while the engine is stalled."""
         assert self.engine is not None
         while True:
             await asyncio.sleep(MONITOR_SECONDS)
             stalled = self.engine.stalled(self.options.stall_seconds)
             if stalled and self.health.serving:
-                log.error("no progress for %g s with work waiting", self.options.stall_seconds)
+                log.error(
+                    "no progress for %g s although work is waiting", self.options.stall_seconds
+                )
             self.health.set(
                 not stalled and not self.service.draining and self.engine.failure is None
             )
 
     async def _follow(self) -> None:
-        """Use each new checkpoint of the run."""
+        """Switch to each new checkpoint of the run."""
         assert self._loaded is not None
         assert self.engine is not None
         decoder, tokenizer = self._loaded.decoder, self._loaded.tokenizer
@@ -263,7 +265,7 @@ class Server:
                 seen = identity
                 weights, version = await asyncio.to_thread(load_next, decoder, tokenizer, directory)
             except (GptDistError, OSError) as error:
-                # A checkpoint may be rotated away while it is read; the next one will do.
+                # Training may delete a checkpoint while it is read. Wait for the next one.
                 log.warning("keeping the old weights: %s", describe(error))
                 continue
             self.engine.swap(weights, version)
@@ -271,7 +273,7 @@ class Server:
 
 
 def _identity(directory: Path) -> tuple[Path, Any]:
-    """Which checkpoint this is; a later one may bear the same name."""
+    """Identify a checkpoint. A later one may have the same name."""
     path = directory / "state.json"
     with contextlib.suppress(OSError):
         return directory, (path if path.exists() else directory).stat().st_mtime_ns

@@ -1,9 +1,9 @@
-// A client of `python -m serve` in JavaScript, straight from the .proto files.
+// A JavaScript client of `python -m serve` that loads the .proto files at run time.
 //
 //   npm install --omit=dev
 //   node client.js "Once upon a time" [--target 127.0.0.1:50051] [--n 2] [--seed 1] [--timeout 60]
 //
-// The text is printed as it comes; Ctrl-C cancels on the server. GPT_DIST_TOKEN is sent if set.
+// The text is printed as it arrives. Ctrl-C cancels on the server. GPT_DIST_TOKEN is sent if set.
 
 import { parseArgs } from "node:util";
 import { fileURLToPath } from "node:url";
@@ -12,7 +12,7 @@ import protoLoader from "@grpc/proto-loader";
 
 const PROTO = fileURLToPath(new URL("../../proto", import.meta.url));
 
-// longs: 64-bit integers, such as seeds, do not fit a JavaScript number: they become strings.
+// longs: 64-bit integers such as seeds do not fit into a JavaScript number, so use strings.
 const definition = protoLoader.loadSync("gpt_dist/v1/generation_service.proto", {
   includeDirs: [PROTO],
   keepCase: true,
@@ -23,7 +23,7 @@ const definition = protoLoader.loadSync("gpt_dist/v1/generation_service.proto", 
 });
 const { GenerationService } = grpc.loadPackageDefinition(definition).gpt_dist.v1;
 
-// UNAVAILABLE means that nothing was done, so that the call may be repeated.
+// A call that failed with UNAVAILABLE had no effect, so it is safe to repeat.
 const SERVICE_CONFIG = JSON.stringify({
   loadBalancingConfig: [{ round_robin: {} }],
   methodConfig: [
@@ -45,7 +45,7 @@ const SERVICE_CONFIG = JSON.stringify({
  *
  * @param {GenerationService} client
  * @param {object} request a GenerateStreamRequest
- * @param {{timeout?: number, signal?: AbortSignal}} options the deadline in seconds; aborting the
+ * @param {{timeout?: number, signal?: AbortSignal}} options deadline in seconds; aborting the
  *   signal cancels the call on the server
  * @yields {object} GenerateStreamResponse
  */
@@ -64,7 +64,7 @@ export async function* stream(client, request, { timeout = 60, signal } = {}) {
     yield* call;
   } finally {
     signal?.removeEventListener("abort", cancel);
-    call.cancel(); // does nothing to a call that is over
+    call.cancel(); // no effect on a finished call
   }
 }
 
@@ -98,7 +98,7 @@ async function main() {
     sampling: { n: Number(values.n), ...(values.seed && { seed: values.seed }) },
     stopping: { max_new_tokens: Number(values["max-new-tokens"]) },
   };
-  let line = null; // which output the current line belongs to
+  let line = null; // the output that the current line belongs to
   try {
     for await (const piece of stream(client, request, {
       timeout: Number(values.timeout),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The image's commands: `docker run gpt_dist train …`. Anything else is run as it stands.
+# The image's commands, as in `docker run gpt_dist train …`. Any other command is run unchanged.
 set -eu
 
 command="${1:-help}"
@@ -8,7 +8,7 @@ command="${1:-help}"
 case "$command" in
   train) exec local.sh "$@" ;;
   evaluate)
-    # NPROC_PER_NODE: ranks on this machine; local.sh reads it as well.
+    # NPROC_PER_NODE is the number of ranks on this machine. local.sh reads it too.
     if [ -n "${NPROC_PER_NODE:-}" ]; then
       exec torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "gpt_dist.$command" "$@"
     fi
@@ -23,8 +23,8 @@ case "$command" in
     echo
     echo "commands: prepare train generate evaluate export import_hf plot"
     echo "          serve client bench playground tensorboard"
-    echo "Each takes --help. Data and runs live in /work: mount a directory there."
-    echo "NPROC_PER_NODE=N: ranks of train and evaluate (train: default one a GPU)."
+    echo "Each has --help. Data and runs are in /work: mount a directory there."
+    echo "NPROC_PER_NODE=N sets the ranks of train and evaluate (train: default one per GPU)."
     ;;
   *) exec "$command" "$@" ;;
 esac

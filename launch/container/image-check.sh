@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Build the Dockerfile for real and use the image, without Docker: Debian's buildah (chroot
-# isolation, vfs storage) on a base made by debootstrap. `make image-check` runs this.
+# Build the Dockerfile and use the image, without Docker: with Debian's buildah (chroot isolation, vfs
+# storage) and a base image made by debootstrap. `make image-check` runs this.
 #
-# The host's pip settings (index, certificates, local wheels) hold inside the build as well.
-# Everything stays under .cache/image; delete that to start over.
+# The build uses the host's pip settings (index, certificates, local wheels). All files are under
+# .cache/image; delete it to start over.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -14,7 +14,7 @@ for tool in buildah debootstrap; do
 done
 if [ ${#missing[@]} -gt 0 ]; then
   printf -v list ', %s' "${missing[@]}"
-  echo "image-check: not possible here, missing: ${list:2}"
+  echo "image-check: cannot run, missing: ${list:2}"
   exit "${CI:+1}"
 fi
 
@@ -38,7 +38,7 @@ if ! buildah images --format '{{.Name}}' | grep -q gpt_dist-base; then
   buildah commit --quiet --rm "$container" gpt_dist-base > /dev/null
 fi
 
-# What pip needs to reach its index: the settings themselves, and every local path they name.
+# pip needs its settings and every local path that they name.
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 mapfile -t volumes < <("$python" - "$cache/pip.conf" << 'PYTHON'
@@ -56,7 +56,7 @@ Path(sys.argv[1]).write_text(
     "[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
 )
 local = re.findall(r"(?:(file://)|(?<![\w:./]))(/[^\s'\"]+)", " ".join(settings.values()))
-# The pages of a local index link to files beside it, so its parent comes along.
+# The pages of a local index link to files next to it, so mount its parent directory.
 paths = [str(Path(path).parent) if index else path for index, path in local]
 print("--volume", f"{sys.argv[1]}:/etc/pip.conf:ro", sep="\n")
 for path in dict.fromkeys(paths):
@@ -73,12 +73,12 @@ buildah bud --quiet --format docker --build-arg BASE_IMAGE=localhost/gpt_dist-ba
 container=$(buildah from gpt_dist)
 trap 'buildah rm "$container" > /dev/null' EXIT
 inside() {
-  # torchrun looks up the name of the host, which a chroot does not know.
+  # torchrun resolves the host name, which a chroot cannot.
   buildah run --hostname localhost --volume /etc/hosts:/etc/hosts:ro "$container" -- \
     entrypoint.sh "$@"
 }
 
-echo "image-check: who runs, and what is configured"
+echo "image-check: user and configuration"
 [ "$(inside id -un)" = gpt ]
 buildah inspect --type image gpt_dist > "$cache/inspect.json"
 "$python" - "$cache/inspect.json" << 'PYTHON'
@@ -89,11 +89,11 @@ assert config["Healthcheck"]["Test"] == ["CMD", "health.sh"], config["Healthchec
 assert config["Entrypoint"] == ["entrypoint.sh"], config["Entrypoint"]
 PYTHON
 
-echo "image-check: prepare, train 2 steps, serve, ask"
+echo "image-check: prepare, train 2 steps, serve, generate"
 inside prepare shakespeare --tokenizer char --out data/shakespeare-char
 inside train --config shakespeare-char-cpu --data.path data/shakespeare-char --out_dir run \
   --train.steps 2 --optim.warmup_steps 1 --train.eval_tokens 4096
-# Single quotes: the commands are for the shell inside.
+# Single quotes, because the shell in the container expands the variables.
 # shellcheck disable=SC2016
 inside sh -euc '
   entrypoint.sh serve --checkpoint run --host 127.0.0.1 --port 0 > serve.log &

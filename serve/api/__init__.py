@@ -1,1 +1,1 @@
-"""What callers see."""
+"""The gRPC services: requests in, responses and statuses out."""

@@ -1,4 +1,7 @@
-"""A generation request on its way: its sequences in the engine, their text on this side."""
+"""A generation request in progress: its sequences in the engine and their text.
+
+Everything here runs in the event loop.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ from serve.metrics import Metrics
 
 
 class Output:
-    """One continuation as its reader sees it. Everything runs in the event loop.
+    """One continuation, as the caller receives it.
 
-    Events are digested when they come, not when they are read, so that a slow reader does not delay
-    the recognition of a stop sequence.
+    Events are processed when they arrive, not when the caller reads, so that a slow reader does not
+    delay the detection of a stop sequence.
     """
 
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer, wanted: Generation) -> None:
@@ -43,14 +46,14 @@ class Output:
         self.finish: Finish | None = None
         self.stop_token: int | None = None
         self.job: Sequence
-        # What the reader has not taken yet.
+        # Not yet taken by the reader:
         self.delta: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[pb.TokenLogprob] = []
         self.announced = self.closed = False
 
     def __call__(self, event: Event) -> None:
-        if self.finish is not None:  # the engine had not heard of the stop sequence yet
+        if self.finish is not None:  # sent before the engine learnt of the stop sequence
             return
         match event:
             case Token():
@@ -58,7 +61,7 @@ class Output:
             case Started():
                 self.started = event
                 self.call.metrics.queue_time.observe(event.at - self.call.arrived)
-                return  # not worth a message
+                return  # reported with the first token
             case Ended():
                 self.delta.append(self.text.flush())
                 self.stop_token = event.token
@@ -95,11 +98,11 @@ class Output:
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to take."""
+        """Whether `take` would return something new."""
         return bool(self.token_ids) or (self.finish is not None and not self.closed)
 
     def take(self) -> GenerateStreamResponse:
-        """What came since the last time, in one message."""
+        """Return what has arrived since the last call, as one message."""
         message = GenerateStreamResponse(
             index=self.index,
             text_delta="".join(self.delta),
@@ -116,7 +119,7 @@ class Output:
         return message
 
     def whole(self) -> pb.GenerationOutput:
-        """All of it, once it is finished and if nothing was taken."""
+        """Return a finished output from which nothing was taken."""
         output = pb.GenerationOutput(
             index=self.index,
             text="".join(self.delta),
@@ -160,19 +163,19 @@ class Output:
 
     @property
     def weights_version(self) -> str:
-        # A time budget can be over before anything began.
+        # A time budget can run out in the queue.
         scheduler = self.call.engine.scheduler
         return self.started.weights_version if self.started else scheduler.weights_version
 
 
 class Call:
-    """All outputs of one request; a context manager that leaves nothing in the engine.
+    """All outputs of one request. Leaving the context cancels what is unfinished.
 
     Args:
         wanted: the request.
-        engine: where it runs.
-        tokenizer: for text.
-        metrics: what is counted.
+        engine: computes it.
+        tokenizer: turns tokens into text.
+        metrics: counts tokens and measures times.
         deadline: when the caller gives up, in seconds of the engine's clock.
     """
 
@@ -188,7 +191,7 @@ class Call:
         self.arrived = engine.clock()
         self.changed = asyncio.Event()
         self.quiet = True
-        """Whether new tokens alone are no reason to wake the reader."""
+        """Whether only the end of an output wakes the reader; new tokens do not."""
         self.error: StatusError | None = None
         self.outputs = [Output(index, self, tokenizer, wanted) for index in range(wanted.outputs)]
         budget = wanted.time_budget
@@ -221,12 +224,12 @@ class Call:
                 self.metrics.cancelled.inc(len(left))
 
     def fail(self, error: StatusError) -> None:
-        """End the call with an error."""
+        """Fail the call; the first error counts."""
         self.error = self.error or error
         self.changed.set()
 
     async def finished(self) -> GenerateResponse:
-        """Everything, when it is there.
+        """Wait for all outputs and return them.
 
         Raises:
             StatusError: the deadline passed, or the engine failed.
@@ -246,10 +249,11 @@ class Call:
         )
 
     async def messages(self, interval: float = 0.0) -> AsyncIterator[GenerateStreamResponse]:
-        """Pieces as they come; what came while the reader was busy is one piece.
+        """Yield text as it arrives. Text that arrived while the reader was busy is one message.
 
         Args:
-            interval: least seconds between two pieces, but for those that end an output.
+            interval: minimum time between two messages, in seconds. The message that ends an
+                output is not delayed.
 
         Raises:
             StatusError: the deadline passed, or the engine failed.
@@ -283,7 +287,7 @@ class Call:
             raise self.error
 
     def timings(self, outputs: list[Output]) -> pb.Timings:
-        """Timings from arrival to what happened first (or, for the total, last) in ``outputs``."""
+        """Times from the call's arrival: first start, first token and last token of ``outputs``."""
         starts = [output.started.at for output in outputs if output.started]
         firsts = [output.first_token_at for output in outputs if output.first_token_at]
         end = max(output.ended_at for output in outputs)

@@ -3,9 +3,9 @@
     text_input BYTES [1] · stream BOOL [1] · sampling_parameters BYTES [1], JSON ·
     exclude_input_in_output BOOL [1]  →  text_output BYTES [n]
 
-so that ``tritonclient`` works unchanged. As there, only ``text_input`` is required, the JSON has
-vLLM's names, its values may be strings, and text is repeated in front of the answer unless it is
-excluded or streamed (github.com/triton-inference-server/vllm_backend).
+``tritonclient`` works unchanged. As in that backend, only ``text_input`` is required, the JSON uses
+vLLM's parameter names, and its values may be strings. The output begins with the input text, unless
+that is excluded or the output is streamed (github.com/triton-inference-server/vllm_backend).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from serve.api.service import GenerationService
 
 MAX_CONCURRENT = 256
-"""Requests of one stream that are worked on at once."""
+"""Maximum number of requests of one stream that run at once."""
 DEFAULT_MAX_TOKENS = 16  # vLLM's
 INPUTS = {
     "text_input": "BYTES",
@@ -43,18 +43,18 @@ Cast = Callable[[Any], Any]
 def _boolean(value: Any) -> bool:
     if str(value).lower() in ("true", "false", "0", "1"):
         return str(value).lower() in ("true", "1")
-    raise ValueError(f"{value!r} is neither true nor false")
+    raise ValueError(f"{value!r} is not a boolean")
 
 
 def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(item) for item in value]
 
 
-# vLLM's name → part of GenerateRequest, its field, the type.
+# vLLM's name → part of GenerateRequest, field, conversion.
 PARAMETERS: dict[str, tuple[str, str, Cast]] = {
     "n": ("sampling", "n", int),
     "temperature": ("sampling", "temperature", float),
-    "top_k": ("sampling", "top_k", lambda value: max(int(value), 0)),  # vLLM: -1 is off
+    "top_k": ("sampling", "top_k", lambda value: max(int(value), 0)),  # vLLM disables it with -1
     "top_p": ("sampling", "top_p", float),
     "min_p": ("sampling", "min_p", float),
     "repetition_penalty": ("sampling", "repetition_penalty", float),
@@ -72,7 +72,7 @@ PARAMETERS: dict[str, tuple[str, str, Cast]] = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request, understood."""
+    """A parsed request."""
 
     text: str
     stream: bool
@@ -130,13 +130,13 @@ class InferenceService:
         self._check_name(request.model_name)
         wanted = understand(request)
         if wanted.stream:
-            raise invalid("stream", "is for ModelStreamInfer")
+            raise invalid("stream", "must be false; use ModelStreamInfer to stream")
         return await self._whole(request, wanted, context)
 
     async def ModelStreamInfer(
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        """Requests of one stream run side by side; errors are answers, and the stream goes on."""
+        """Run the requests of one stream concurrently. A failed one does not end the stream."""
         self.service.accept()
         answers: asyncio.Queue[pb.ModelStreamInferResponse | StatusError | None] = asyncio.Queue(
             MAX_CONCURRENT
@@ -168,7 +168,7 @@ class InferenceService:
                 while tasks:
                     await asyncio.wait(tasks)
                 await answers.put(None)
-            except StatusError as error:  # bytes that are no request
+            except StatusError as error:  # bytes that cannot be parsed
                 await answers.put(error)
 
         reader = asyncio.create_task(read())
@@ -212,7 +212,7 @@ class InferenceService:
         if served is not None and name != served.name:
             raise StatusError(
                 grpc.StatusCode.NOT_FOUND,
-                f"unknown model {name!r}; this server has {served.name!r}",
+                f"unknown model {name!r}; this server serves {served.name!r}",
                 "UNKNOWN_MODEL",
                 field="model_name",
             )
@@ -234,14 +234,14 @@ def _response(
 
 
 def understand(request: pb.ModelInferRequest) -> Wanted:
-    """Read the tensors of a request.
+    """Parse the tensors of a request.
 
     Raises:
         StatusError: INVALID_ARGUMENT.
     """
     values = _tensors(request)
     if "text_input" not in values:
-        raise invalid("text_input", "this tensor is required")
+        raise invalid("text_input", "is required")
     text = _utf8("text_input", values["text_input"])
     stream = bool(values.get("stream", False))
     exclude = bool(values.get("exclude_input_in_output", stream))
@@ -266,9 +266,9 @@ def understand(request: pb.ModelInferRequest) -> Wanted:
 
 def _set(wanted: api.GenerateRequest, name: str, value: Any) -> None:
     if name.startswith("triton_") or name.startswith("binary_") or value is None:
-        return  # for the transport
+        return  # addressed to the transport
     if name not in PARAMETERS:
-        raise invalid(f"sampling_parameters.{name}", f"unknown; known are {', '.join(PARAMETERS)}")
+        raise invalid(f"sampling_parameters.{name}", f"unknown; valid are {', '.join(PARAMETERS)}")
     part, field, cast = PARAMETERS[name]
     try:
         cast_value = cast(value)
@@ -295,7 +295,7 @@ def _utf8(name: str, value: Any) -> str:
 
 
 def _tensors(request: pb.ModelInferRequest) -> dict[str, Any]:
-    """Name → the one value, bytes or bool."""
+    """Name → value of each one-element tensor: bytes or bool."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise invalid("raw_input_contents", f"{len(raw)} entries for {len(request.inputs)} inputs")
@@ -303,7 +303,9 @@ def _tensors(request: pb.ModelInferRequest) -> dict[str, Any]:
     for index, tensor in enumerate(request.inputs):
         kind = INPUTS.get(tensor.name)
         if kind is None:
-            raise invalid("inputs", f"unknown tensor {tensor.name[:80]!r}; known: {list(INPUTS)}")
+            raise invalid(
+                "inputs", f"unknown tensor {tensor.name[:80]!r}; valid are {', '.join(INPUTS)}"
+            )
         if tensor.datatype != kind:
             raise invalid(tensor.name, f"must be {kind}")
         if any(size != 1 for size in tensor.shape):
@@ -325,5 +327,5 @@ def _raw(name: str, kind: str, data: bytes) -> bytes | bool:
             raise invalid(name, "must have one element")
         return data != b"\0"
     if len(data) < 4 or struct.unpack_from("<I", data)[0] != len(data) - 4:
-        raise invalid(name, "must be one element behind its length in four bytes")
+        raise invalid(name, "must be one element, preceded by its length in four bytes")
     return data[4:]

@@ -11,20 +11,20 @@ from serve.engine.jobs import Scored, Token
 
 
 def token_logprob(tokenizer: Tokenizer, event: Token) -> pb.TokenLogprob:
-    """The message for a generated token."""
+    """Convert a generated token."""
     return _message(tokenizer, event.token, event.logprob, event.top)
 
 
 def score_response(
     scored: Scored, ids: np.ndarray, tokenizer: Tokenizer, prepended: bool
 ) -> api.ScoreResponse:
-    """The answer to a ScoreRequest.
+    """Build the response to a ScoreRequest.
 
     Args:
-        scored: what the engine found.
+        scored: the engine's result.
         ids: (T,) tokens that were scored.
         tokenizer: their tokenizer.
-        prepended: whether the first of them was put in front of the caller's text.
+        prepended: whether the first token is the prepended end-of-text token.
     """
     response = api.ScoreResponse(weights_version=scored.weights_version)
     if not prepended:  # nothing precedes the first token, so it has no log-probability
@@ -42,7 +42,7 @@ def score_response(
 def _message(
     tokenizer: Tokenizer, token: int, logprob: float | None, top: list[tuple[int, float]]
 ) -> pb.TokenLogprob:
-    """``top`` has the most likely (token id, log-probability) in this place."""
+    """Build a message. ``top`` lists the most likely (token id, log-probability) at its place."""
     return pb.TokenLogprob(
         token_id=token,
         token=tokenizer.token_bytes(token),

@@ -1,4 +1,4 @@
-"""From request messages to jobs; what is wrong is refused with the name of its field."""
+"""Validates request messages. An error names the field."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 128
 LONG_TEXT = 8192
-"""Characters from which on a text is tokenised in a thread, so that the loop is not held up."""
+"""A text of at least this many characters is tokenised in a thread, to keep the event loop free."""
 
-# SamplingParams' names of what the API has elsewhere.
+# Fields of SamplingParams that the API has elsewhere than in ``sampling``.
 FIELDS = {
     "min_new_tokens": "stopping.min_new_tokens",
     "stop_ids": "stopping.stop_token_ids",
@@ -33,15 +33,15 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served model can take."""
+    """Limits of the served model."""
 
     tokenizer: Tokenizer
     vocab_size: int
-    """Of the model; the tokenizer may have fewer tokens."""
+    """Of the model. The tokenizer may have fewer tokens."""
     max_context: int
     max_outputs: int
     longest_token: int
-    """Bytes."""
+    """In bytes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Generation:
     ids: np.ndarray
     """(T,) int64."""
     sampling: SamplingParams
-    """Of the first output; see `sampling_of`."""
+    """Of the first output. See `sampling_of`."""
     outputs: int
     max_new_tokens: int
     eos_id: int | None
@@ -61,7 +61,7 @@ class Generation:
     """Seconds."""
 
     def sampling_of(self, index: int) -> SamplingParams:
-        """The parameters of one output: the seeds are consecutive, in 64 bits."""
+        """The parameters of one output. Seeds are consecutive, modulo 2**64."""
         return replace(self.sampling, seed=(self.sampling.seed + index) % (1 << 64))
 
 
@@ -75,7 +75,7 @@ async def parse_generation(request: Any, limits: Limits) -> Generation:
     outputs = request.sampling.n if request.sampling.HasField("n") else 1
     most = min(MAX_OUTPUTS, limits.max_outputs)
     if not 1 <= outputs <= most:
-        raise invalid("sampling.n", f"{outputs} is not in 1 to {most}")
+        raise invalid("sampling.n", f"{outputs} is not between 1 and {most}")
     max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     if stopping.HasField("max_new_tokens"):
         max_new_tokens = stopping.max_new_tokens
@@ -84,25 +84,25 @@ async def parse_generation(request: Any, limits: Limits) -> Generation:
     if stopping.min_new_tokens > max_new_tokens:
         raise invalid(
             "stopping.min_new_tokens",
-            f"{stopping.min_new_tokens} is more than max_new_tokens ({max_new_tokens})",
+            f"{stopping.min_new_tokens} exceeds max_new_tokens ({max_new_tokens})",
         )
     if len(stopping.stop_sequences) > MAX_STOPS:
-        raise invalid("stopping.stop_sequences", f"more than {MAX_STOPS}")
+        raise invalid("stopping.stop_sequences", f"more than {MAX_STOPS} sequences")
     for index, stop in enumerate(stopping.stop_sequences):
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             field = f"stopping.stop_sequences[{index}]"
             raise invalid(field, f"must have 1 to {MAX_STOP_LENGTH} characters")
     if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
-        raise invalid("stopping.stop_token_ids", f"more than {MAX_STOP_TOKENS}")
+        raise invalid("stopping.stop_token_ids", f"more than {MAX_STOP_TOKENS} tokens")
     if options.top_logprobs and not options.logprobs:
-        raise invalid("output.top_logprobs", "needs logprobs")
+        raise invalid("output.top_logprobs", "requires logprobs")
     if options.top_logprobs > MAX_TOP_LOGPROBS:
-        raise invalid("output.top_logprobs", f"more than {MAX_TOP_LOGPROBS}")
+        raise invalid("output.top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
     time_budget = None
     if stopping.HasField("time_budget"):
         time_budget = stopping.time_budget.seconds + stopping.time_budget.nanos * 1e-9
         if time_budget <= 0:
-            raise invalid("stopping.time_budget", "must be more than 0")
+            raise invalid("stopping.time_budget", "must be positive")
     eos_id = None if stopping.ignore_eos else limits.tokenizer.eot_id
     sampling = _sampling(request, eos_id, limits)
     return Generation(
@@ -150,7 +150,7 @@ def _sampling(request: Any, eos_id: int | None, limits: Limits) -> SamplingParam
 
 
 async def parse_prompt(prompt: Any, limits: Limits, room: int = 0) -> np.ndarray:
-    """Token ids (T,) of a Prompt, T at least 1 and at most ``max_context`` - ``room``.
+    """Token ids (T,) of a Prompt, 1 ≤ T ≤ ``max_context`` - ``room``.
 
     Raises:
         StatusError: INVALID_ARGUMENT.
@@ -158,13 +158,17 @@ async def parse_prompt(prompt: Any, limits: Limits, room: int = 0) -> np.ndarray
     longest = limits.max_context - room
     match prompt.WhichOneof("input"):
         case "text":
-            # No need to tokenise what cannot fit.
+            # Do not tokenise a text that cannot fit.
             if len(prompt.text) > longest * limits.longest_token:
-                raise invalid("prompt.text", f"is longer than {longest} tokens can be")
+                raise invalid(
+                    "prompt.text", f"is too long: at most {longest} tokens fit the context"
+                )
             ids = await tokenize(prompt.text, limits.tokenizer, "prompt.text")
             if not ids:
                 if limits.tokenizer.eot_id is None:
-                    raise invalid("prompt.text", "is empty, and there is no end-of-text token")
+                    raise invalid(
+                        "prompt.text", "is empty, and this tokenizer has no end-of-text token"
+                    )
                 ids = [limits.tokenizer.eot_id]
             field = "prompt.text"
         case "token_ids":
@@ -172,9 +176,11 @@ async def parse_prompt(prompt: Any, limits: Limits, room: int = 0) -> np.ndarray
             if not ids:
                 raise invalid(field, "is empty")
             if max(ids) >= limits.vocab_size:
-                raise invalid(field, f"token {max(ids)} is not in 0 to {limits.vocab_size - 1}")
+                raise invalid(
+                    field, f"token {max(ids)} is not between 0 and {limits.vocab_size - 1}"
+                )
         case _:
-            raise invalid("prompt", "neither text nor token_ids is set")
+            raise invalid("prompt", "text or token_ids must be set")
     if len(ids) > longest:
         raise invalid(field, f"has {len(ids)} tokens; at most {longest} fit the context")
     return np.array(ids, np.int64)
@@ -184,7 +190,7 @@ async def tokenize(text: str, tokenizer: Tokenizer, field: str) -> list[int]:
     """Token ids of a text.
 
     Raises:
-        StatusError: the tokenizer cannot express a character.
+        StatusError: INVALID_ARGUMENT, if the tokenizer cannot encode a character.
     """
     try:
         if len(text) < LONG_TEXT:

@@ -1,7 +1,7 @@
-"""One way to answer a call: parse here, fail with details, count and log.
+"""The frame around every method: parsing, statuses with details, metrics and the log line.
 
-grpc's own registration answers bytes that do not parse with INTERNAL or UNKNOWN, which says that
-the server is at fault. So handlers take bytes.
+If grpc parses the requests, bytes that are not a message end with INTERNAL or UNKNOWN, as if the
+server were at fault. Therefore handlers receive bytes and parse them here.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 REJECTIONS = frozenset({"QUEUE_FULL", "DRAINING", "LOADING", "ENGINE_FAILED"})
-"""Reasons (see `StatusError`) that say something about the server and not about the call."""
+"""Reasons (see `StatusError`) that concern the server's state, not the call."""
 
 
 @dataclass
 class CallRecord:
-    """What is known of a call, for its log line."""
+    """What the log line says about a call."""
 
     request_id: str
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 current: ContextVar[CallRecord] = ContextVar("current")
-"""The call that is being answered."""
+"""The call being answered."""
 
 
 def note(**values: Any) -> None:
@@ -61,7 +61,7 @@ def deadline_of(context: Any, clock: Callable[[], float]) -> float | None:
 def method_handler(
     behaviour: Any, client_streaming: bool, server_streaming: bool, **options: Any
 ) -> Any:
-    """Make grpc's handler of a method of this kind; requests arrive as bytes."""
+    """Make grpc's handler for a method of this kind. Requests arrive as bytes."""
     request, response = (
         "stream" if streaming else "unary" for streaming in (client_streaming, server_streaming)
     )
@@ -71,8 +71,8 @@ def method_handler(
 def generic_handler(service: ServiceDescriptor, implementation: object, metrics: Metrics) -> Any:
     """Register the methods of ``implementation`` that ``service`` declares.
 
-    A unary method is ``async def Name(request, context) -> response``, a streaming one an
-    asynchronous generator. Where the client streams, ``request`` is an asynchronous iterator.
+    A unary method is ``async def Name(request, context) -> response``. A streaming method is an
+    asynchronous generator. If the client streams, ``request`` is an asynchronous iterator.
     """
     handlers = {}
     for method in service.methods:
@@ -97,7 +97,7 @@ def generic_handler(service: ServiceDescriptor, implementation: object, metrics:
 
 
 class _Answer:
-    """The frame around one method."""
+    """Calls one method."""
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class _Answer:
     async def stream(self, data: Any, context: Any) -> None:
         """Answer with many messages.
 
-        They are written here, rather than handed to grpc as a generator, so that a cancellation
-        always arrives in this frame and the generator is closed before it is left.
+        They are written here instead of by grpc, so that a cancellation is always raised in this
+        frame and the generator is closed before the frame ends.
         """
         with self._frame(context) as frame:
             answers = None
@@ -134,7 +134,7 @@ class _Answer:
                 async for response in answers:
                     try:
                         await context.write(response)
-                    except Exception as error:  # the caller has just gone: CancelledError was late
+                    except Exception as error:  # the caller left, and CancelledError is late
                         log.debug("%s: cannot write: %r", self.name, error)
                         return
             except Exception as error:
@@ -162,7 +162,7 @@ class _Answer:
             return self.message.FromString(data)
         except DecodeError:
             name = self.message.DESCRIPTOR.full_name
-            raise invalid("", f"these bytes are not a {name}") from None
+            raise invalid("", f"the request is not a valid {name}") from None
 
 
 class _Frame:
@@ -195,7 +195,7 @@ class _Frame:
             await self.context.abort(error.code, error.message, trailing)
         except grpc.aio.AbortError:
             raise
-        except Exception:  # the caller has just gone
+        except Exception:  # the caller has left
             raise asyncio.CancelledError from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -29,18 +29,18 @@ MAX_BATCH = 4096
 
 @dataclass(frozen=True)
 class Served:
-    """A model that is ready."""
+    """A model that is ready to serve."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     limits: Limits
     facts: dict[str, Any]
-    """Fields of GetModelInfoResponse that do not change."""
+    """The constant fields of GetModelInfoResponse."""
 
 
 def describe_model(loaded: Loaded, engine: Engine, name: str) -> Served:
-    """Gather what calls need to know of a model."""
+    """Collect what calls need to know about a model."""
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     try:
         server_version = version("gpt_dist")
@@ -73,25 +73,25 @@ def describe_model(loaded: Loaded, engine: Engine, name: str) -> Served:
 
 
 class GenerationService:
-    """Answers calls; see ``proto/gpt_dist/v1/generation_service.proto``.
+    """Implements ``proto/gpt_dist/v1/generation_service.proto``.
 
     Args:
-        metrics: what is counted.
-        stream_interval: least seconds between two messages of a stream.
+        metrics: counts calls and tokens.
+        stream_interval: minimum time between two messages of a stream, in seconds.
     """
 
     def __init__(self, metrics: Metrics, stream_interval: float = 0.0) -> None:
         self.metrics, self.stream_interval = metrics, stream_interval
         self.served: Served | None = None
-        """The model; None while it is loaded."""
+        """The model; None until it is loaded."""
         self.draining = False
         self.open_calls = 0
-        """Calls that were accepted and are not finished."""
+        """Calls that were accepted and have not ended."""
         self.idle = asyncio.Event()
         self.idle.set()
 
     def accept(self) -> Served:
-        """The model, if new work is taken.
+        """Return the model, if the server accepts new work.
 
         Raises:
             StatusError: UNAVAILABLE.
@@ -99,7 +99,7 @@ class GenerationService:
         if self.draining:
             raise unavailable("the server is shutting down", "DRAINING")
         if self.served is None:
-            raise unavailable("the model is being loaded", "LOADING")
+            raise unavailable("the model is loading", "LOADING")
         if self.served.engine.failure is not None:
             raise unavailable("the engine failed", "ENGINE_FAILED")
         return self.served
@@ -115,7 +115,7 @@ class GenerationService:
             self.idle.set()
 
     def refused(self, error: QueueFull | EngineLost) -> StatusError:
-        """What a caller hears when the engine takes no job."""
+        """The status for a job that the engine refused."""
         if isinstance(error, EngineLost) or self.served is None:
             return unavailable("the engine failed", "ENGINE_FAILED")
         return overloaded(self.served.engine.scheduler.retry_after)
@@ -165,11 +165,11 @@ class GenerationService:
         served = self.accept()
         count = len(request.requests)
         if not 1 <= count <= MAX_BATCH:
-            raise invalid("requests", f"{count} requests; valid are 1 to {MAX_BATCH}")
+            raise invalid("requests", f"has {count} entries; valid are 1 to {MAX_BATCH}")
         note(requests=count)
         waiting, answered = list(range(count))[::-1], 0
         running: dict[asyncio.Task[api.GenerateResponse], int] = {}
-        # Twice the slots: the next ones are in the engine's queue when a slot becomes free.
+        # Twice the slots, so that the engine's queue has work when a slot becomes free.
         most = window = 2 * served.engine.scheduler.decoder.max_slots
         with self:
             try:
@@ -188,7 +188,7 @@ class GenerationService:
                             )
                         elif not isinstance(error, StatusError):
                             raise error
-                        elif error.reason == "QUEUE_FULL":  # others have taken the room
+                        elif error.reason == "QUEUE_FULL":  # other calls fill the queue
                             waiting.append(index)
                             window = max(1, len(running))
                             if not running:
@@ -208,7 +208,7 @@ class GenerationService:
     async def Score(self, request: api.ScoreRequest, context: Any) -> api.ScoreResponse:
         served = self.accept()
         if request.top_logprobs > MAX_TOP_LOGPROBS:
-            raise invalid("top_logprobs", f"more than {MAX_TOP_LOGPROBS}")
+            raise invalid("top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
         prepend = request.prepend_end_of_text
         eot_id = served.tokenizer.eot_id
         if prepend and eot_id is None:

@@ -1,4 +1,4 @@
-"""How a call fails: a gRPC status with google.rpc details, never UNKNOWN."""
+"""Statuses of failed calls, with google.rpc details."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ DETAILS = "grpc-status-details-bin"
 
 
 class StatusError(Exception):
-    """Ends the call with a status.
+    """Ends the call with this status.
 
     Args:
         code: the status code.
         message: one sentence for people.
         reason: UPPER_SNAKE_CASE for programs (``google.rpc.ErrorInfo``).
-        field: the request's field that is wrong (``google.rpc.BadRequest``).
-        retry_after: seconds (``google.rpc.RetryInfo``).
+        field: the invalid field of the request (``google.rpc.BadRequest``).
+        retry_after: when to try again, in seconds (``google.rpc.RetryInfo``).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class StatusError(Exception):
 
     @property
     def number(self) -> int:
-        """The code as google.rpc.Code has it."""
+        """The code as a number of google.rpc.Code."""
         number: int = self.code.value[0]
         return number
 
@@ -73,7 +73,7 @@ def invalid(field: str, message: str) -> StatusError:
 
 
 def unavailable(message: str, reason: str, retry_after: float = 1.0) -> StatusError:
-    """UNAVAILABLE: nothing was done, so that the call is safe to repeat."""
+    """UNAVAILABLE: the call had no effect, so it is safe to repeat."""
     return StatusError(grpc.StatusCode.UNAVAILABLE, message, reason, retry_after=retry_after)
 
 
@@ -88,12 +88,12 @@ def overloaded(retry_after: float) -> StatusError:
 
 
 def expired() -> StatusError:
-    """DEADLINE_EXCEEDED, in case the server is the first to notice."""
+    """DEADLINE_EXCEEDED: the server noticed before grpc did."""
     return StatusError(
         grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed", "DEADLINE_EXCEEDED"
     )
 
 
 def internal() -> StatusError:
-    """INTERNAL: a defect of the server; the log has more."""
+    """INTERNAL: a defect of the server; the log has the traceback."""
     return StatusError(grpc.StatusCode.INTERNAL, "internal error", "INTERNAL")

@@ -1,4 +1,4 @@
-"""From tokens to text that is final: whole characters, cut exactly at stop sequences."""
+"""Turns tokens into text as they arrive: whole characters, cut exactly at stop sequences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from gpt_dist.text.tokenizers import StreamDecoder, Tokenizer
 
 
 class StopMatcher:
-    """Finds the first of several stop sequences to be completed, one character at a time.
+    """Finds the first stop sequence that is completed, one character at a time.
 
-    Knuth, Morris and Pratt 1977, for each sequence: constant work a character, and what may still
-    become a match is known at every moment. Whatever the pieces in which a text arrives, the match
-    is the same; of those completed by the same character the longest counts.
+    Each sequence is matched with the algorithm of Knuth, Morris and Pratt (1977). It takes constant
+    amortised time per character and always knows the length of the current partial match. The
+    result does not depend on how the text is split. If a character completes several sequences, the
+    longest one counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -22,11 +23,11 @@ class StopMatcher:
 
     @property
     def open(self) -> int:
-        """Characters at the end of the text that may be the beginning of a match."""
+        """Number of characters at the end of the text that may begin a match."""
         return max(self._matched, default=0)
 
     def push(self, character: str) -> str | None:
-        """Feed one character; returns the stop sequence that it completes."""
+        """Feed one character; returns the stop sequence that it completes, if any."""
         found = None
         for index, stop in enumerate(self.stops):
             matched, failures = self._matched[index], self._failures[index]
@@ -55,13 +56,13 @@ def _failures(stop: str) -> list[int]:
 
 
 class TextAssembler:
-    """The text of one continuation, given out only as far as it can no longer change.
+    """The text of one continuation, returned only once it can no longer change.
 
     Args:
-        tokenizer: what the tokens mean.
-        stops: stop sequences, none of them empty.
-        include_stop: let the text end after the stop sequence instead of before it.
-        min_tokens: stop sequences completed by earlier tokens do not count.
+        tokenizer: decodes the tokens.
+        stops: stop sequences, not empty.
+        include_stop: end the text after the stop sequence instead of before it.
+        min_tokens: ignore stop sequences that earlier tokens complete.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class TextAssembler:
         """The stop sequence that ended the text."""
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that is final by now. Nothing is added after a match."""
+        """Add a token; returns the text that became final. After a match this is always empty."""
         self._count += 1
         return self._add(self._decoder.push(token))
 
     def flush(self) -> str:
-        """The rest of the text, when no token follows."""
+        """Return the rest of the text, after the last token."""
         text = self._add(self._decoder.flush())
         if self.matched is None:
             text, self._held = text + self._held, ""

@@ -1,4 +1,4 @@
-"""Clients of ``python -m serve``, for Python programs; they need grpcio and protobuf only.
+"""Python clients of ``python -m serve``. They need grpcio and protobuf only.
 
     with Client("127.0.0.1:50051") as client:
         print(client.generate("Once upon a time", temperature=0).outputs[0].text)
@@ -8,8 +8,8 @@
     async with AsyncClient("127.0.0.1:50051") as client:
         response = await client.generate("Once upon a time")
 
-``python -m serve.client --help`` is the command line. Both clients have the same methods; results
-are the messages of ``gpt_dist.v1``.
+Both clients have the same methods and return the messages of ``gpt_dist.v1``.
+``python -m serve.client`` is the command line.
 """
 
 from serve.client.asynchronous import AsyncClient

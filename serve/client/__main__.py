@@ -27,21 +27,21 @@ TYPES: dict[int, Callable[[str], Any]] = {
 CONNECTION = ("target", "timeout", "token", "tls", "tls_ca", "tls_cert", "tls_key", "request_id")
 """Flags that are arguments of `Client`."""
 HELP = {
-    "temperature": "0 is greedy; default 1",
+    "temperature": "divides the logits; 0 is greedy; default 1",
     "top_k": "keep the k most likely tokens",
-    "top_p": "keep the fewest tokens with this probability",
-    "min_p": "keep tokens at least this likely relative to the best",
-    "repetition_penalty": "above 1: repeat less",
-    "presence_penalty": "taken off tokens already generated",
-    "frequency_penalty": "taken off for each time a token was generated",
-    "seed": "makes the draws repeatable",
-    "n": "continuations of the prompt",
-    "max_new_tokens": "at most this many tokens; default 128",
-    "min_new_tokens": "at least this many tokens",
-    "ignore_eos": "go on past the end of text",
-    "include_stop_sequence": "keep the stop sequence",
+    "top_p": "keep the most likely tokens up to this total probability",
+    "min_p": "keep tokens at least this likely, relative to the most likely one",
+    "repetition_penalty": "values above 1 discourage repetition",
+    "presence_penalty": "subtracted from the logits of tokens already generated",
+    "frequency_penalty": "subtracted once for each time a token was generated",
+    "seed": "makes sampling reproducible",
+    "n": "number of continuations",
+    "max_new_tokens": "maximum number of tokens; default 128",
+    "min_new_tokens": "minimum number of tokens",
+    "ignore_eos": "continue after the end-of-text token",
+    "include_stop_sequence": "keep the stop sequence in the text",
     "logprobs": "report log-probabilities (with --json)",
-    "top_logprobs": "and those of the N best tokens",
+    "top_logprobs": "report the N most likely tokens as well",
 }
 
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m serve.client",
-        description="Talk to a server that was started with `python -m serve`.",
+        description="Call a server that runs `python -m serve`.",
         epilog="""examples:
   python -m serve.client generate "Once upon a time" --stream
   python -m serve.client generate "Once upon a time" -n 4 --seed 1 --json
@@ -67,12 +67,12 @@ def parser() -> argparse.ArgumentParser:
     connection.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
     connection.add_argument("--tls", action="store_true", help="encrypt")
     for name, text in (
-        ("tls-ca", "authorities to trust, PEM"),
-        ("tls-cert", "certificate of this client, PEM"),
-        ("tls-key", "its private key, PEM"),
+        ("tls-ca", "certificate authorities to trust (PEM)"),
+        ("tls-cert", "certificate of this client (PEM)"),
+        ("tls-key", "its private key (PEM)"),
     ):
         connection.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
-    connection.add_argument("--request-id", help="for the server's log")
+    connection.add_argument("--request-id", help="sent to the server's log")
     shared.add_argument("--json", action="store_true", help="print messages as JSON lines")
 
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,24 +81,24 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[shared])
 
     generate = command("generate", "Continue a prompt.")
-    generate.add_argument("prompt", nargs="?", help="text; default from stdin")
-    generate.add_argument("--stream", action="store_true", help="print text as it comes")
+    generate.add_argument("prompt", nargs="?", help="text; default: stdin")
+    generate.add_argument("--stream", action="store_true", help="print text as it arrives")
     _parameters(generate.add_argument_group("parameters"))
-    score = command("score", "Log-probability of a text.")
-    score.add_argument("prompt", nargs="?", help="text; default from stdin")
+    score = command("score", "Print the log-probabilities of a text.")
+    score.add_argument("prompt", nargs="?", help="text; default: stdin")
     score.add_argument("--top-logprobs", type=int, default=0, metavar="N")
     score.add_argument("--prepend-end-of-text", action="store_true")
-    tokenize = command("tokenize", "Token ids of a text.")
-    tokenize.add_argument("prompt", nargs="?", help="text; default from stdin")
-    detokenize = command("detokenize", "Text of token ids.")
+    tokenize = command("tokenize", "Convert a text to token ids.")
+    tokenize.add_argument("prompt", nargs="?", help="text; default: stdin")
+    detokenize = command("detokenize", "Convert token ids to text.")
     detokenize.add_argument("ids", nargs="+", type=int, metavar="ID")
-    command("info", "What is being served.")
-    command("health", "Exit status 0 if the server takes requests, else 1.")
+    command("info", "Describe the served model.")
+    command("health", "Exit with status 0 if the server accepts requests, else 1.")
     return made
 
 
 def _parameters(group: Any) -> None:
-    """A flag for every field of the request's parts."""
+    """Add a flag for every field of the request's parts."""
     for message in (pb.SamplingParams, pb.StoppingCriteria, pb.OutputOptions):
         for field in message.DESCRIPTOR.fields:
             flag = f"--{field.name.replace('_', '-')}"
@@ -109,11 +109,21 @@ def _parameters(group: Any) -> None:
                 group.add_argument(
                     *names, type=TYPES[field.type], help=HELP[field.name], metavar="X"
                 )
-    group.add_argument("--logit-bias", action="append", metavar="ID=X", help="added to a logit")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="ends the text; repeatable")
-    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end the text")
     group.add_argument(
-        "--time-budget", type=float, metavar="SECONDS", help="then take what is there"
+        "--logit-bias",
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of a token; repeatable",
+    )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop sequence; repeatable")
+    group.add_argument(
+        "--stop-token-ids", type=int, nargs="+", metavar="ID", help="tokens that end the text"
+    )
+    group.add_argument(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="return what was generated within this time",
     )
 
 
@@ -126,8 +136,8 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
             pairs = (item.split("=") for item in arguments.logit_bias)
             chosen["logit_bias"] = {int(token): float(bias) for token, bias in pairs}
         except ValueError:
-            raise UsageError("--logit-bias: write ID=X, such as 198=-5") from None
-    # 0 is a choice; False is a flag that was not given.
+            raise UsageError("--logit-bias: must be ID=X, such as 198=-5") from None
+    # Keep 0, which is a value. False is a flag that was not given.
     return {
         name: value for name, value in chosen.items() if value is not None and value is not False
     }
@@ -137,12 +147,12 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         return str(arguments.prompt)
     if sys.stdin.isatty():
-        raise UsageError("give a prompt, or pipe one in")
+        raise UsageError("no prompt: give one as an argument or on stdin")
     return sys.stdin.read()
 
 
 def _print_json(message: Any) -> None:
-    # Not MessageToJson: one line each, and characters as they are.
+    # Unlike MessageToJson: one line, and no escapes for non-ASCII characters.
     content = MessageToDict(message, preserving_proto_field_name=True)
     print(json.dumps(content, ensure_ascii=False), flush=True)
 
@@ -158,7 +168,7 @@ def _generate(client: Client, arguments: argparse.Namespace) -> None:
             for output in response.outputs:
                 print((f"[{output.index}] " if many else "") + output.text)
         return
-    line = None  # which output the current line belongs to
+    line = None  # the output that the current line belongs to
     for piece in client.stream(prompt, **chosen):
         if arguments.json:
             _print_json(piece)
@@ -219,9 +229,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Make the call; failures become one line. Ctrl-C cancels on the server as well."""
+    """Make the call. A failure becomes one line; Ctrl-C also cancels on the server."""
     arguments = parser().parse_args()
-    # Started in the background, a shell may have set this to be ignored.
+    # A shell may start background commands with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run(arguments)

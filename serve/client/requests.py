@@ -19,11 +19,11 @@ _PARTS: dict[str, Any] = {
 FIELDS = {
     field.name: part for part, message in _PARTS.items() for field in message.DESCRIPTOR.fields
 }
-"""Keyword → the part of a request that it is in."""
+"""Keyword → part of the request."""
 
 
 def fill_prompt(message: pb.Prompt, prompt: Prompt) -> None:
-    """Put text or token ids into a Prompt."""
+    """Set a Prompt to a text or to token ids."""
     if isinstance(prompt, str):
         message.text = prompt
     else:
@@ -31,19 +31,19 @@ def fill_prompt(message: pb.Prompt, prompt: Prompt) -> None:
 
 
 def build_request(prompt: Prompt, **parameters: Any) -> api.GenerateRequest:
-    """A request from keywords: the fields of SamplingParams, StoppingCriteria and OutputOptions.
+    """Build a request. Keywords are the fields of SamplingParams, StoppingCriteria, OutputOptions.
 
     ``time_budget`` is in seconds.
 
     Raises:
-        TypeError: an unknown keyword, or a value of the wrong type.
-        ValueError: a value that the field cannot hold.
+        TypeError: a keyword is unknown, or a value has the wrong type.
+        ValueError: a field cannot hold its value.
     """
     request = api.GenerateRequest()
     fill_prompt(request.prompt, prompt)
     for name, value in parameters.items():
         if name not in FIELDS:
-            raise TypeError(f"unknown parameter {name!r}; known are {', '.join(sorted(FIELDS))}")
+            raise TypeError(f"unknown parameter {name!r}; valid are {', '.join(sorted(FIELDS))}")
         if value is None:
             continue
         part = getattr(request, FIELDS[name])
@@ -59,18 +59,18 @@ def build_request(prompt: Prompt, **parameters: Any) -> api.GenerateRequest:
 
 
 def as_stream(request: api.GenerateRequest) -> api.GenerateStreamRequest:
-    """The same request for GenerateStream."""
+    """Convert a request for GenerateStream."""
     return api.GenerateStreamRequest.FromString(request.SerializeToString())
 
 
 def batch(prompts: Iterable[Prompt], **parameters: Any) -> api.GenerateBatchRequest:
-    """One request for many prompts with the same parameters."""
+    """Build one request for many prompts with the same parameters."""
     requests = [build_request(prompt, **parameters) for prompt in prompts]
     return api.GenerateBatchRequest(requests=requests)
 
 
 def score_request(prompt: Prompt, **parameters: Any) -> api.ScoreRequest:
-    """A request for Score; the keywords are its fields."""
+    """Build a request for Score. Keywords are its fields."""
     request = api.ScoreRequest(**parameters)
     fill_prompt(request.prompt, prompt)
     return request

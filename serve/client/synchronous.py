@@ -32,13 +32,13 @@ class Client(Connection):
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection. Calls in progress are cancelled."""
         self._channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
     ) -> api.GenerateResponse:
-        """Continue a prompt; keywords as in `build_request`."""
+        """Continue a prompt. `build_request` lists the keywords."""
         request = requests.build_request(prompt, **parameters)
         response: api.GenerateResponse = self._stub.Generate(request, **self._with(timeout))
         return response
@@ -46,21 +46,21 @@ class Client(Connection):
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
     ) -> Generator[api.GenerateStreamResponse, None, None]:
-        """Continue a prompt, piece by piece. Closing the iterator cancels on the server."""
+        """Continue a prompt and yield text as it arrives. Closing the iterator cancels the call."""
         request = requests.as_stream(requests.build_request(prompt, **parameters))
         yield from _closing(self._stub.GenerateStream(request, **self._with(timeout)))
 
     def batch(
         self, prompts: Iterable[Prompt], *, timeout: float | None = None, **parameters: Any
     ) -> Generator[api.GenerateBatchResponse, None, None]:
-        """Continue many prompts, in the order in which they are finished."""
+        """Continue many prompts, and yield each result when it is ready, in any order."""
         request = requests.batch(prompts, **parameters)
         yield from _closing(self._stub.GenerateBatch(request, **self._with(timeout)))
 
     def score(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any
     ) -> api.ScoreResponse:
-        """Log-probabilities of a text; keywords are the fields of ScoreRequest."""
+        """Log-probabilities of a text. Keywords are the fields of ScoreRequest."""
         request = requests.score_request(prompt, **parameters)
         response: api.ScoreResponse = self._stub.Score(request, **self._with(timeout))
         return response
@@ -77,13 +77,13 @@ class Client(Connection):
         return text
 
     def info(self, *, timeout: float | None = None) -> api.GetModelInfoResponse:
-        """What is being served."""
+        """Describe the served model."""
         request = api.GetModelInfoRequest()
         response: api.GetModelInfoResponse = self._stub.GetModelInfo(request, **self._with(timeout))
         return response
 
     def health(self, *, timeout: float | None = None) -> bool:
-        """Whether the server takes requests; also False if it cannot be reached."""
+        """Whether the server accepts requests. False if it cannot be reached."""
         request = health_pb2.HealthCheckRequest()
         try:
             status = self._health.Check(request, **self._with(timeout)).status

@@ -1,1 +1,1 @@
-"""What computes."""
+"""The engine: scheduling and computing, in terms of token ids."""

@@ -1,7 +1,7 @@
-"""The scheduler's thread, and its one hop a step to the event loop.
+"""Runs the scheduler in a thread, and hands its events to the event loop once per step.
 
-A thread, not a process: what PyTorch computes does not hold the interpreter's lock, and with the
-event loop in the same process nothing has to be serialised twice (measured: benchmarks/LOG.md).
+A thread suffices: PyTorch releases the interpreter's lock while it computes. A process would have
+to serialise every event (measurements: benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ log = logging.getLogger("serve")
 
 
 class EngineLost(Exception):
-    """The engine's thread failed; the server cannot go on."""
+    """The engine's thread failed, and the server cannot continue."""
 
 
 class Engine:
     """Runs a scheduler in a thread of its own.
 
-    All methods are for the event loop's thread.
+    Call its methods in the event loop's thread only.
 
     Args:
-        scheduler: what to run.
-        loop: where listeners are called.
-        on_failure: called in the loop, once, if the thread fails.
+        scheduler: the scheduler to run.
+        loop: calls the listeners of the jobs.
+        on_failure: called once in the loop if the thread fails.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Engine:
         self.scheduler, self.clock = scheduler, scheduler.clock
         self.failure: BaseException | None = None
         self._progress = self.clock()
-        """When the thread last completed a tick, or was given its first work."""
+        """When the thread last completed a tick, or received work after it had none."""
         self._loop, self._on_failure = loop, on_failure
         self._wake = threading.Event()
         self._stopping = False
@@ -53,8 +53,8 @@ class Engine:
         """Queue jobs, all or none.
 
         Raises:
-            QueueFull: there is no room.
-            EngineLost: the thread is gone.
+            QueueFull: the queue has no room for all of them.
+            EngineLost: the thread has failed.
         """
         if self.failure is not None:
             raise EngineLost(str(self.failure))
@@ -68,22 +68,22 @@ class Engine:
         self._wake.set()
 
     def swap(self, weights: Weights, version: str) -> None:
-        """Let sequences that begin from now on use other weights."""
+        """Use other weights for sequences that start from now on."""
         self._note_idle()
         self.scheduler.swap(weights, version)
         self._wake.set()
 
     def stalled(self, seconds: float) -> bool:
-        """Whether there is work, and none of it has been done for that long."""
+        """Whether there is work, but no progress for this many seconds."""
         return self.scheduler.busy and self.clock() - self._progress > seconds
 
     def _note_idle(self) -> None:
-        """Start to measure progress anew: a thread that had nothing to do has not stalled."""
+        """Restart the measurement of progress: a thread without work has not stalled."""
         if not self.scheduler.busy:
             self._progress = self.clock()
 
     def stop(self, timeout: float = 10) -> None:
-        """End the thread after its current tick."""
+        """End the thread after its current tick. Waits for at most ``timeout`` seconds."""
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
@@ -113,7 +113,7 @@ def _deliver(events: list[tuple[Job, Event]]) -> None:
     for job, event in events:
         try:
             job.listener(event)
-        except Exception:  # one request's trouble is not its neighbours'
+        except Exception:  # one failing request must not affect the others
             log.exception("a request failed")
             job.cancelled = True
             if not isinstance(event, Lost):

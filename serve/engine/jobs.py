@@ -1,4 +1,4 @@
-"""What goes into the scheduler and what comes out: jobs and events."""
+"""Jobs, which go into the scheduler, and events, which come out of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gpt_dist.inference.sampling import SamplingParams
 
 
 class QueueFull(Exception):
-    """There is no room for more requests; nothing was submitted."""
+    """The queue has no room for all of the jobs; none was submitted."""
 
 
 class Finish(IntEnum):
-    """Why a sequence ended; values of ``gpt_dist.v1.FinishReason``."""
+    """Why a sequence ended. The values are those of ``gpt_dist.v1.FinishReason``."""
 
     LENGTH = 1
     EOS = 2
@@ -29,7 +29,7 @@ class Finish(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prompt's computation begins."""
+    """The computation of the prompt begins."""
 
     at: float
     cached_tokens: int
@@ -38,7 +38,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One more token, with its log-probability and the most likely (id, log-probability)."""
+    """A new token, its log-probability, and the most likely (id, log-probability) at its place."""
 
     at: float
     token: int
@@ -48,7 +48,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Nothing follows; ``token`` is the stop token, which is no part of the sequence."""
+    """The end of a sequence. ``token`` is the stop token, which is not part of it."""
 
     at: float
     reason: Finish
@@ -70,7 +70,7 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The engine failed; nothing follows."""
+    """The engine failed, and the job with it."""
 
     message: str
 
@@ -79,14 +79,14 @@ Event = Started | Token | Ended | Scored | Expired | Lost
 
 
 class Listener(Protocol):
-    """Who wants to know; called on the other side's thread."""
+    """Receives the events of a job, in the event loop's thread."""
 
     def __call__(self, event: Event) -> None: ...
 
 
 @dataclass(eq=False)
 class Job:
-    """Anything that can be submitted.
+    """Anything that can be submitted to the scheduler.
 
     ``deadline`` and ``expires_at`` are in seconds of the scheduler's clock.
     """
@@ -105,17 +105,17 @@ class Sequence(Job):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 128
     eos_id: int | None = None
-    """Which of ``sampling.stop_ids`` ends with EOS."""
+    """The member of ``sampling.stop_ids`` whose finish reason is EOS."""
     expires_at: float | None = None
-    """When to end with what there is."""
+    """When to end the sequence and keep what was generated."""
     slot: int = field(default=-1, init=False)
     done: int = field(default=0, init=False)
-    """Tokens of the prompt that are in the cache."""
+    """Number of prompt tokens in the cache."""
     generated: int = field(default=0, init=False)
 
 
 @dataclass(eq=False)
 class Scoring(Job):
-    """Log-probabilities of a text."""
+    """Computes the log-probabilities of a text."""
 
     top: int = 0

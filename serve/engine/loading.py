@@ -1,4 +1,4 @@
-"""From a checkpoint to a decoder that is warm; and from the next checkpoint to its weights."""
+"""Loads a checkpoint into a warm decoder, and later checkpoints into weights for it."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Loaded:
     directory: Path
     version: str
     report: list[str]
-    """Lines for people."""
+    """Lines to print at start-up."""
 
 
 def load(options: Options) -> Loaded:
-    """Load, convert and warm up.
+    """Load the checkpoint, convert it and warm up.
 
     Raises:
-        UsageError: there is nothing to load, or an option does not fit it.
-        GptDistError: the checkpoint is damaged, or the device is not there.
+        UsageError: there is no checkpoint, or an option does not fit it.
+        GptDistError: the checkpoint is damaged, or the device does not exist.
     """
     began = time.monotonic()
     if options.threads is not None:
@@ -80,20 +80,20 @@ def load(options: Options) -> Loaded:
 
 
 def load_next(decoder: Decoder, tokenizer: Tokenizer, directory: Path) -> tuple[Weights, str]:
-    """The weights of another checkpoint of the same run, and their version.
+    """Load the weights of another checkpoint of the same run; returns them and their version.
 
     Raises:
-        GptDistError: it is damaged, of another shape, or has another tokenizer.
+        GptDistError: the checkpoint is damaged, or its shape or tokenizer differs.
     """
     model, other, state = load_model(directory)
     if other.to_json() != tokenizer.to_json():
-        raise GptDistError(f"{directory}: has another tokenizer than the one being served")
+        raise GptDistError(f"{directory}: its tokenizer differs from the one being served")
     _match(model, other, directory)
     return decoder.load_weights(model), weights_version(directory, state)
 
 
 def weights_version(directory: Path, state: dict[str, Any]) -> str:
-    """The directory's name and, of a checkpoint, the beginning of the weights' sha256."""
+    """The directory's name; for a checkpoint, also the first digits of the weights' SHA-256."""
     digest = state.get("files", {}).get("model.safetensors", "")
     return f"{directory.name}-{digest[:8]}" if digest else directory.name
 
@@ -113,18 +113,18 @@ def _device(name: str) -> torch.device:
 
 
 def _match(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
-    """A model may have more rows than tokens, not fewer."""
+    """Check that every token has a row in the model. Further rows are ignored."""
     if model.vocab_size < tokenizer.vocab_size:
         raise GptDistError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model only {model.vocab_size}"
+            f"but the model only {model.vocab_size}"
         )
-    model.vocab_size = tokenizer.vocab_size  # the rest of the rows cannot be decoded
+    model.vocab_size = tokenizer.vocab_size  # other rows cannot be decoded
 
 
 def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:
-    """Run every kind of work once, so that the first request does not pay for it."""
-    with contextlib.suppress(UsageError):  # a vocabulary without this character
+    """Run each kind of work once, so that the first request is not slower than later ones."""
+    with contextlib.suppress(UsageError):  # the vocabulary may lack this character
         tokenizer.encode("a")
     tokenizer.token_bytes(0)
     prompt = np.zeros(min(128, decoder.max_context), np.int64)
@@ -135,13 +135,13 @@ def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:
 
 
 def _int8_loss(model: GPT, decoder: Decoder, tokenizer: Tokenizer) -> str:
-    """How much the rounding of the weights costs, on the text that comes with the package."""
+    """Measure how int8 rounding changes the loss on the text bundled with the package."""
     asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
     text = gzip.decompress(asset.read_bytes())[:4000].decode(errors="ignore")
     try:
         ids = tokenizer.encode(text)[: decoder.max_context]
-    except UsageError:  # characters that this vocabulary has not
-        return "int8: the loss difference is unknown, this tokenizer cannot express the text"
+    except UsageError:  # the vocabulary lacks some of its characters
+        return "int8: loss difference not measured: the tokenizer cannot encode the sample text"
     with torch.inference_mode():
         logits = model(torch.tensor([ids], device=model.wte.weight.device))[0].float()
     exact = -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean().item()

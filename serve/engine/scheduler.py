@@ -1,8 +1,8 @@
-"""Requests ↔ slots: admission, chunked prefill, continuous batching, cancellation, prefix reuse.
+"""Maps requests to slots: admission, chunked prefill, continuous batching, cancellation, prefixes.
 
-One thread calls `Scheduler.tick` over and over; each tick is at most one chunk of prefill and one
-step of all running sequences, so that nobody waits for more than that. Ids only: text belongs to
-the other side, which works on it while the device computes.
+One thread calls `Scheduler.tick` in a loop. Each tick runs at most one chunk of prefill and one
+step of all running sequences, which bounds the time between two tokens. The scheduler handles token
+ids only; the event loop handles text while the device computes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from serve.engine.jobs import (
 )
 
 MIN_REUSE = 16
-"""A shorter common prefix is computed anew: it costs less than keeping track of it."""
+"""A shorter common prefix is computed again: reusing it would not pay."""
 ALIGNMENT = 128
-"""Deterministic prefill runs pieces of this many tokens, counted from the start of the prompt."""
+"""Deterministic prefill runs chunks of this many tokens, counted from the start of the prompt."""
 
 
 @dataclass
 class _Scoring:
-    """The text that is being scored, so far."""
+    """A text being scored."""
 
     job: Scoring
     parts: Generator[Scores, None, None]
@@ -52,14 +52,14 @@ class _Scoring:
 class Scheduler:
     """Shares a decoder's slots among requests.
 
-    `submit`, `cancel` and `swap` may be called from any thread, `tick` from one only.
+    `submit`, `cancel` and `swap` may be called from any thread; `tick` only from one.
 
     Args:
-        decoder: nobody else uses it.
-        max_queue: how many jobs may wait beyond those that have a slot.
-        prefill_chunk: most prompt tokens between two steps.
+        decoder: used by this scheduler alone.
+        max_queue: maximum number of waiting jobs, beyond those that have a slot.
+        prefill_chunk: maximum number of prompt tokens between two steps.
         weights_version: name of the decoder's weights.
-        clock: seconds, for deadlines.
+        clock: the time in seconds, for deadlines.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Scheduler:
             self.prefill_chunk = max(ALIGNMENT, prefill_chunk // ALIGNMENT * ALIGNMENT)
         self.clock = clock
         self.running: dict[int, Sequence] = {}
-        """By slot: those that take part in steps."""
+        """The sequences that take part in steps, by slot."""
         self._lock = threading.Lock()
         self._waiting: deque[Sequence] = deque()
         self._texts: deque[Scoring] = deque()
@@ -86,7 +86,7 @@ class Scheduler:
         self._score_next = False
         self._pending: tuple[Weights, str] | None = None
         self._names = {decoder.weights.version: weights_version}
-        # What each slot's cache holds, and since when nobody has used it.
+        # The tokens in each slot's cache, and when the slot was last used.
         self._cached = np.zeros((decoder.max_slots, decoder.max_context + 1), np.int64)
         self._prompt_length = np.zeros(decoder.max_slots, np.int64)
         self._used = np.zeros(decoder.max_slots, np.int64)
@@ -97,22 +97,22 @@ class Scheduler:
 
     @property
     def capacity(self) -> int:
-        """Most jobs that can be here at once."""
+        """Maximum number of jobs in the scheduler."""
         return self.decoder.max_slots + self.max_queue
 
     @property
     def load(self) -> int:
-        """Jobs here, waiting or not."""
+        """Number of jobs in the scheduler."""
         return len(self._jobs)
 
     @property
     def waiting(self) -> int:
-        """Jobs that no work has been done for."""
+        """Number of jobs that have not started."""
         return len(self._waiting) + len(self._texts)
 
     @property
     def weights_version(self) -> str:
-        """Which weights new sequences get."""
+        """Name of the weights for new sequences."""
         return self._pending[1] if self._pending else self._names[self.decoder.weights.version]
 
     @property
@@ -122,14 +122,14 @@ class Scheduler:
 
     @property
     def retry_after(self) -> float:
-        """Seconds until a place is likely to be free: what it took lately."""
+        """Estimated seconds until a job ends, from recent ones."""
         return min(max(self._interval, 0.1), 10.0)
 
     def submit(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Queue jobs, all or none.
 
         Raises:
-            QueueFull: there is no room for all of them.
+            QueueFull: the queue has no room for all of them.
         """
         with self._lock:
             if len(self._jobs) + len(jobs) > self.capacity:
@@ -142,18 +142,18 @@ class Scheduler:
                     self._texts.append(job)
 
     def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
-        """Drop jobs before the next step; finished ones are ignored."""
+        """Drop jobs before the next step. Finished jobs are ignored."""
         for job in jobs:
             job.cancelled = True
 
     def swap(self, weights: Weights, version: str) -> None:
-        """Give sequences that begin from the next tick on other weights."""
+        """Use other weights for sequences that start at the next tick or later."""
         self._pending = weights, version
 
     # --- from the engine's thread -----------------------------------------------------------------
 
     def tick(self) -> list[tuple[Job, Event]]:
-        """At most one chunk of prefill or scoring, and one step; returns the events in order."""
+        """Run at most one chunk of prefill or scoring and one step; returns the events in order."""
         events: list[tuple[Job, Event]] = []
         if self._pending is not None:
             (weights, version), self._pending = self._pending, None
@@ -171,7 +171,7 @@ class Scheduler:
         return events
 
     def abandon(self, message: str) -> list[tuple[Job, Event]]:
-        """Drop everything; the decoder is not touched."""
+        """Drop all jobs without using the decoder."""
         with self._lock:
             jobs, self._jobs = self._jobs, set()
             self.running, self._prefilling, self._scoring = {}, None, None
@@ -201,7 +201,7 @@ class Scheduler:
         events.append((job, ended))
 
     def _reap(self, events: list[tuple[Job, Event]]) -> None:
-        """Release what was cancelled, or is out of time."""
+        """Release jobs that were cancelled or whose time is over."""
         now = self.clock()
         for sequence in list(self.running.values()):
             self._overdue(sequence, now, events)
@@ -237,7 +237,7 @@ class Scheduler:
             if sequence is None:
                 return
             self._prefilling = sequence
-            # The last token is run by the first step, together with everybody else's.
+            # The first step runs the last token, together with the other sequences.
             left = len(sequence.ids) - 1 - sequence.done
             count = min(budget, left)
             if self.decoder.deterministic and count < left:
@@ -257,7 +257,7 @@ class Scheduler:
                 self._prefilling = None
 
     def _begin(self, events: list[tuple[Job, Event]]) -> Sequence | None:
-        """Take the next sequence from the queue into a slot, with what is known of its prompt."""
+        """Move the next sequence into a slot, and reuse a cached prefix of its prompt."""
         free = [slot for slot in range(self.decoder.max_slots) if slot not in self.running]
         with self._lock:
             if not (self._waiting and free):
@@ -265,7 +265,7 @@ class Scheduler:
             sequence = self._waiting.popleft()
         prompt, decoder = sequence.ids[:-1], self.decoder
         source, length = self._longest_prefix(prompt)
-        # Low slots first: a step runs over all slots up to the highest one in use.
+        # Prefer low slots: a step computes all slots up to the highest one in use.
         slot = source if source in free and source == free[0] else free[0]
         if slot != source:
             self._spare(slot, free[1:], source)
@@ -281,7 +281,11 @@ class Scheduler:
         return sequence
 
     def _longest_prefix(self, prompt: np.ndarray) -> tuple[int, int]:
-        """The slot that has most of a prompt cached under the newest weights, and how much."""
+        """Find the longest cached prefix of a prompt, under the newest weights.
+
+        Returns:
+            Slot and length in tokens, or (-1, 0).
+        """
         decoder = self.decoder
         valid = np.array(
             [
@@ -289,7 +293,7 @@ class Scheduler:
                 for slot in range(decoder.max_slots)
             ]
         )
-        if decoder.deterministic:  # steps compute the same in another order
+        if decoder.deterministic:  # a step adds in another order than prefill
             valid = np.minimum(valid, self._prompt_length)
         width = min(len(prompt), int(valid.max()))
         if width < MIN_REUSE:
@@ -303,7 +307,7 @@ class Scheduler:
         return (source, length) if length >= MIN_REUSE else (-1, 0)
 
     def _spare(self, slot: int, others: list[int], source: int) -> None:
-        """Move what a slot has cached to the free slot that has gone unused for longest."""
+        """Move a slot's cached prefix to the least recently used free slot."""
         length, decoder = self.decoder.length(slot), self.decoder
         others = [other for other in others if other != source]
         if length < MIN_REUSE or not others:
@@ -317,7 +321,7 @@ class Scheduler:
             self._used[target] = self._used[slot]
 
     def _score(self, events: list[tuple[Job, Event]]) -> None:
-        """One chunk of the text whose turn it is."""
+        """Score one chunk of a text."""
         if self._scoring is None:
             with self._lock:
                 job = self._texts.popleft()
@@ -335,7 +339,7 @@ class Scheduler:
         events.append((current.job, Scored(current.found, current.version)))
 
     def _step(self, events: list[tuple[Job, Event]]) -> None:
-        """One token for everybody; those who are done leave."""
+        """Generate one token for each running sequence, and release finished ones."""
         result = self.decoder.step()
         now = self.clock()
         rows = zip(result.slots, result.tokens, result.logprobs, result.top, strict=True)

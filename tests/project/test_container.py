@@ -146,7 +146,7 @@ def test_entrypoint_knows_its_commands(tmp_path: Path) -> None:
 
     usage = run()
     assert usage.returncode == 0
-    named = re.findall(r"\w+", usage.stdout.split("commands:")[1].split("Each takes")[0])
+    named = re.findall(r"\w+", usage.stdout.split("commands:")[1].split("Each has")[0])
     assert {"train", "serve", "client", "export"} <= set(named)
     for name in named:
         if name != "train":  # its --help is that of torchrun's worker

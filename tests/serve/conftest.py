@@ -105,10 +105,10 @@ class Clock:
 
 
 class Process:
-    """``python -m serve`` as users start it."""
+    """A ``python -m serve`` process."""
 
     def __init__(self, *arguments: object, **environment: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe could fill up
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a full pipe would block it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -118,7 +118,7 @@ class Process:
         )
 
     def ready(self) -> str:
-        """Wait for the line that says where it listens; returns host:port."""
+        """Wait for its line ``ready: …``; returns host:port."""
         assert self.process.stdout is not None
         self.lines = []
         for line in self.process.stdout:
@@ -156,7 +156,7 @@ def processes() -> Iterator[Callable[..., Process]]:
 
 
 class LiveServer:
-    """A server in a thread with an event loop of its own."""
+    """A server in a thread, with its own event loop."""
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
         self.server: Server
@@ -170,7 +170,7 @@ class LiveServer:
         await self.server.start()
 
     def use(self, decoder: Decoder) -> None:
-        """Serve a decoder, as if it came from a checkpoint."""
+        """Serve a decoder as if it were loaded from a checkpoint."""
 
         async def use() -> None:
             self.server.use(loaded(decoder))
@@ -226,7 +226,7 @@ class LiveServer:
 
 
 def loaded(decoder: Decoder, tokenizer: Tokenizer = TOKENIZER, version: str = "v1") -> Loaded:
-    """A decoder, as if it came from a checkpoint."""
+    """A decoder as if it were loaded from a checkpoint."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32}
     return Loaded(decoder, tokenizer, 1234, shape, Path("nowhere"), version, [])
 

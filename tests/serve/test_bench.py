@@ -1,4 +1,4 @@
-"""The load generator: its figures, against a live server and by hand."""
+"""The load generator: its figures by hand, and with a live server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve.bench import Record, ask, lengths, main, percentile, report
 from tests.serve.conftest import HeldDecoder, StartServer
 
 
-def test_percentiles_are_numpys() -> None:
+def test_percentiles_equal_numpys() -> None:
     draw = random.Random(0)
     for count in (1, 2, 7, 100):
         values = [draw.random() for _ in range(count)]
@@ -53,7 +53,7 @@ def test_report() -> None:
 
 
 def test_times_of_a_request() -> None:
-    """By a clock that stands still but for these waits."""
+    """With a clock that advances only during these waits."""
     now = [100.0]
 
     class Slow:
@@ -79,7 +79,7 @@ def test_against_a_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Steps that take 5 ms at the least are seen to take that long."""
+    """Every step takes at least 5 ms, and so every request at least 80 ms."""
     server = start(HeldDecoder(Decoder(model, max_slots=4, dtype="fp32"), pause=0.005))
     result, picture = tmp_path / "result.json", tmp_path / "result.png"
     arguments = [

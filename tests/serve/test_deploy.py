@@ -1,4 +1,4 @@
-"""What is deployed fits the server: names of settings, probes, metrics, and times."""
+"""The deployment files match the server: settings, probes, metrics and times."""
 
 from __future__ import annotations
 

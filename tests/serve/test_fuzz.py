@@ -1,4 +1,4 @@
-"""Hostile bytes: every message gets a status that says whose fault it is, and the server lives."""
+"""Malformed bytes: every call gets the right status, and the server survives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(start: StartServer, model: GPT) -> LiveServer:
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """Valid messages of each method, to be mutated."""
+    """Valid messages for each method, to mutate."""
     rich = build_request(
         "to be", temperature=0.5, top_k=5, top_p=0.9, seed=3, n=2, logit_bias={1: 2.0, 7: -1.0},
         max_new_tokens=3, stop_sequences=["a", "bc"], stop_token_ids=[5], logprobs=True,
@@ -84,7 +84,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.slow
-def test_no_bytes_are_the_servers_fault(
+def test_malformed_messages_never_cause_internal_errors(
     server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     draw = random.Random(2)
@@ -145,7 +145,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_broken_framing_breaks_that_connection_only(server: LiveServer, name: str) -> None:
+def test_broken_framing_ends_only_that_connection(server: LiveServer, name: str) -> None:
     with Client(server.target) as client:
         for cut in (None, 1):
             with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
@@ -154,14 +154,14 @@ def test_broken_framing_breaks_that_connection_only(server: LiveServer, name: st
                     connection.sendall(GARBAGE[name][:cut])
                     while connection.recv(4096):
                         pass
-                except OSError:  # a time-out or a reset, as it should be
+                except OSError:  # a timeout or a reset, both valid
                     pass
             assert client.health()
         assert client.generate([1], max_new_tokens=2).usage.completion_tokens <= 2
 
 
 def frames(payload: bytes) -> bytes:
-    """A request by hand, with this as the body of its DATA frame."""
+    """A hand-made HTTP/2 request with this body in its DATA frame."""
     path = b"/gpt_dist.v1.GenerationService/Generate"
     fields = [
         (b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"x"),

@@ -1,4 +1,4 @@
-"""The log: one format for everything, and never in the way of the event loop."""
+"""Logging: one format for all lines, and no blocking of the event loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _loggers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_loggers")
 def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of the model code as well: a log collector reads the whole of stderr."""
+    """Including those of the model code: a log collector reads all of stderr."""
     set_up("json", "info")
     logging.getLogger("serve").info("hello %s", "you", extra={"request_id": "7"})
     logging.getLogger("serve").debug("not shown")
@@ -53,8 +53,8 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.endswith("Z info hello (request_id=7)\n"), line
 
 
-def test_a_log_that_nobody_reads_holds_up_nothing() -> None:
-    """What does not fit into the queue is dropped and counted."""
+def test_an_unread_log_blocks_nothing() -> None:
+    """Records that do not fit into the queue are dropped and counted."""
     go, written = threading.Event(), []
 
     class Blocked(logging.Handler):

@@ -1,4 +1,4 @@
-"""The JavaScript example against a live server."""
+"""The JavaScript example with a live server."""
 
 from __future__ import annotations
 

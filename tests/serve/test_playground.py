@@ -1,4 +1,4 @@
-"""The playground in a real browser, before a real server."""
+"""The playground in a real browser, with a real server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONG = 3000
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose replies are long enough to be stopped half-way."""
+    """A random model whose replies are long enough to be stopped."""
     torch.manual_seed(10)
     tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz éß\n<>&\"'")
     shape = {"n_layer": 24, "n_head": 4, "n_embd": 128, "context_length": LONG + 100}
@@ -49,8 +49,8 @@ def free_port() -> int:
 
 @contextmanager
 def running(*command: str) -> Iterator[str]:
-    """A process that says ``ready: …``; yields that line."""
-    # Without the fast kernels a long reply takes seconds, so that there is time to stop it.
+    """Run a module until the block ends; yields its line ``ready: …``."""
+    # Without the fast kernels a long reply takes seconds, which leaves time to stop it.
     slow = {"OMP_NUM_THREADS": "1", "GPT_DIST_KERNELS": "0", "GRADIO_ANALYTICS_ENABLED": "False"}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -113,7 +113,7 @@ def test_streaming_and_stopping_in_a_browser(
     with running("serve.playground", "--target", target, "--port", str(port)):
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(f"http://127.0.0.1:{port}")
-        # A short reply, to its end.
+        # A short reply.
         ask(page, "a <b> & é", 20)
         replies = page.locator(".reply")
         page.get_by_text("20 tokens · length").nth(1).wait_for(timeout=1000 * PATIENCE)
@@ -122,7 +122,7 @@ def test_streaming_and_stopping_in_a_browser(
         assert all(text.startswith("a <b> & é") and len(text) == 29 for text in texts)
         title = replies.first.locator("i").first.get_attribute("data-hint")
         assert re.match(r"'.+'  \d+\.\d%\n\n( *\d+\.\d%  '.+'\n?){5}", title), title
-        # A long one: it grows, and stopping it frees the slots.
+        # A long reply grows, and stopping it frees the slots.
         ask(page, "a", 1024)
         grown = [0]
 
@@ -137,7 +137,7 @@ def test_streaming_and_stopping_in_a_browser(
         page.locator("#stop").click()
         wait_until(lambda: gauge(metrics, "gpt_dist_running") == 0)
         wait_until(lambda: gauge(metrics, "gpt_dist_cancelled_total") == 2)
-        # Leaving the page frees them as well.
+        # So does leaving the page.
         ask(page, "a", 1024)
         wait_until(lambda: gauge(metrics, "gpt_dist_running") == 2)
         page.close()
@@ -161,7 +161,7 @@ def test_engine_in_process(model_dir: Path, browser: Any) -> None:
 
 
 def test_replies_show_whole_characters() -> None:
-    """Tokens that are parts of a character are shown as one piece, with their joint probability."""
+    """Tokens that form one character are shown as one piece, with their joint probability."""
     from gpt_dist.v1.generation_service_pb2 import GenerateStreamResponse
 
     tokenizer = load_tokenizer("gpt2")
@@ -175,7 +175,7 @@ def test_replies_show_whole_characters() -> None:
     parts = len(tokenizer.encode("🙃"))
     assert reply.pieces[1].probability == pytest.approx(2.718281828**-parts)
     assert "&lt;</i>" in reply.html("p")
-    reply.text = "a"  # the rest is held back: it may become a stop sequence
+    reply.text = "a"  # the server holds back the rest
     assert "🙃</i>" not in reply.html("p")
 
 

@@ -1,4 +1,4 @@
-"""``python -m serve`` and ``python -m serve.client`` as processes, on checkpoints on disk."""
+"""``python -m serve`` and ``python -m serve.client`` as processes, with checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
     target = process.ready()
     assert "step-00000100" in process.lines[0]
     assert "3 slots of 160 tokens" in process.lines[1]
-    with grpc.insecure_channel(target) as channel:  # as kubelet and grpc_health_probe ask
+    with grpc.insecure_channel(target) as channel:  # as kubelet and grpc_health_probe do
         stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         for service in ("", "gpt_dist.v1.GenerationService"):
             status = stub.Check(health_pb2.HealthCheckRequest(service=service)).status
@@ -84,7 +84,7 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
         answer = client.generate("to be", temperature=0, max_new_tokens=9, ignore_eos=True)
         assert list(answer.outputs[0].token_ids) == list(generate(model, prompt, GREEDY, 9))
 
-        # What is under way when SIGTERM comes is finished; what comes later is refused.
+        # On SIGTERM, accepted calls finish and later ones are refused.
         answers = []
 
         def ask() -> None:
@@ -98,7 +98,7 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
         for thread in threads:
             thread.join()
         assert status == 0, errors
-        # (Calls that had not arrived are refused; all that were accepted are here.)
+        # Calls that had not arrived were refused and are not in this list.
         assert all(answer.usage.completion_tokens == 450 for answer in answers)
     records = [json.loads(line) for line in errors.splitlines()]
     done = [record for record in records if record.get("method", "").endswith("/Generate")]
@@ -138,7 +138,7 @@ def damage(path: Path, kind: str) -> str:
     elif kind == "no state":
         (path / "state.json").unlink()
         return str(path)
-    state["files"] = {}  # no checksums to stumble over
+    state["files"] = {}  # so that the checksums do not fail first
     (path / "state.json").write_text(json.dumps(state))
     return "shape"
 
@@ -181,7 +181,7 @@ def test_a_pickle_is_one_clear_line_and_never_healthy(
         (["--checkpoint", "nowhere"], "nowhere: no such run"),
         (["--checkpoint", "x", "--host", "0.0.0.0"], "--allow-insecure"),
         (["--checkpoint", "x", "--tls-cert", "x"], "--tls-key"),
-        (["--checkpoint", "x", "--tls-ca", "x"], "--tls-ca needs"),
+        (["--checkpoint", "x", "--tls-ca", "x"], "--tls-ca requires"),
         (["--checkpoint", "RUN", "--max-context", "9999"], "max_context"),
         (["--checkpoint", "RUN", "--device", "tpu"], "--device"),
     ],
@@ -324,7 +324,7 @@ def test_ctrl_c_cancels_on_the_server(processes: StartProcess, run: Path) -> Non
     process = processes("--checkpoint", run, "--port", 0, "--log-format", "json", "--max-slots", 1)
     target = process.ready()
     for streaming in (["--stream"], []):
-        # Many outputs, so that it takes a while.
+        # Many outputs, so that it is still running when the signal arrives.
         client = subprocess.Popen(
             [sys.executable, "-m", "serve.client", "generate", "x", "-n", "64", *streaming,
              "--max-new-tokens", "158", "--ignore-eos", "--target", target],
@@ -355,8 +355,8 @@ def test_clients_need_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_int8_tells_what_it_costs(processes: StartProcess, run: Path, model: GPT) -> None:
-    """The loss in fp32 that it prints is the model's, on the same beginning of Shakespeare."""
+def test_int8_prints_its_loss_difference(processes: StartProcess, run: Path, model: GPT) -> None:
+    """The fp32 loss that it prints is the model's, on the same text."""
     process = processes("--checkpoint", run, "--port", 0, "--dtype", "int8")
     process.ready()
     line = next(line for line in process.lines if line.startswith("int8:"))

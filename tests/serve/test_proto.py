@@ -1,4 +1,4 @@
-"""The public API: committed stubs match the .proto files, and buf's rules hold."""
+"""The .proto files: the committed stubs match them, and they pass buf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes through gRPC against transformers' model with the same weights."""
+"""Responses compared with transformers' model with the same weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(start: StartServer, model: GPT) -> LiveServer:
 
 
 def test_greedy_text_of_fifty_callers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
-    """Each token is the argmax of a full forward pass without any cache, or within 1e-4 of it."""
+    """Each token has the largest logit of a full forward pass without a cache, up to 1e-4."""
     generator = np.random.default_rng(7)
     prompts = [generator.integers(VOCABULARY, size=n).tolist() for n in range(1, 101, 2)]
 

@@ -1,4 +1,4 @@
-"""TLS, mutual TLS, tokens and the refusal of open ports, with certificates made here."""
+"""TLS, mutual TLS, tokens and the refusal of public ports, with generated certificates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.serve.conftest import PATIENCE, LiveServer, StartServer
 
 
 class Authority:
-    """A certificate authority, and what it signs."""
+    """A certificate authority."""
 
     def __init__(self, directory: Path, name: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Authority:
         return path
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """Paths of a certificate and its key, written over what was there."""
+        """Write a certificate and its key, over existing ones; returns their paths."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.serial += 1
@@ -72,7 +72,7 @@ class Authority:
 
 
 def code(client: Client) -> str:
-    """How one call ends."""
+    """Make one call; returns the name of its status."""
     try:
         client._stub.GetModelInfo(
             _info(), timeout=PATIENCE, metadata=client.metadata, wait_for_ready=False
@@ -164,11 +164,11 @@ def test_tokens(start: StartServer, decoder: Decoder, tmp_path: Path) -> None:
     client.metadata = [("authorization", "alpha")]  # no scheme
     assert code(client) == "UNAUTHENTICATED"
     with Client(server.target) as probe:
-        assert probe.health()  # probes have no tokens
+        assert probe.health()  # probes send no token
         with pytest.raises(grpc.RpcError) as caught:
             list(probe.stream([1]))
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-    # Rotated by replacing the file, and by writing to it.
+    # Tokens are rotated by replacing the file or by writing to it.
     new = tmp_path / "new"
     new.write_text("gamma\n")
     new.rename(path)
@@ -185,7 +185,7 @@ def test_unusable_token_files(tmp_path: Path) -> None:
     with pytest.raises(GptDistError, match=r"No such file.*nowhere"):
         TokenFile(tmp_path / "nowhere")
     (tmp_path / "empty").write_text("# nothing\n")
-    with pytest.raises(GptDistError, match="has no token"):
+    with pytest.raises(GptDistError, match="contains no token"):
         TokenFile(tmp_path / "empty")
 
 
@@ -200,7 +200,7 @@ def test_open_ports_are_refused_unless_allowed() -> None:
         check_exposure(host, tls=False, allow_insecure=True)
 
 
-def test_listening_everywhere_when_told_so(start: StartServer, decoder: Decoder) -> None:
+def test_listening_everywhere_if_allowed(start: StartServer, decoder: Decoder) -> None:
     server = start(decoder, host="0.0.0.0", allow_insecure=True)
     assert code(Client(server.target)) == "OK"
 

@@ -86,7 +86,7 @@ def test_calls_while_loading(start: StartServer, model: GPT) -> None:
     watcher.expect(NOT_SERVING)
     with Client(server.target) as client:
         assert not client.health()
-        with pytest.raises(grpc.RpcError, match="the model is being loaded") as caught:
+        with pytest.raises(grpc.RpcError, match="the model is loading") as caught:
             generate_once(server.target)(build_request([1]), timeout=PATIENCE)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         server.use(Decoder(model, max_slots=2, dtype="fp32"))
@@ -119,7 +119,7 @@ def test_health_notices_a_stall(start: StartServer, model: GPT) -> None:
     watcher = Watcher(server.target)
     watcher.expect(SERVING)
     clock.now += 1000
-    assert not server.engine.stalled(30)  # being idle is no stall
+    assert not server.engine.stalled(30)  # being idle is not a stall
     decoder.hold()
     with Client(server.target) as client:
         call = client._stub.Generate.future(build_request([1], max_new_tokens=2))
@@ -133,12 +133,12 @@ def test_health_notices_a_stall(start: StartServer, model: GPT) -> None:
         watcher.expect(SERVING, NOT_SERVING, SERVING)
 
 
-def test_work_that_has_just_arrived_is_no_stall(start: StartServer, model: GPT) -> None:
-    """However long there was nothing to do before, and however late the thread wakes up."""
+def test_new_work_is_not_a_stall(start: StartServer, model: GPT) -> None:
+    """However long the engine was idle, and however late its thread wakes up."""
     clock = Clock()
     server = start(Decoder(model, max_slots=1, dtype="fp32"), clock)
     engine = server.engine
-    wake, engine._wake = engine._wake, threading.Event()  # the thread sleeps on
+    wake, engine._wake = engine._wake, threading.Event()  # so that the thread stays asleep
     clock.now += 1000
     with Client(server.target) as client:
         call = client._stub.Generate.future(build_request([1], max_new_tokens=2))
@@ -236,7 +236,7 @@ def test_a_second_signal_cuts_the_draining_short(model: GPT, run_process: RunPro
 
 
 def test_clients_may_ping_often(start: StartServer, model: GPT) -> None:
-    """By default grpc disconnects a client that pings more than every five minutes."""
+    """By default grpc disconnects a client that pings more often than every five minutes."""
     server = start(Decoder(model, max_slots=1, dtype="fp32"))
     settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     ping = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
@@ -244,13 +244,13 @@ def test_clients_may_ping_often(start: StartServer, model: GPT) -> None:
     address = ("127.0.0.1", server.server.port)
     with socket.create_connection(address, timeout=PATIENCE) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-        for _ in range(20):
-            connection.sendall(ping)
         reader = connection.makefile("rb")
-        while kinds.count(6) < 20 and 7 not in kinds:
-            header = reader.read(9)
-            kinds.append(header[3])
-            reader.read(int.from_bytes(header[:3], "big"))
+        for count in range(1, 21):
+            connection.sendall(ping)
+            while kinds.count(6) < count and 7 not in kinds:
+                header = reader.read(9)
+                kinds.append(header[3])
+                reader.read(int.from_bytes(header[:3], "big"))
     assert kinds.count(6) == 20  # answers
     assert 7 not in kinds  # GOAWAY
 
@@ -318,7 +318,7 @@ def test_overload(start: StartServer, model: GPT) -> None:
     async def round_of_calls(client: AsyncClient) -> None:
         decoder.hold()
         calls = [asyncio.create_task(client.generate([1] * 30, **options)) for _ in range(80)]
-        # The engine stands still, so whatever ends is a refusal.
+        # The engine is held, so any call that ends was refused.
         pending = set(calls)
         while len(pending) > 8:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -397,7 +397,7 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
     method = "gpt_dist.v1.GenerationService/Generate"
 
     def counted(code: str, count: int) -> None:
-        """Wait until calls are counted: a failed one is told to its caller before."""
+        """Wait until calls are counted. A failed call is counted after its caller knows."""
         wait_until(lambda: scrape(server).get(("gpt_dist_calls_total", code, method)) == count)
 
     with Client(server.target) as client:
@@ -461,7 +461,7 @@ def test_a_taken_port_is_one_clear_error(start: StartServer, model: GPT) -> None
     async def second(**values: Any) -> None:
         await Server(Options(checkpoint=Path("x"), **values)).start()
 
-    with pytest.raises(GptDistError, match=r"cannot listen on 127.0.0.1:\d+: the port is taken"):
+    with pytest.raises(GptDistError, match=r"cannot listen on 127.0.0.1:\d+: the port is in use"):
         asyncio.run(second(port=server.server.port))
     with pytest.raises(GptDistError, match="cannot serve metrics"):
         asyncio.run(second(port=0, metrics_port=server.server.metrics_port))

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, used by the real tritonclient."""
+"""The Open Inference Protocol, with the real tritonclient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tritonclient(start: StartServer, model: GPT) -> None:
     )
     assert done.returncode == 0, done.stderr
     server.wait_at_rest()
-    # Every field that is declared here has the number that it has there.
+    # Every field of our .proto file has the number of tritonclient's.
     theirs = json.loads(done.stdout)
     ours: dict[str, int] = {}
 
@@ -53,7 +53,7 @@ def streamed_request(max_tokens: int) -> bytes:
     return request.SerializeToString()
 
 
-def test_pieces_come_as_they_are_generated(start: StartServer, model: GPT) -> None:
+def test_pieces_arrive_as_they_are_generated(start: StartServer, model: GPT) -> None:
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
     server = start(decoder, kserve=True, stream_interval=0)
     decoder.hold()
@@ -83,7 +83,7 @@ def test_leaving_a_stream_cancels_its_requests(start: StartServer, model: GPT) -
         server.wait_at_rest()
 
 
-def test_bytes_that_are_no_request(start: StartServer, model: GPT) -> None:
+def test_bytes_that_are_not_a_request(start: StartServer, model: GPT) -> None:
     server = start(Decoder(model, max_slots=1, dtype="fp32"), kserve=True)
     with grpc.insecure_channel(server.target) as channel:
         call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(

@@ -1,4 +1,4 @@
-"""The API through a real channel: answers, pieces, errors and their details."""
+"""The API through a real channel: responses, streams, errors and their details."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DETAILS = (
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
-    """google.rpc details by the name of their message."""
+    """The google.rpc details of an error, by message name."""
     status = rpc_status.from_call(error)
     found = {}
     for packed in status.details:
@@ -72,7 +72,7 @@ def client(server: LiveServer) -> Client:
 
 
 def joined(pieces: list[api.GenerateStreamResponse]) -> dict[int, pb.GenerationOutput]:
-    """What a stream's messages add up to."""
+    """The outputs that a stream's messages add up to."""
     outputs: dict[int, pb.GenerationOutput] = {}
     for piece in pieces:
         first = piece.index not in outputs
@@ -96,7 +96,7 @@ def test_finish_reasons_are_those_of_the_api() -> None:
 
 
 def test_pieces_add_up_to_the_unary_answer(client: Client) -> None:
-    """For random requests side by side, many with half characters, stops and log-probabilities."""
+    """For random concurrent requests with partial characters, stops and log-probabilities."""
 
     def check(seed: int) -> None:
         draw = random.Random(seed)
@@ -146,7 +146,7 @@ def test_options_reach_the_model(client: Client, model: GPT) -> None:
         )
     biased = client.generate(prompt, logit_bias={9: 1000}, max_new_tokens=3)
     assert list(biased.outputs[0].token_ids) == [9, 9, 9]
-    # Output i of n is what seed + i gives alone; the seed in effect can be used again.
+    # Output i of n equals a request with seed + i. The seed in effect can be reused.
     many = client.generate(prompt, n=3, max_new_tokens=6)
     for index, output in enumerate(many.outputs):
         again = client.generate(prompt, seed=many.seed + index, max_new_tokens=6)
@@ -170,7 +170,7 @@ def test_stopping(client: Client) -> None:
         [5], temperature=0, ignore_eos=True, stop_sequences=[until], include_stop_sequence=True
     ).outputs[0]
     assert kept.text == free.text[: free.text.index(until) + len(until)]
-    # Usage counts what was returned, in every form.
+    # A stream's usage counts the returned tokens.
     pieces = list(client.stream([5], temperature=0, ignore_eos=True, stop_sequences=[until]))
     assert pieces[-1].finished.usage.completion_tokens == len(kept.token_ids)
 
@@ -195,7 +195,7 @@ def test_a_time_budget_returns_what_there_is(start: StartServer, model: GPT) -> 
     decoder.allow(5)
     wait_until(lambda: decoder.held)
     clock.now += 0.25
-    decoder.release()  # the step under way ends, and no other one begins
+    decoder.release()  # the current step ends, and no other begins
     response = call.result(PATIENCE)
     [output] = response.outputs
     assert output.finish_reason == pb.FINISH_REASON_TIME_BUDGET
@@ -230,7 +230,9 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "parameters"), INVALID)
-def test_what_is_wrong_is_named(client: Client, field: str, parameters: dict[str, Any]) -> None:
+def test_errors_name_the_invalid_field(
+    client: Client, field: str, parameters: dict[str, Any]
+) -> None:
     for call in (client.generate, lambda *a, **k: list(client.stream(*a, **k))):
         with pytest.raises(grpc.RpcError) as caught:
             call([1], **parameters)
@@ -250,7 +252,7 @@ def test_what_is_wrong_is_named(client: Client, field: str, parameters: dict[str
         ("prompt.text", "x" * 100_000),
     ],
 )
-def test_prompts_that_cannot_be(client: Client, field: str, prompt: Any) -> None:
+def test_invalid_prompts(client: Client, field: str, prompt: Any) -> None:
     for call in (client.generate, client.score):
         with pytest.raises(grpc.RpcError) as caught:
             call(prompt)
@@ -288,7 +290,7 @@ def test_tokenize_and_detokenize(client: Client, server: LiveServer) -> None:
     text = "to be 👩‍🚀 <|endoftext|>"
     assert client.tokenize(text) == TOKENIZER.encode(text)
     assert client.detokenize(client.tokenize(text)) == text
-    long = text * 1000  # beyond what is tokenised in the loop
+    long = text * 1000  # so long that it is tokenised in a thread
     assert client.detokenize(client.tokenize(long)) == long
     with pytest.raises(grpc.RpcError) as caught:
         client.detokenize([VOCABULARY])
@@ -303,7 +305,7 @@ def test_info(client: Client) -> None:
 
 
 def test_batch(client: Client, server: LiveServer) -> None:
-    """Larger than slots and queue together, while others use the queue as well."""
+    """A batch larger than slots and queue together, two of its requests invalid."""
     assert len(server.scheduler.decoder.free_slots) == 8
     prompts = [[1 + index % 9] * (1 + index % 50) for index in range(300)]
     request = api.GenerateBatchRequest()
@@ -377,9 +379,7 @@ def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> 
     server.wait_at_rest()
 
 
-def test_a_slow_reader_gets_one_long_piece_and_holds_up_nothing(
-    start: StartServer, model: GPT
-) -> None:
+def test_a_slow_reader_gets_long_pieces_and_delays_nothing(start: StartServer, model: GPT) -> None:
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32", deterministic=True))
     server = start(decoder)
     options: dict[str, Any] = {"max_new_tokens": 120, "seed": 1, "ignore_eos": True, "n": 2}
@@ -388,7 +388,7 @@ def test_a_slow_reader_gets_one_long_piece_and_holds_up_nothing(
     assert served is not None
 
     async def read() -> list[api.GenerateStreamResponse]:
-        """As the service does it, with a first write that takes until all is generated."""
+        """Do as the service does, with a first write that ends after the generation."""
         wanted = await parse_generation(build_request([1], **options), served.limits)
         with Call(wanted, served.engine, served.tokenizer, server.server.metrics) as call:
             messages = call.messages()
@@ -406,13 +406,13 @@ def test_a_slow_reader_gets_one_long_piece_and_holds_up_nothing(
     pieces = server.call(read())
     outputs = joined(pieces)
     assert [outputs[index] for index in range(2)] == list(whole.outputs)
-    # Each output has its first piece and its last one; the second may begin with its last.
+    # Each output has at most a first and a last piece.
     assert len(pieces) <= 4
     server.wait_at_rest()
 
 
 def test_stream_interval(start: StartServer, model: GPT) -> None:
-    """The first and the last piece come at once; those between are gathered."""
+    """The first and the last piece are not delayed; text between them is collected."""
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32", deterministic=True))
     options: dict[str, Any] = {"max_new_tokens": 60, "seed": 3, "ignore_eos": True}
     client = Client(start(decoder, stream_interval=1e6).target)
@@ -427,19 +427,19 @@ def test_stream_interval(start: StartServer, model: GPT) -> None:
     assert joined(pieces)[0] == client.generate([1], **options).outputs[0]
 
 
-def test_pieces_come_after_the_interval(start: StartServer, model: GPT) -> None:
+def test_a_piece_arrives_after_the_interval(start: StartServer, model: GPT) -> None:
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
     client = Client(start(decoder, stream_interval=0.02).target)
     decoder.hold()
     stream = client.stream([1], max_new_tokens=60, ignore_eos=True)
     for _ in range(3):
         decoder.allow(1)
-        piece = next(stream)  # would never come if the interval did not end
+        piece = next(stream)  # would never arrive if the interval did not end
         assert (len(piece.token_ids), piece.HasField("finished")) == (1, False)
     stream.close()
 
 
-def test_seeded_requests_in_any_company(start: StartServer, model: GPT) -> None:
+def test_seeded_requests_do_not_depend_on_others(start: StartServer, model: GPT) -> None:
     decoder = Decoder(model, max_slots=32, dtype="fp32", deterministic=True)
     client = Client(start(decoder).target)
 
@@ -467,7 +467,7 @@ def test_request_ids(server: LiveServer, caplog: pytest.LogCaptureFixture) -> No
     with pytest.raises(grpc.RpcError) as caught:
         client.generate([1], temperature=-1)
     assert ("x-request-id", "abc-123") in [tuple(p) for p in caught.value.trailing_metadata()]
-    # One is made up where none is given, or none that belongs into a log.
+    # The server makes one if none is given, or if it is not fit for a log.
     _, call = client._stub.GetModelInfo.with_call(
         api.GetModelInfoRequest(), metadata=[("x-request-id", "x" * 200)]
     )

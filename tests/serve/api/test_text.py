@@ -1,4 +1,4 @@
-"""Text of token streams: whole characters, exact stops, no early leak, pieces == whole."""
+"""Text of token streams: whole characters, exact stops, and no part of a stop leaks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from serve.api.text import TextAssembler
 
 EXAMPLES = 500 if os.environ.get("CI") else 100
 GPT2 = load_tokenizer("gpt2")
-EMOJI = GPT2.encode("héllo 👩‍🚀 wörld ")  # tokens of half characters
+EMOJI = GPT2.encode("héllo 👩‍🚀 wörld ")  # its tokens are partial characters
 tokens = st.lists(st.one_of(st.integers(0, 50256), st.sampled_from(EMOJI)), max_size=30)
 
 
 def run(ids: list[int], **options: object) -> tuple[list[str], str | None]:
-    """Pieces of text as a stream gives them, and the match."""
+    """The pieces of text of a stream, and the stop sequence that matched."""
     assembler = TextAssembler(GPT2, **options)  # type: ignore[arg-type]
     pieces = []
     for token in ids:
@@ -29,7 +29,7 @@ def run(ids: list[int], **options: object) -> tuple[list[str], str | None]:
 
 
 def cut(text: str, stops: list[str], ignored: int = 0) -> tuple[str, str | None]:
-    """The rule, naively: the first match to be complete ends the text, the longest of several."""
+    """The naive rule: the first completed match ends the text, the longest if several."""
     for end in range(ignored + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -49,12 +49,12 @@ def test_pieces_are_whole_characters_and_sum_to_the_text(ids: list[int]) -> None
 
 @st.composite
 def streams_with_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
-    """Streams, with stops that mostly occur in them, often across token boundaries."""
+    """Streams, and stops that mostly occur in them, often across token boundaries."""
     ids = draw(tokens.filter(lambda ids: len(GPT2.decode(ids)) > 0))
     text = GPT2.decode(ids)
     start = st.integers(0, len(text) - 1)
     inside = st.tuples(start, st.integers(1, 8)).map(lambda at: text[at[0] : at[0] + at[1]])
-    near = inside.map(lambda stop: stop + "~")  # almost matches, to be held back and released
+    near = inside.map(lambda stop: stop + "~")  # partial matches, held back and then released
     return ids, draw(st.lists(st.one_of(inside, near, st.text(min_size=1)), min_size=1, max_size=5))
 
 
@@ -71,7 +71,7 @@ def test_stops_are_cut_exactly_and_never_leak(
 
 
 def test_repeating_stops() -> None:
-    """Where a failed match overlaps the real one."""
+    """A failed partial match overlaps the real match."""
     for text, stop in (("aaab", "aab"), ("ababac", "abac"), ("xaabaab!", "aabaab"), ("aaaa", "aa")):
         ids = [token for character in text for token in GPT2.encode(character)]
         assert run(ids, stops=[stop])[1] == stop

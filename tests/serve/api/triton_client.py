@@ -1,4 +1,7 @@
-"""What a user of tritonclient does. A process of its own: it registers the protocol's names too."""
+"""Calls a server with tritonclient.
+
+This is a separate process, because tritonclient registers the same protobuf names as the server.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def main(target: str) -> None:
     default = client.infer("gpt2", tensors("to be"), request_id="7")
     assert default.get_response().id == "7"
 
-    # Two requests on one stream, side by side.
+    # Two concurrent requests on one stream.
     results: queue.Queue = queue.Queue()
     client.start_stream(lambda result, error: results.put((result, error)))
     for request_id in ("a", "b"):
@@ -72,7 +75,7 @@ def main(target: str) -> None:
         pieces[response.id] += text_of(result)
         finals += response.parameters["triton_final_response"].bool_param
     assert {"".join(parts) for parts in pieces.values()} == {text}
-    # An error is an answer on the stream, which goes on.
+    # An error is a message on the stream and does not end it.
     client.async_stream_infer("gpt2", tensors("to be", {"top_p": 5}, stream=True))
     assert "top_p" in results.get(timeout=PATIENCE)[1].message()
     client.async_stream_infer("gpt2", tensors("to be", greedy, exclude_input_in_output=True))
@@ -98,7 +101,7 @@ def main(target: str) -> None:
 
 
 def field_numbers() -> dict[str, int]:
-    """Every field of the protocol as the client knows it."""
+    """Name → number of every field in tritonclient's descriptors."""
     found: dict[str, int] = {}
 
     def visit(message) -> None:
@@ -117,4 +120,4 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # the client's thread would wait for its stream
+        os._exit(1)  # do not wait for the thread of the client's stream

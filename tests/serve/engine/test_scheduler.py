@@ -1,4 +1,4 @@
-"""The scheduler over a real decoder: joining and leaving, limits, prefixes, weights."""
+"""The scheduler with a real decoder: admission, limits, prefixes, weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(scheduler: Scheduler) -> None:
         if not scheduler.busy:
             return
         tick(scheduler)
-    raise AssertionError("the scheduler never comes to rest")
+    raise AssertionError("the scheduler does not come to rest")
 
 
 def prompts(count: int, longest: int = 100, seed: int = 0) -> list[list[int]]:
@@ -90,7 +90,7 @@ def at_rest(scheduler: Scheduler) -> bool:
 def test_greedy_tokens_are_the_argmax_of_a_full_forward(
     model: GPT, make_decoder: MakeDecoder
 ) -> None:
-    """50 prompts of mixed length in 8 slots, against the model without any cache."""
+    """50 prompts of mixed length in 8 slots, compared with the model without a cache."""
     scheduler = Scheduler(make_decoder(8), prefill_chunk=24)
     jobs = [sequence(ids, max_new_tokens=20) for ids in prompts(50)]
     scheduler.submit(jobs)
@@ -131,7 +131,7 @@ def test_events_and_finish_reasons(make_decoder: MakeDecoder) -> None:
     scheduler.submit([full])
     run(scheduler)
     assert full.listener.end.reason == Finish.CONTEXT_FULL
-    assert len(full.listener.tokens) == 4  # the last one needs no place in the cache
+    assert len(full.listener.tokens) == 4  # the last token needs no cache entry
     assert at_rest(scheduler)
 
 
@@ -146,7 +146,7 @@ def test_min_new_tokens_holds_stop_tokens_back(make_decoder: MakeDecoder) -> Non
 
 
 class Spy:
-    """A decoder that notes how many prompt tokens run between two steps."""
+    """A decoder that counts the prompt tokens computed between two steps."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -214,7 +214,7 @@ def test_n_outputs_share_one_prefill(make_decoder: MakeDecoder, prompt_length: i
 def test_repeated_prompts_are_cached_across_other_traffic(
     make_decoder: MakeDecoder, model: GPT
 ) -> None:
-    """A conversation that goes on finds its past, its own answer included."""
+    """The next turn of a conversation reuses the earlier ones, including the model's answers."""
     spy = Spy(make_decoder(4))
     scheduler = Scheduler(spy)  # type: ignore[arg-type]
     talks = [ids + [1] * (40 - len(ids)) for ids in prompts(3, 40)]
@@ -229,7 +229,7 @@ def test_repeated_prompts_are_cached_across_other_traffic(
             assert sum(spy.prefilled) == len(talk) - 1 - cached
             expected = list(generate(model, talk, GREEDY, 8))
             assert job.listener.tokens == expected
-            # The last of these was chosen but never run.
+            # The last generated token was never computed.
             talk.extend([*expected, 1, 2, 3, 4])
     assert at_rest(scheduler)
 
@@ -245,7 +245,7 @@ def test_swap_keeps_running_sequences_on_their_weights_and_forgets_prefixes(
     for _ in range(8):
         tick(scheduler)
     scheduler.submit([during])
-    tick(scheduler)  # its prefill has begun, and belongs to the old weights
+    tick(scheduler)  # its prefill began with the old weights
     scheduler.swap(decoder.load_weights(other), "new")
     assert scheduler.weights_version == "new"
     after = sequence(ids, max_new_tokens=30)
@@ -287,7 +287,7 @@ def test_cancellation_in_every_phase_frees_the_slot_within_one_tick(
     tick(scheduler)
     assert at_rest(scheduler)
     assert text.listener.events == []
-    scheduler.cancel([job, text])  # twice, and after the end
+    scheduler.cancel([job, text])  # a second time, and after the end
     run(scheduler)
     assert at_rest(scheduler)
 
@@ -312,7 +312,7 @@ def test_deadlines_and_time_budgets(make_decoder: MakeDecoder) -> None:
     tick(scheduler)
     assert running.listener.end.reason == Finish.TIME_BUDGET
     assert len(running.listener.tokens) == 5
-    assert late.listener.tokens  # it has the slot already
+    assert late.listener.tokens  # it has a slot by now
     now[0] = 20
     tick(scheduler)
     assert late.listener.end == Expired()
@@ -356,7 +356,7 @@ def test_scores_are_those_of_a_full_forward(make_decoder: MakeDecoder, model: GP
 
 
 def test_random_traffic(make_decoder: MakeDecoder, model: GPT) -> None:
-    """Submissions and cancellations at random: the survivors are right, and nothing is left."""
+    """Random submissions and cancellations: the others are correct, and nothing is left over."""
     draw = random.Random(3)
     scheduler = Scheduler(make_decoder(4), max_queue=20, prefill_chunk=16)
     stems, jobs = prompts(5, 60, seed=4), []
@@ -384,8 +384,8 @@ def test_random_traffic(make_decoder: MakeDecoder, model: GPT) -> None:
         assert job.listener.tokens == list(generate(reference, job.ids, job.sampling, 8))
 
 
-def test_deterministic_alone_and_in_company(make_decoder: MakeDecoder) -> None:
-    """The very same log-probabilities, whatever neighbours and cached prefixes there are."""
+def test_deterministic_alone_and_beside_others(make_decoder: MakeDecoder) -> None:
+    """Bitwise equal log-probabilities, whatever else runs or is cached."""
     ids = [token % VOCABULARY for token in range(140)]
     sampling = SamplingParams(seed=5, top_p=0.9, logprobs=0)
 
