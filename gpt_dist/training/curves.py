@@ -13,7 +13,7 @@ from gpt_dist.training.metrics import whole_lines
 
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#2563eb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#846358", "#495057")
-UNSEEN = 0.03
+UNSEEN = 0.1
 """The share of a run, at its start, that may leave the picture at the top."""
 
 Points = list[tuple[int, float]]
