@@ -128,6 +128,11 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 = only the last (and the best)."""
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep beside the best by validation loss."""
+    keep_every: CountOrZero = 0
+    """Steps between checkpoints that are written and kept for good; 0 = none."""
+    best_every: CountOrZero | None = None
+    """Steps in which a lower validation loss may write one checkpoint of its own; null = a
+    twentieth of the run, 1 = at every validation, 0 = only the regular checkpoints compete."""
     sample_every: CountOrZero = 1000
     """Steps between samples from the model; 0 = never."""
     profile: bool = False

@@ -11,6 +11,7 @@ been done at this step already. So a run that was stopped anywhere continues wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
@@ -18,18 +19,25 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from gpt_dist.checkpoints.writer import CheckpointWriter
-from gpt_dist.config.settings import Config
+from gpt_dist.config.settings import Config, TrainConfig
 from gpt_dist.data.order import key_of
 from gpt_dist.evaluation.tasks import HellaSwagRow, hellaswag, read_hellaswag
 from gpt_dist.evaluation.validation import evaluating, validate
 from gpt_dist.inference.decoder import generate
 from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.parallel.world import World
 
 if TYPE_CHECKING:
     from gpt_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 128
 """Length of a sample in tokens."""
+
+BEST_SHARE = 20
+"""Parts of a run in each of which a lower validation loss may write one checkpoint of its own."""
+
+HEARTBEAT = 0.5
+"""Seconds between two collectives while world rank 0 waits for its disk."""
 
 
 class Callback(Protocol):
@@ -61,7 +69,7 @@ def make_callbacks(config: Config, writer: CheckpointWriter) -> list[Callback]:
         HellaSwag(evaluation.hellaswag_every, rows),
         WriteScores(),
         Sample(train.sample_every),
-        Save(train.checkpoint_every, writer),
+        Save(train, writer),
     ]
 
 
@@ -72,7 +80,7 @@ def to_score(trainer: Trainer, every: int) -> bool:
 
 
 class Validate:
-    """Loss over the validation splits; remembers whether it is the best so far."""
+    """Loss over the validation splits."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -81,7 +89,7 @@ class Validate:
         return to_score(trainer, self.every)
 
     def __call__(self, trainer: Trainer) -> None:
-        run, progress = trainer.run, trainer.run.progress
+        run = trainer.run
         trainer.add_scores({})
         if not run.validation:
             return
@@ -98,9 +106,6 @@ class Validate:
             trainer.stopping = True
             return
         trainer.add_scores({"val_loss": result.loss, "val_bpb": result.bits_per_byte})
-        if progress.step and (progress.best_loss is None or result.loss < progress.best_loss):
-            progress.best_loss = result.loss
-            trainer.improved = True
 
 
 class HellaSwag:
@@ -170,20 +175,46 @@ class Sample:
 class Save:
     """Takes a checkpoint, which is written while training goes on.
 
-    On schedule, after the last step, when the validation loss is the best so far, and before the
-    run stops.
+    On schedule, after the last step, before the run stops, and now and then because the validation
+    loss is lower than that of the best checkpoint. All of it follows from the step and the losses,
+    so a run that was interrupted has the same best checkpoint as one that was not.
     """
 
-    def __init__(self, every: int, writer: CheckpointWriter) -> None:
-        self.every, self.writer = every, writer
+    def __init__(self, config: TrainConfig, writer: CheckpointWriter) -> None:
+        self.config, self.writer = config, writer
 
     def due(self, trainer: Trainer) -> bool:
         self.writer.check()  # a write that failed ends the run now, not at the next checkpoint
-        wanted = trainer.is_last or trainer.on_schedule(self.every) or trainer.stopping
-        return trainer.improved or (wanted and trainer.run.progress.step != trainer.saved)
+        wanted = self.on_schedule(trainer) or trainer.stopping
+        return self.is_best(trainer) or (wanted and trainer.run.progress.step != trainer.saved)
+
+    def on_schedule(self, trainer: Trainer) -> bool:
+        """Whether there is a regular checkpoint at this step."""
+        cadences = self.config.checkpoint_every, self.config.keep_every
+        return trainer.is_last or any(trainer.on_schedule(every) for every in cadences)
+
+    def is_best(self, trainer: Trainer) -> bool:
+        """Whether the checkpoint of this step is the best so far and worth being written.
+
+        Early in a run almost every validation improves, and checkpoints are large. So only the
+        first validation after each multiple of ``best_every`` may write one that is not due anyway.
+        """
+        step, best = trainer.run.progress.step, trainer.run.progress.best_loss
+        loss = (trainer.scores or {}).get("val_loss")
+        if not step or loss is None or not math.isfinite(loss):
+            return False
+        if best is not None and loss >= best:
+            return False
+        every = self.config.best_every
+        if every is None:
+            every = max(1, trainer.run.total_steps // BEST_SHARE)
+        before = step - self.config.eval_every
+        return self.on_schedule(trainer) or (every > 0 and step // every > before // every)
 
     def __call__(self, trainer: Trainer) -> None:
-        run = trainer.run
+        run, best = trainer.run, self.is_best(trainer)
+        if best and trainer.scores:
+            run.progress.best_loss = trainer.scores["val_loss"]
         state = {
             **asdict(run.progress),
             "config": run.config.model_dump(),
@@ -192,12 +223,23 @@ class Save:
             "versions": {"torch": torch.__version__, "gpt_dist": version("gpt_dist")},
         }
         trainer.monitor.flush()
+        finish_writing(self.writer, run.world)
         self.writer.save(
             run.engine.full_state(),
             state,
             run.tokenizer,
             vocab_size=run.engine.model.vocab_size,
-            best=trainer.improved,
+            best=best,
             write=run.world.is_main,
         )
         trainer.saved = run.progress.step
+
+
+def finish_writing(writer: CheckpointWriter, world: World) -> None:
+    """Wait until the checkpoint that world rank 0 is writing is on the disk. Collective.
+
+    A slow disk may take longer than ``parallel.timeout``. The other ranks would run into it in
+    their next collective, so all of them wait here, in one short collective after the other.
+    """
+    while world.any(writer.busy(HEARTBEAT)):
+        pass

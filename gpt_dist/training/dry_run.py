@@ -43,6 +43,8 @@ def report(config: Config) -> str:
     micro_batch, accumulation = config.micro_batch(world)
     tokens = steps * config.train.batch_tokens
     epochs = steps * config.batch_sequences / data.windows
+    keep_every = config.train.keep_every
+    kept_for_good = steps // keep_every if keep_every else 0
     state, activations = 16 * parameters, activation_bytes(config, micro_batch)
     lines = {
         "parameters": f"{parameters:,} "
@@ -56,7 +58,7 @@ def report(config: Config) -> str:
         "memory": f"{file_size(state)} weights, gradients and AdamW state + about "
         f"{file_size(activations)} activations on each rank (DDP)",
         "checkpoint": f"{file_size(12 * parameters)} each, "
-        f"{config.train.keep_checkpoints + 1} kept",
+        f"{config.train.keep_checkpoints + 1 + kept_for_good} kept",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -20,7 +20,7 @@ class Progress:
     sampled: int = -1
     """Last step at which a sample was written."""
     best_loss: float | None = None
-    """Lowest validation loss so far, in nats per token."""
+    """Validation loss of the best checkpoint so far, in nats per token."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

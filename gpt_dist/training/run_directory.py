@@ -33,9 +33,10 @@ FREE_ON_RESUME = {
     "out_dir", "device", "resume", "data.path", "data.tokenizer", "train.steps", "train.epochs",
     "train.batch_tokens", "train.micro_batch_size", "train.precision", "train.compile",
     "train.init_from", "train.eval_every", "train.eval_tokens", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.sample_every", "train.profile", "eval.hellaswag_every",
-    "eval.hellaswag_path", "parallel.strategy", "parallel.zero_stage", "parallel.offload",
-    "parallel.deepspeed_config", "parallel.timeout",
+    "train.keep_checkpoints", "train.keep_every", "train.best_every", "train.sample_every",
+    "train.profile", "eval.hellaswag_every", "eval.hellaswag_path",
+    "parallel.strategy", "parallel.zero_stage", "parallel.offload", "parallel.deepspeed_config",
+    "parallel.timeout",
 }  # fmt: skip
 """Settings that a continued run may change. Data sets are compared by fingerprint, not by path."""
 

@@ -26,7 +26,7 @@ from gpt_dist.optim.schedules import learning_rate
 from gpt_dist.parallel import world as distributed
 from gpt_dist.parallel.compiling import warm_up
 from gpt_dist.parallel.world import World
-from gpt_dist.training.callbacks import Callback, make_callbacks
+from gpt_dist.training.callbacks import Callback, finish_writing, make_callbacks
 from gpt_dist.training.metrics import Row
 from gpt_dist.training.monitor import Monitor, NoTrace, Trace, draw, profiler
 from gpt_dist.training.run_directory import RunDirectory
@@ -55,7 +55,8 @@ def train(config: Config) -> None:
 def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
     """``train`` with the ranks of ``world``, until the end or until ``stop`` is true on any."""
     out_dir = Path(config.out_dir)
-    writer = CheckpointWriter(out_dir / "checkpoints", config.train.keep_checkpoints)
+    train = config.train
+    writer = CheckpointWriter(out_dir / "checkpoints", train.keep_checkpoints, train.keep_every)
     callbacks = world.together(lambda: make_callbacks(config, writer))
     with RunDirectory(out_dir) as directory, ExitStack() as stack:
         run = setup(config, world, directory)
@@ -76,7 +77,8 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
         trace = stack.enter_context(profiler(out_dir, enabled=profiling))
         peak = peak_flops(world.device, run.dtype)
         Trainer(run, callbacks, monitor, stop, trace, peak).train()
-        world.decide(writer.wait)
+        finish_writing(writer, world)
+        world.decide(writer.check)
     if world.is_main:
         draw(out_dir)
     if run.is_complete:
@@ -113,8 +115,6 @@ class Trainer:
         """Whether any rank was asked to stop; the same on all ranks."""
         self.scores: Row | None = None
         """What the callbacks scored at this step; None where nothing was due."""
-        self.improved = False
-        """Whether the validation loss at this step is the best so far."""
         self.skipped = 0
         self.pending: PendingStep | None = None
         self.lap = time.perf_counter()
@@ -144,7 +144,7 @@ class Trainer:
 
     def call_back(self) -> None:
         """Call what is due between two steps."""
-        self.scores, self.improved = None, False
+        self.scores = None
         if not any(callback.due(self) for callback in self.callbacks):
             return
         self.settle()

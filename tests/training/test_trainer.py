@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from gpt_dist.checkpoints.writer import CheckpointWriter
 from gpt_dist.config.command_line import load
+from gpt_dist.evaluation.validation import Validation
 from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.world import World
+from gpt_dist.training import callbacks
 from gpt_dist.training.callbacks import make_callbacks
 from gpt_dist.training.metrics import Row
 from gpt_dist.training.monitor import Monitor
@@ -48,6 +50,9 @@ class Recorder:
         self, tensors: object, state: dict[str, Any], *_: object, best: bool, **__: Any
     ) -> None:
         self.saved.append((state, best))
+
+    def busy(self, patience: float) -> bool:
+        return False
 
     def flush(self) -> None:
         pass
@@ -133,6 +138,47 @@ def test_each_callback_keeps_its_cadence(tiny_config: Config, nothing_written: P
         assert state["best_loss"] == losses[state["step"]]
         assert state["evaluated"] == state["step"]
         assert state["sampled"] == state["step"] // 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "losses", "saved", "best"),
+    [
+        # Every validation improves, and one in four steps may write: those at 4 and 8.
+        ({"best_every": 4}, [9, 8, 7, 6, 5, 4], [4, 8, 10], [4, 8, 10]),
+        # The loss rises after step 4: what was best stays best.
+        ({"best_every": 1}, [9, 5, 4, 6, 7, 8], [2, 4, 10], [2, 4]),
+        # Validations at odd multiples: the first at or after 3, 6 and 9.
+        ({"best_every": 3}, [9, 8, 7, 6, 5, 4], [4, 6, 10], [4, 6, 10]),
+        # Only regular checkpoints compete. The loss was lower at step 2, but nothing holds it.
+        ({"best_every": 0, "checkpoint_every": 4}, [9, 1, 7, 6, 8, 9], [4, 8, 10], [4]),
+        # A twentieth of ten steps: every validation.
+        ({}, [9, 8, 7, 6, 7, 7], [2, 4, 6, 10], [2, 4, 6]),
+        # Checkpoints to keep are written too.
+        ({"best_every": 0, "keep_every": 3}, [9, 8, 7, 6, 5, 4], [3, 6, 9, 10], [6, 10]),
+        ({"best_every": 1}, [9, float("nan"), 7, 8, 8, 8], [4, 10], [4]),
+    ],
+)
+def test_which_validations_write_a_checkpoint(
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    losses: list[float],
+    saved: list[int],
+    best: list[int],
+) -> None:
+    results = iter(losses)
+    monkeypatch.setattr(callbacks, "validate", lambda *_: Validation(next(results), 0.0))
+    train = {"steps": 10, "eval_every": 2, "checkpoint_every": 0} | settings
+    with stepping(tiny_config(train=train, optim={"warmup_steps": 2})) as run:
+        trainer, recorder = trainer_of(run)
+        trainer.train()
+    assert [state["step"] for state, _ in recorder.saved] == saved
+    assert [state["step"] for state, is_best in recorder.saved if is_best] == best
+    by_step = dict(zip(range(0, 11, 2), losses, strict=True))
+    for state, _ in recorder.saved:
+        assert state["best_loss"] == min(
+            (by_step[step] for step in best if step <= state["step"]), default=None
+        )
 
 
 @pytest.mark.parametrize(
