@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 STEPS = (ROOT / "docs" / "bigram-to-transformer.md").read_text(encoding="utf-8")
 RECIPES = {
-    title: re.findall(r"^```(sh|python)\n(.*?)^```", body, re.MULTILINE | re.DOTALL)
+    title: blocks
     for title, body in re.findall(
-        r"^## (.+?)\n(.*?)(?=^## |\Z)",
-        f"{PAGE}\n## Step by step\n{STEPS}",
-        re.MULTILINE | re.DOTALL,
+        r"^## (.+?)\n(.*?)(?=^## |\Z)", f"{PAGE}\n{STEPS}", re.MULTILINE | re.DOTALL
     )
+    if (blocks := re.findall(r"^```(sh|python)\n(.*?)^```", body, re.MULTILINE | re.DOTALL))
 }
+"""Heading → (language, text) of each code block, for all sections that have any."""
 SMALL = {
     "model.n_layer": 1,
     "model.n_head": 2,
