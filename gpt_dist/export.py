@@ -1,4 +1,4 @@
-"""Write a trained model for other tools: a Hugging Face directory, or llm.c's weight file.
+"""Export a trained model: to a Hugging Face directory or to llm.c's weight file.
 
 python -m gpt_dist.export --checkpoint runs/mine --out my-gpt2
 python -m gpt_dist.export --checkpoint runs/mine --out gpt2_mine.bin --format llmc --dtype bf16
@@ -24,8 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpt_dist.export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a trained model for other tools: transformers (and whatever loads its\n"
-        "directories), or llm.c.",
+        description="Export a trained model to a directory for transformers and tools that read\n"
+        "its format, or to a weight file for llm.c.",
         epilog="examples:\n"
         "  python -m gpt_dist.export --checkpoint runs/mine --out my-gpt2\n"
         "  python -m gpt_dist.export --checkpoint runs/mine/checkpoints/best --out best "
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="run directory (its newest checkpoint), checkpoint or exported directory",
+        help="run directory (for its newest checkpoint), checkpoint or exported directory",
     )
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="new directory (hf) or file (llmc)"
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Export as the command line says.
 
     Raises:
-        UsageError: nothing to load, an ``--out`` that exists, a model that the format has not.
+        UsageError: nothing to load, ``--out`` exists, or the format does not support the model.
         GptDistError: a damaged checkpoint.
     """
     args = make_parser().parse_args(argv)
@@ -87,10 +87,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_llmc(model: GPT, out: Path, dtype: Any) -> None:
-    """Write llm.c's weight file; it appears whole or not at all.
+    """Write llm.c's weight file. It appears complete or not at all.
+
+    Args:
+        model: to be written.
+        out: the file.
+        dtype: torch.float32 or torch.bfloat16.
 
     Raises:
-        UsageError: llm.c has no such model.
+        UsageError: llm.c does not support the model or the dtype.
     """
     from gpt_dist.checkpoints.tensor_files import write_file
     from gpt_dist.formats.llmc import to_llmc
@@ -109,16 +114,17 @@ def export_llmc(model: GPT, out: Path, dtype: Any) -> None:
 def export_hf(
     model: GPT, tokenizer: Tokenizer, out: Path, dtype: Any, figures: dict[str, Any] | None = None
 ) -> None:
-    """Write a directory that transformers loads without options; it appears whole or not at all.
+    """Write a directory that transformers loads without options. It appears complete or not at all.
 
     Args:
         model: any but the bigram baseline.
+        tokenizer: the model's.
         out: a new or empty directory.
         dtype: of the weights (torch.float32, bfloat16 or float16).
-        figures: of ``run_figures``, for the model card.
+        figures: from ``run_figures``, for the model card.
 
     Raises:
-        UsageError: ``out`` is taken, or transformers has no such architecture.
+        UsageError: ``out`` exists and is not empty, or transformers has no such architecture.
     """
     from gpt_dist.checkpoints.tensor_files import safetensors_chunks, write_file
     from gpt_dist.files import new_directory
@@ -135,7 +141,7 @@ def export_hf(
         "bos_token_id": tokenizer.eot_id,
         "eos_token_id": tokenizer.eot_id,
         "pad_token_id": data["pad_token_id"] if pad_token else tokenizer.eot_id,
-        # Without it pipelines ask for 256 new tokens, whatever the context.
+        # Without it a pipeline generates 256 tokens, even beyond the context.
         "max_length": config.context_length,
     }
     texts["config.json"] = json.dumps(data, indent=2) + "\n"
@@ -150,14 +156,15 @@ def export_hf(
 
 
 def run_figures(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """What the model card tells of the run: its settings, and its last figures up to this step.
+    """The run's settings and its figures at the checkpoint's step, for the model card.
 
     Args:
-        checkpoint: a checkpoint's directory; the run is found two levels above.
-        state: the ``state.json`` of it.
+        checkpoint: the checkpoint's directory, two levels below the run's.
+        state: its ``state.json``.
 
     Returns:
-        ``step``, ``config`` and the latest of each figure of ``metrics.jsonl``, as far as known.
+        ``config``, ``step``, and the latest value of each figure in ``metrics.jsonl`` up to that
+        step. What is not known is left out.
     """
     figures: dict[str, Any] = {"config": state.get("config", {})}
     if "step" not in state:
@@ -167,7 +174,7 @@ def run_figures(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
         for line in metrics.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # a torn last line of a run that is still writing
+            except ValueError:  # the last line, which a run is still writing
                 continue
             if row.get("step", 0) <= state["step"]:
                 figures |= row

@@ -1,4 +1,4 @@
-"""Turn a pretrained GPT-2 into a checkpoint: to fine-tune, generate from, or serve.
+"""Turn a pretrained GPT-2 into a checkpoint, to fine-tune it, generate from it or serve it.
 
 python -m gpt_dist.import_hf openai-community/gpt2 --out checkpoints/gpt2
 python -m gpt_dist.import_hf ./a-transformers-directory --out checkpoints/theirs
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="gpt_dist.import_hf",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn a pretrained GPT-2 into a checkpoint for --train.init_from, generate\n"
-        "and serve. Weights are read from safetensors or llm.c files only; nothing is unpickled.",
+        "and serve. Weights are read only from safetensors and llm.c files; nothing is unpickled.",
         epilog="examples:\n"
         "  python -m gpt_dist.import_hf openai-community/gpt2 --out checkpoints/gpt2\n"
         "  python -m gpt_dist.import_hf ./their-directory --out checkpoints/theirs\n"
@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="NAME|PATH",
-        help="tokenizer of an llm.c file (default: gpt2 where its vocabulary has 50,257 tokens)",
+        help="tokenizer of an llm.c file (default: gpt2, if its vocabulary has 50,257 tokens)",
     )
     return parser
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     """Import as the command line says.
 
     Raises:
-        UsageError: no such source, not a GPT-2, or an ``--out`` that exists.
+        UsageError: no such source, not a GPT-2, or ``--out`` exists.
         GptDistError: the hub cannot be reached, or a file is damaged.
     """
     args = make_parser().parse_args(argv)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from gpt_dist.files import new_directory
 
-    with new_directory(out) as directory:  # also refuses an --out that is taken, before any work
+    with new_directory(out) as directory:  # refuses an --out that exists, before any work
         config, weights, tokenizer = open_source(args.source, args.tokenizer)
         write(directory, config, weights, tokenizer, args.source)
     print(
@@ -87,7 +87,16 @@ def main(argv: list[str] | None = None) -> None:
 def open_source(
     source: str, tokenizer_name: str | None
 ) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
-    """Configuration, weights one at a time, and tokenizer of whatever ``source`` names."""
+    """Configuration, weights one at a time, and tokenizer of a model.
+
+    Args:
+        source: Hugging Face directory, name on the hub, or llm.c weight file.
+        tokenizer_name: of an llm.c file, which holds none; None = gpt2.
+
+    Raises:
+        UsageError: no such source, not a GPT-2, or a tokenizer that does not fit.
+        GptDistError: the hub cannot be reached, or a file is damaged.
+    """
     from gpt_dist.formats.hf import load_pretrained
     from gpt_dist.formats.llmc import is_llmc_file, read_llmc
     from gpt_dist.text.tokenizers import load_tokenizer
@@ -95,15 +104,17 @@ def open_source(
     path = Path(source)
     if not path.is_file():
         if tokenizer_name is not None:
-            raise UsageError("--tokenizer: only llm.c files need it; directories have their own")
+            raise UsageError("--tokenizer: valid only with an llm.c file; a directory has its own")
         return load_pretrained(path if path.is_dir() else download(source))
     if not is_llmc_file(path):
-        raise UsageError(f"{path}: not an llm.c weight file; name a directory or a hub model")
+        raise UsageError(
+            f"{path}: not an llm.c weight file; valid is also a directory or a name on the hub"
+        )
     config, weights = read_llmc(path)
     if tokenizer_name is None and config.vocab_size != 50257:
         raise UsageError(
-            f"{path}: its vocabulary has {config.vocab_size} tokens, so it is not gpt2's; "
-            "say whose it is with --tokenizer"
+            f"{path}: its vocabulary has {config.vocab_size} tokens, gpt2's has 50257; "
+            "name its tokenizer with --tokenizer"
         )
     tokenizer = load_tokenizer(tokenizer_name or "gpt2")
     if tokenizer.vocab_size != config.vocab_size:
@@ -115,28 +126,29 @@ def open_source(
 
 
 def download(name: str) -> Path:
-    """A model of the Hugging Face hub, in the hub's cache.
+    """Download a model from the Hugging Face hub; returns its directory in the hub's cache.
 
-    Its config.json comes first, so that another architecture is refused before gigabytes come.
+    config.json is read first, so that another architecture is refused before the weights are
+    downloaded.
 
     Raises:
-        UsageError: not a name that the hub could have, or not a GPT-2.
+        UsageError: not a valid name on the hub, or not a GPT-2.
         GptDistError: the hub cannot be reached, or has no such model.
     """
     from gpt_dist.formats.hf import from_hf_config
 
     if not HUB_NAME.fullmatch(name):
-        raise UsageError(f"{name}: no such directory or file, nor a name on the Hugging Face hub")
+        raise UsageError(f"{name}: no such directory or file, and not a valid name on the hub")
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        # One quick question, because downloads repeat theirs for half a minute.
+        # One quick request first, because a download retries for half a minute.
         HfApi().model_info(name, timeout=15)
         unreachable = ""
     except RepositoryNotFoundError:
-        raise GptDistError(f"{name}: no such directory, nor such a model on the hub") from None
-    except Exception as error:  # network libraries raise what they like
+        raise GptDistError(f"{name}: no such directory, and no such model on the hub") from None
+    except Exception as error:  # the network libraries raise many kinds
         unreachable = next(iter(str(error).splitlines()), "") or type(error).__name__
     cached_only = bool(unreachable)
     try:
@@ -148,7 +160,7 @@ def download(name: str) -> Path:
     except Exception as error:
         reason = unreachable or next(iter(str(error).splitlines()), "") or type(error).__name__
         raise GptDistError(
-            f"{name}: no such directory, and not to be had from the Hugging Face hub: {reason}"
+            f"{name}: no such directory, and not found on the Hugging Face hub: {reason}"
         ) from None
 
 
@@ -159,7 +171,15 @@ def write(
     tokenizer: Tokenizer,
     source: str,
 ) -> None:
-    """Fill an empty directory with a checkpoint of step 0 (without optimizer state)."""
+    """Fill an empty directory with a checkpoint of step 0, without optimizer state.
+
+    Args:
+        directory: empty.
+        config: of the model, with ``vocab_size`` set.
+        weights: (parameter, fp32 tensor).
+        tokenizer: the model's.
+        source: where it is from, for ``state.json``.
+    """
     from gpt_dist.checkpoints.writer import write_checkpoint
 
     tensors = {f"model.{name}": tensor for name, tensor in weights}

@@ -1,4 +1,4 @@
-"""Loss curves of one or several runs in one picture: ``python -m gpt_dist.plot RUN [RUN ...]``."""
+"""Draw the loss curves of one or several runs: ``python -m gpt_dist.plot RUN [RUN ...]``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="FILE.png|pdf|svg",
-        help="picture to write (default: RUN/loss.png)",
+        help="picture to write (default: loss.png in the first RUN)",
     )
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0] / "loss.png"

@@ -1,1 +1,1 @@
-"""Checkpoints on disk."""
+"""Checkpoints: their files, how they are written, found and read."""

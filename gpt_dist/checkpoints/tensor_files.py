@@ -1,4 +1,4 @@
-"""Files written through to the disk with their checksum, and safetensors files among them."""
+"""safetensors files: written through to the disk with a checksum, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write a file through to the disk; returns its sha256.
+    """Write a file through to the disk; returns its sha256 in hexadecimal.
 
     Raises:
-        OSError: with the file's name, which Python leaves out where a disk is full.
+        OSError: with the file's name, which Python's own error for a full disk lacks.
     """
     digest = hashlib.sha256()
     with naming(path), path.open("wb") as file:
@@ -38,7 +38,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor (github.com/huggingface/safetensors).
 
-    The library's own writer copies every tensor and cannot tell the checksum on the way.
+    The library's own writer copies every tensor and does not compute a checksum as it writes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -58,10 +58,10 @@ def safetensors_chunks(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryvie
 
 
 class TensorFile:
-    """A safetensors file, one tensor at a time.
+    """A safetensors file that is read one tensor at a time.
 
     Raises:
-        GptDistError: the file is not whole, or a tensor is missing.
+        GptDistError: the file is truncated or of another format, or lacks a tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,6 +74,6 @@ class TensorFile:
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.names:
-            raise GptDistError(f"{self.path}: has no tensor {name}")
+            raise GptDistError(f"{self.path}: lacks the tensor {name}")
         tensor: Tensor = self._file.get_tensor(name)
         return tensor

@@ -1,1 +1,1 @@
-"""Other projects' file formats."""
+"""File formats of other projects: Hugging Face's and llm.c's."""

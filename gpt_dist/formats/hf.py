@@ -1,8 +1,8 @@
-"""Our GPT-2 in Hugging Face's form, both ways: settings, parameter names, safetensors files.
+"""Models to and from Hugging Face's format: configuration, parameter names, safetensors files.
 
-Pre-LN models are ``gpt2`` there; post-LN ones are ``openai-gpt`` (GPT-1), whose MLP always is
-4 * n_embd wide. Both store matrices as (in, out) and always have biases, so absent biases become
-zeros. Nothing here imports transformers, and nothing is ever unpickled.
+A pre-LN model is a ``gpt2`` there. A post-LN model is an ``openai-gpt`` (GPT-1), whose MLP is
+always 4 * n_embd wide. Both store matrices as (in, out) and have all biases, so biases that our
+model lacks become zeros. This module does not import transformers, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from gpt_dist.model.gpt import VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import Tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-"""Matrices that Hugging Face's Conv1D stores (in, out) and a linear layer (out, in)."""
+"""Matrices that Hugging Face's Conv1D stores as (in, out) and a linear layer as (out, in)."""
 
 GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 GELU_TANH = {"gelu_new", "gelu_pytorch_tanh"}
 EPSILON = 1e-5
-"""Of every layer norm; PyTorch's default and GPT-2's."""
+"""In every layer norm: the default of PyTorch and of GPT-2."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter of a model, vocabulary rows without padding."""
+    """Name → shape of every parameter of a model. Vocabulary tensors come without padding rows."""
     model = meta_model(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in VOCAB_PARAMETERS:
@@ -50,24 +50,24 @@ def to_hf_config(config: ModelConfig, eot_id: int | None, dtype: torch.dtype) ->
     """``config.json`` for a model.
 
     Args:
-        config: the shape, ``vocab_size`` set.
+        config: of the model, with ``vocab_size`` set.
         eot_id: end-of-text token, or None.
-        dtype: of the weights that will lie beside it.
+        dtype: of the weights beside it.
 
     Raises:
-        UsageError: no architecture of transformers is this model; the message says why.
+        UsageError: transformers has no such architecture; the message says why.
     """
     if config.n_layer == 0:
         raise UsageError(
-            "model.n_layer = 0: the bigram baseline has neither positions nor layer norm, "
-            "and transformers has no such architecture; models with n_layer >= 1 can be exported"
+            "model.n_layer = 0: transformers has no architecture for the bigram baseline, which "
+            "lacks positions and layer norm; export a model with n_layer >= 1"
         )
     gpt1 = config.norm == "post"
     hidden = config.mlp_hidden or 4 * config.n_embd
     if gpt1 and hidden != 4 * config.n_embd:
         raise UsageError(
-            f"model.mlp_hidden = {hidden}: with model.norm = post the only architecture that fits "
-            f"is openai-gpt, whose MLP is always 4 * n_embd = {4 * config.n_embd} wide"
+            f"model.mlp_hidden = {hidden}: a model with model.norm = post is exported as "
+            f"openai-gpt, whose MLP is always 4 * n_embd = {4 * config.n_embd} wide"
         )
     data: dict[str, Any] = {
         "architectures": ["OpenAIGPTLMHeadModel" if gpt1 else "GPT2LMHeadModel"],
@@ -78,7 +78,7 @@ def to_hf_config(config: ModelConfig, eot_id: int | None, dtype: torch.dtype) ->
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        # In openai-gpt "gelu" is the tanh approximation, under the name of its time.
+        # openai-gpt calls the tanh approximation "gelu".
         **({"afn": "gelu"} if gpt1 else {"activation_function": "gelu_new", "n_inner": hidden}),
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
@@ -98,14 +98,15 @@ def to_hf_config(config: ModelConfig, eot_id: int | None, dtype: torch.dtype) ->
 def to_hf_weights(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """Rename and transpose a model's parameters, one at a time, and add absent biases as zeros.
+    """Rename and transpose parameters one at a time, and add missing biases as zeros.
 
     Args:
-        weights: (name, tensor) as in ``GPT.state_dict()``; padded vocabulary rows are cut off.
+        config: of the model.
+        weights: (name, tensor) as in ``GPT.state_dict()``; padding rows are cut off.
         dtype: of the result.
 
     Yields:
-        Name and contiguous tensor as ``GPT2LMHeadModel`` (or ``OpenAIGPTLMHeadModel``) has them.
+        (name, contiguous tensor) of ``GPT2LMHeadModel`` or ``OpenAIGPTLMHeadModel``.
     """
     present = set()
     for name, tensor in weights:
@@ -134,18 +135,18 @@ def hf_name(config: ModelConfig, name: str) -> str:
 def load_pretrained(
     directory: str | Path,
 ) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]], Tokenizer]:
-    """A Hugging Face directory: its shape, its weights one at a time, its tokenizer.
+    """Read a Hugging Face directory: configuration, weights one at a time, and tokenizer.
 
-    Rows of the embedding beyond the tokenizer's vocabulary (some trainers export their padding)
+    Some trainers export the padding rows of the embedding. Rows beyond the tokenizer's vocabulary
     are left out.
 
     Returns:
-        The configuration (``vocab_size`` set), an iterator of (our name, fp32 tensor), the
+        The configuration (``vocab_size`` set), an iterator of (our name, fp32 tensor), and the
         tokenizer.
 
     Raises:
-        UsageError: not a directory with a GPT-2 in safetensors form.
-        GptDistError: from here or from the iterator: a file is broken or a tensor is missing.
+        UsageError: the directory holds no GPT-2 in safetensors files.
+        GptDistError: a file is damaged or a tensor is missing. The iterator raises it too.
     """
     directory = Path(directory)
     config = from_hf_config(_read_json(directory / "config.json"), directory / "config.json")
@@ -162,7 +163,11 @@ def load_pretrained(
 
 
 def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
-    """Our configuration for a ``config.json``.
+    """Our configuration for the contents of a ``config.json``.
+
+    Args:
+        data: the contents.
+        where: the file's name, for error messages.
 
     Raises:
         UsageError: another architecture, or a variant of GPT-2 that computes something else.
@@ -170,8 +175,7 @@ def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
     kind = data.get("model_type")
     if kind not in ("gpt2", "openai-gpt"):
         raise UsageError(
-            f"{where}: model_type is {kind!r}; only GPT-2 can be read (gpt2, and openai-gpt for "
-            "post-LN models)"
+            f"{where}: model_type is {kind!r}; valid are gpt2, and openai-gpt for post-LN models"
         )
     gpt1 = kind == "openai-gpt"
     activation = data.get("afn", "gelu") if gpt1 else data.get("activation_function", "gelu_new")
@@ -186,7 +190,7 @@ def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
     ]
     for wrong, what in reasons:
         if wrong:
-            raise UsageError(f"{where}: {what}: a variant of GPT-2 that this model does not have")
+            raise UsageError(f"{where}: {what}: this variant of GPT-2 is not supported")
     try:
         config = ModelConfig(
             n_layer=data.get("n_layer", 12),
@@ -212,18 +216,18 @@ def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name → safetensors file, following ``model.safetensors.index.json`` if there is one.
+    """Tensor name → safetensors file, from ``model.safetensors.index.json`` if there is one.
 
     Raises:
         UsageError: no safetensors file.
-        GptDistError: a file is missing or truncated; its name is given.
+        GptDistError: a file is missing or truncated; the message names it.
     """
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file() and not single.is_file():
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise GptDistError(f"{index}: no weight_map from tensors to files")
+            raise GptDistError(f"{index}: lacks a weight_map from tensors to files")
         files = {directory / Path(name).name for name in names.values()}
     elif single.is_file():
         files = {single}
@@ -235,10 +239,10 @@ def weight_files(directory: Path) -> dict[str, Path]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """A safetensors file, header checked against the file's size.
+    """Open a safetensors file, which checks its header against its size.
 
     Raises:
-        GptDistError: missing, truncated or no safetensors file.
+        GptDistError: missing, truncated or not a safetensors file.
     """
     try:
         return safe_open(path, framework="pt")
@@ -254,11 +258,11 @@ def _read_weights(
     opened = {file: open_safetensors(file) for file in set(files.values())}
     for name, shape in parameter_shapes(config).items():
         full = hf_name(config, name)
-        # The hub's gpt2 has the names of the bare GPT2Model, without a head.
+        # The hub's gpt2 uses the names of GPT2Model, which has no prefix and no head.
         key = next((k for k in (full, full.removeprefix("transformer.")) if k in files), None)
         if key is None:
             where = next(iter(files.values())).parent
-            raise GptDistError(f"{where}: the weights have no tensor {full}")
+            raise GptDistError(f"{where}: the weights lack the tensor {full}")
         tensor: Tensor = opened[files[key]].get_tensor(key)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise GptDistError(f"{files[key]}: {key} is {tensor.dtype}; valid are fp32, bf16, fp16")
@@ -269,7 +273,7 @@ def _read_weights(
         if tuple(tensor.shape) != shape:
             raise GptDistError(
                 f"{files[key]}: {key} has the shape {tuple(tensor.shape)}, "
-                f"but config.json asks for {shape}"
+                f"but config.json implies {shape}"
             )
         yield name, tensor.to(torch.float32).contiguous()
 

@@ -1,7 +1,7 @@
-"""Our tokenizers as Hugging Face's files, and back.
+"""Tokenizers to and from Hugging Face's files.
 
-All three become what transformers' ``GPT2Tokenizer`` is: a byte-level BPE. For characters that is
-a BPE without merges across characters; only the UTF-8 bytes of a character are merged.
+All three kinds become a byte-level BPE, as transformers' ``GPT2Tokenizer`` is. For the character
+tokenizer that is a BPE whose merges only join the UTF-8 bytes of one character.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ GPT2_PRE_TOKENIZER = {
 
 
 def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str]:
-    """The files from which ``AutoTokenizer`` and ``GPT2Tokenizer`` make an equal tokenizer.
+    """The files from which ``AutoTokenizer`` and ``GPT2Tokenizer`` build an equal tokenizer.
 
     Args:
-        context_length: what ``model_max_length`` says.
+        tokenizer: to be written.
+        context_length: in tokens, for ``model_max_length``.
 
     Returns:
         File name → content: tokenizer.json, tokenizer_config.json, vocab.json, merges.txt.
@@ -54,15 +55,15 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str]
         eot, pad = None if tokenizer.eot_id is None else END_OF_TEXT, None
         backend_json = _backend(*vocabulary(tokenizer), eot).to_str()
         content = json.loads(backend_json)
-    # transformers rebuilds a GPT2Tokenizer around GPT-2's pre-tokenizer; one that splits otherwise
-    # has to be loaded as it stands.
+    # transformers gives every GPT2Tokenizer GPT-2's pre-tokenizer, so a tokenizer that splits text
+    # differently needs the class that keeps tokenizer.json as it is.
     plain = content["pre_tokenizer"] == GPT2_PRE_TOKENIZER and content["normalizer"] is None
     config = {
         "tokenizer_class": "GPT2Tokenizer" if plain else "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        # Explicitly null where there is none: the class would invent an <|endoftext|>.
+        # Explicitly null where there is none: the class would add an <|endoftext|>.
         "bos_token": eot,
         "eos_token": eot,
         "unk_token": eot,
@@ -85,8 +86,8 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], Merges]:
     if isinstance(tokenizer, Gpt2Tokenizer):
         ranks = {piece: token for token, piece in enumerate(table) if token != tokenizer.eot_id}
         return vocab, _recover_merges(ranks)
-    # A character of several bytes is merged from the left, lead byte first. The parts get ids
-    # beyond the vocabulary: only a character that the model never saw can leave them unmerged.
+    # A character of several bytes is merged from the left, beginning with its lead byte. The parts
+    # get ids beyond the vocabulary. They remain in the output only for an unknown character.
     merges: Merges = []
     for token, piece in enumerate(table):
         if token == tokenizer.eot_id:
@@ -108,10 +109,9 @@ def _spelled(table: list[bytes]) -> dict[str, int]:
 
 
 def _recover_merges(ranks: dict[bytes, int]) -> Merges:
-    """The merge rules behind tiktoken's ranks.
+    """Recover the merge rules from tiktoken's ranks.
 
-    A token's rule is the pair of tokens that is left of its bytes when only the rules before it
-    are applied.
+    Apply to a token's bytes all rules of lower rank. The two tokens that remain are its rule.
     """
     letters = byte_characters()
     spelled = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
@@ -148,14 +148,15 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face directory.
 
     Args:
-        vocab_size: of the model; what lies beyond it are the parts of a char tokenizer.
+        directory: where its files are.
+        vocab_size: of the model. Ids beyond it are the parts of characters (see ``vocabulary``).
 
     Returns:
-        ``gpt2`` or ``char`` where it is that, else a ``bpe``.
+        A ``gpt2`` or ``char`` tokenizer if it equals one, else a ``bpe``.
 
     Raises:
         UsageError: no tokenizer files, or not a byte-level BPE.
-        GptDistError: a file that cannot be parsed.
+        GptDistError: a file cannot be parsed.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
@@ -171,11 +172,11 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
             backend = _backend(*models.BPE.read_file(*map(str, pair)), eot)
             data = json.loads(backend.to_str())
         else:
-            raise UsageError(f"{directory}: no tokenizer.json, nor vocab.json with merges.txt")
+            raise UsageError(f"{directory}: no tokenizer.json, and no vocab.json with merges.txt")
     except UsageError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise GptDistError(f"{directory}: its tokenizer cannot be read: {error}") from None
+        raise GptDistError(f"{directory}: the tokenizer cannot be read: {error}") from None
     if data["model"].get("type", "BPE") != "BPE":
         raise UsageError(f"{whole}: a {data['model']['type']} tokenizer; valid is a byte-level BPE")
     if data["pre_tokenizer"] == GPT2_PRE_TOKENIZER and not data["normalizer"]:
@@ -191,7 +192,7 @@ def read_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
 
 
 def _special_tokens(directory: Path) -> tuple[str | None, str | None]:
-    """Names of the end-of-text and padding tokens; GPT-2's where nothing is said."""
+    """Names of the end-of-text and padding tokens; GPT-2's if no file names them."""
     found: dict[str, Any] = {"eos_token": END_OF_TEXT, "pad_token": None}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
@@ -206,7 +207,10 @@ def _special_tokens(directory: Path) -> tuple[str | None, str | None]:
 
 
 def _characters(backend: tokenizers.Tokenizer, vocab_size: int | None, eot: str | None) -> str:
-    """The characters of a char tokenizer, or nothing: every id of the model is one character."""
+    """The characters of a char tokenizer, empty if it is another kind.
+
+    In a char tokenizer every id of the model is one character, in the order of code points.
+    """
     letters = {character: byte for byte, character in enumerate(byte_characters())}
     size = vocab_size or backend.get_vocab_size()
     characters: list[str] = []

@@ -1,8 +1,8 @@
 """llm.c's weight files (github.com/karpathy/llm.c, ``write_model`` in train_gpt2.py).
 
-256 little-endian int32 (magic 20240326, version 3 = fp32 or 5 = bf16, context length, vocabulary,
-layers, heads, width, padded vocabulary), then the tensors, each kind for all layers in turn.
-Matrices are (out, in); the embedding has zero rows up to the padded vocabulary.
+A file begins with 256 little-endian int32: magic 20240326, version (3 = fp32, 5 = bf16), context
+length, vocabulary, layers, heads, width, padded vocabulary, and zeros. The tensors follow, each
+kind for all layers in turn. Matrices are (out, in). The embedding is padded with zero rows.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def is_llmc_file(path: Path) -> bool:
 
 
 def to_llmc(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
-    """The bytes of a weight file, tensor by tensor; absent biases become zeros.
+    """The bytes of a weight file, tensor by tensor. Biases that the model lacks are zeros.
 
     Args:
         dtype: torch.float32 (version 3) or torch.bfloat16 (version 5).
@@ -82,15 +82,18 @@ def to_llmc(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
     config = model.config
     hidden = config.mlp_hidden or 4 * config.n_embd
     reasons = [
-        (dtype not in VERSIONS.values(), "its weights are fp32 or bf16"),
-        (config.n_layer == 0, "it has no bigram baseline (model.n_layer = 0)"),
-        (config.norm == "post", "it has pre-LN blocks only (model.norm = post)"),
-        (not config.tie_embeddings, "it ties the head (model.tie_embeddings = false)"),
+        (dtype not in VERSIONS.values(), "its files hold fp32 or bf16"),
+        (
+            config.n_layer == 0,
+            "it needs at least one layer (model.n_layer = 0, the bigram baseline)",
+        ),
+        (config.norm == "post", "its blocks are pre-LN (model.norm = post)"),
+        (not config.tie_embeddings, "its head shares the embedding (model.tie_embeddings = false)"),
         (hidden != 4 * config.n_embd, f"its MLP is 4 * n_embd wide (model.mlp_hidden = {hidden})"),
     ]
     for wrong, why in reasons:
         if wrong:
-            raise UsageError(f"llm.c cannot hold this model: {why}")
+            raise UsageError(f"unsupported by llm.c: {why}")
     return _chunks(model, dtype)
 
 
@@ -111,13 +114,13 @@ def _chunks(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
 
 
 def read_llmc(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """A weight file's shape and its tensors, one at a time.
+    """Read a weight file: its configuration, and its tensors one at a time.
 
     Returns:
         The configuration and an iterator of (name as in ``GPT``, fp32 tensor).
 
     Raises:
-        GptDistError: not such a file, another version, or not as long as its header says.
+        GptDistError: another format or version, or the size differs from what the header says.
     """
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != MAGIC:
@@ -126,15 +129,15 @@ def read_llmc(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     if version not in VERSIONS:
         raise GptDistError(f"{path}: version {version}; valid are 3 (fp32) and 5 (bf16)")
     if min(context, vocab, layers, heads, width) < 1 or rows < vocab or width % heads:
-        raise GptDistError(f"{path}: its header makes no sense: {header[1:8].tolist()}")
+        raise GptDistError(f"{path}: its header is invalid: {header[1:8].tolist()}")
     dtype = VERSIONS[version]
-    # Before anything is made from these counts: they may be those of a damaged or hostile file.
+    # First of all, because a damaged or hostile header may hold counts of any size.
     per_block = sum(map(math.prod, block_shapes(width).values()))
     count = (rows + context + 2) * width + layers * per_block
     expected = HEADER_BYTES + dtype.itemsize * count
     if path.stat().st_size != expected:
         raise GptDistError(
-            f"{path}: {path.stat().st_size} bytes, but its header asks for {expected}; truncated?"
+            f"{path}: {path.stat().st_size} bytes, but its header says {expected}; truncated?"
         )
     config = ModelConfig(
         n_layer=layers, n_head=heads, n_embd=width, context_length=context, vocab_size=vocab

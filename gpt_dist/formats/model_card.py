@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it reached, how to use it."""
+"""The README.md of an exported model: what it is, its scores, how to use it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ FIGURES = [
 def model_card(
     model: GPT, tokenizer: Tokenizer, name: str, hf_config: dict[str, Any], figures: dict[str, Any]
 ) -> str:
-    """Markdown with the hub's YAML header.
+    """Markdown with the YAML header that the hub reads.
 
     Args:
+        model: the exported model.
+        tokenizer: its tokenizer.
         name: title of the page.
         hf_config: contents of config.json.
-        figures: of ``gpt_dist.export.run_figures``; what is missing is left out.
+        figures: from ``gpt_dist.export.run_figures``; missing ones are left out.
     """
     config = model.config
     architecture = hf_config["architectures"][0]
@@ -53,10 +55,10 @@ def model_card(
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     notes = ""
     if not config.bias or config.qkv_bias is False:
-        notes += "Biases that the trained model does not have are stored as zeros.\n\n"
+        notes += "The trained model lacks some biases; they are stored as zeros.\n\n"
     if tokenizer.name == "char":
-        notes += "The tokenizer knows single characters; others than those it was made of have no "
-        notes += "id and must not occur in a prompt.\n\n"
+        notes += "Each token is one character. A prompt may contain only characters of the "
+        notes += "training text; others have no id.\n\n"
     settings = ""
     if "train" in run:
         settings = (

@@ -1,4 +1,4 @@
-"""Checkpoints survive being killed anywhere, and damaged ones are named."""
+"""Checkpoints survive a kill at any instant, and a damaged file is named."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ OPERATIONS = ("fsync", "rename", "rmdir", "unlink", "mkdir", "symlink", "replace
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
-    """Let the ``number``-th operation on the file system, and all after it, never happen."""
+    """End the process right before its ``number``-th operation on the file system."""
     count = [0]
 
     def guard(original: Callable[..., Any]) -> Callable[..., Any]:

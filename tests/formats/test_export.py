@@ -53,7 +53,7 @@ def make_tokenizer(kind: str) -> Tokenizer:
 
 
 def make_model(tokenizer: Tokenizer, **settings: Any) -> GPT:
-    """A small model in which every parameter matters: biases and layer norms random too."""
+    """A small model whose biases and layer norms are random too, so that each one matters."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 48} | settings
     torch.manual_seed(1)
     model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
@@ -66,7 +66,7 @@ def make_model(tokenizer: Tokenizer, **settings: Any) -> GPT:
 
 
 def make_run(directory: Path, model: GPT, tokenizer: Tokenizer) -> Path:
-    """A run's directory with one checkpoint of step 20 and some metrics."""
+    """A run directory with some metrics and a checkpoint at step 20."""
     checkpoint = directory / "checkpoints" / "step-00000020"
     checkpoint.mkdir(parents=True)
     tensors = {
@@ -89,7 +89,7 @@ def make_run(directory: Path, model: GPT, tokenizer: Tokenizer) -> Path:
 
 @torch.no_grad()
 def greedy(model: GPT, ids: list[int], count: int) -> list[int]:
-    """Uncached greedy continuation, stopping after an end-of-text token as generate does."""
+    """Greedy continuation without a cache."""
     ids = list(ids)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -129,7 +129,7 @@ def test_transformers_computes_the_same(tmp_path: Path, settings: dict[str, Any]
     ids = torch.randint(model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert_close(theirs(ids).logits, model(ids))
-    # The exported directory is itself something that --checkpoint takes.
+    # --checkpoint takes the exported directory too.
     again, _, _ = load_model(out)
     with torch.no_grad():
         assert_close(again(ids), model(ids), 1e-5)
@@ -141,7 +141,9 @@ def assert_close(theirs: Tensor, ours: Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_greedy_text_through_every_door(tmp_path: Path, tokenizer: Tokenizer, norm: str) -> None:
+def test_greedy_text_by_every_way_of_loading(
+    tmp_path: Path, tokenizer: Tokenizer, norm: str
+) -> None:
     model = make_model(tokenizer, norm=norm)
     out = exported(tmp_path, model, tokenizer)
     prompt = "It's we'll"
@@ -167,18 +169,18 @@ def test_tokenizers_agree_on_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for name, content in tokenizer_files(tokenizer, 48).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     ids = tokenizer.encode(TEXT)
-    doors: dict[str, Callable[[], Any]] = {
+    loaders: dict[str, Callable[[], Any]] = {
         "auto": lambda: transformers.AutoTokenizer.from_pretrained(tmp_path),
         "gpt2": lambda: transformers.GPT2Tokenizer.from_pretrained(tmp_path),
     }
-    for name, door in doors.items():
-        theirs = door()
+    for name, loader in loaders.items():
+        theirs = loader()
         assert theirs(TEXT)["input_ids"] == ids, name
         assert theirs.decode(ids) == TEXT, name
         assert theirs.eos_token_id == tokenizer.eot_id, name
         if tokenizer.name != "char":
             assert len(theirs) == tokenizer.vocab_size, name
-    (tmp_path / "tokenizer.json").unlink()  # vocab.json and merges.txt are enough
+    (tmp_path / "tokenizer.json").unlink()  # vocab.json and merges.txt suffice
     assert transformers.GPT2Tokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == ids
 
 
@@ -204,7 +206,7 @@ def test_low_precision(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     assert torch.equal(stored, model.h[1].mlp.c_fc.weight.to(dtype))  # type: ignore[union-attr]
 
 
-def test_model_card_tells_the_run(tmp_path: Path) -> None:
+def test_model_card_describes_the_run(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("char")
     out = exported(tmp_path, make_model(tokenizer, bias=False), tokenizer)
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -227,7 +229,7 @@ def test_model_card_tells_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_import_what_transformers_wrote(tmp_path: Path, kind: str, tied: bool) -> None:
-    """Their random model, their save_pretrained, in several shards; trained on; exported again."""
+    """A random model that transformers saved in several shards: import, train, export again."""
     tokenizer = make_tokenizer("bpe")
     hf_config = transformers.AutoConfig.for_model(
         kind,
@@ -257,7 +259,7 @@ def test_import_what_transformers_wrote(tmp_path: Path, kind: str, tied: bool) -
     ids = torch.randint(tokenizer.vocab_size, (2, 40))
     with torch.no_grad():
         assert_close(theirs(ids).logits, model(ids))
-    # A few updates on both sides: the same gradients, then the same model after an export.
+    # A few updates on both sides give the same model, also after an export.
     ours = torch.optim.SGD(model.parameters(), lr=0.05)
     other = torch.optim.SGD(theirs.parameters(), lr=0.05)
     for _ in range(3):
@@ -274,7 +276,7 @@ def test_import_what_transformers_wrote(tmp_path: Path, kind: str, tied: bool) -
 
 
 def test_import_names_of_the_hub(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """As the hub's gpt2: no prefix, no head, mask buffers, half precision, vocab.json only."""
+    """Files like those of the hub's gpt2: no prefix, no head, mask buffers, fp16, vocab.json."""
     model = make_model(tokenizer)
     out = exported(tmp_path, model, tokenizer)
     weights = load_file(out / "model.safetensors")
@@ -306,7 +308,7 @@ def test_padded_vocabularies_are_cut(tmp_path: Path) -> None:
     assert torch.equal(model.wte.weight[: model.vocab_size], wte)
 
 
-# --- bad input: one line, the right status, nothing left behind ---------------------------------
+# --- bad input: one line, the right status, no files left ---------------------------------
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -337,7 +339,12 @@ def pickle_only(path: Path) -> None:
 Damage = Callable[[Path], Any]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 BROKEN: list[tuple[str, Damage, type[GptDistError], str]] = [
-    (CONFIG, lambda p: edit_json(p, model_type="llama"), UsageError, "model_type is 'llama'; only"),
+    (
+        CONFIG,
+        lambda p: edit_json(p, model_type="llama"),
+        UsageError,
+        "model_type is 'llama'; valid",
+    ),
     (CONFIG, lambda p: edit_json(p, activation_function="relu"), UsageError, "activation 'relu'"),
     (CONFIG, lambda p: edit_json(p, layer_norm_epsilon=1e-6), UsageError, "layer_norm_epsilon"),
     (CONFIG, lambda p: edit_json(p, n_layer="two"), UsageError, "n_layer = 'two'"),
@@ -346,7 +353,7 @@ BROKEN: list[tuple[str, Damage, type[GptDistError], str]] = [
     (CONFIG, lambda p: p.write_text("{"), GptDistError, "JSON"),
     (CONFIG, lambda p: p.unlink(), UsageError, "config.json: no such file"),
     (WEIGHTS, truncate, GptDistError, "model.safetensors: truncated"),
-    (WEIGHTS, drop_tensor, GptDistError, "no tensor transformer.h.1.ln_2.bias"),
+    (WEIGHTS, drop_tensor, GptDistError, "lack the tensor transformer.h.1.ln_2.bias"),
     (WEIGHTS, reshape_tensor, GptDistError, r"shape \(47, 32\)"),
     (WEIGHTS, pickle_only, UsageError, "pytorch_model.bin may be a pickle"),
     ("tokenizer.json", lambda p: p.write_text("[1"), GptDistError, "tokenizer cannot be read"),
@@ -379,7 +386,7 @@ def test_hub_name_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(GptDistError, match="gpt2-none: no such directory, and not to be had") as e:
+    with pytest.raises(GptDistError, match="gpt2-none: no such directory, and not found on") as e:
         import_hf.main(["nobody/gpt2-none", "--out", str(tmp_path / "checkpoint")])
     assert "\n" not in str(e.value)
     with pytest.raises(UsageError, match="no such directory or file"):

@@ -1,4 +1,4 @@
-"""Importing by a name of the hub, from a hub on this machine."""
+"""Import by name from a hub on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's API as a download asks for; directories of ``root`` are models."""
+    """The part of the hub's API that a download uses. Each directory in ``root`` is a model."""
 
     root: Path
     asked: list[str]
@@ -74,7 +74,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_names_of_the_hub_are_fetched(tmp_path: Path, good: Path) -> None:
+def test_import_from_the_hub(tmp_path: Path, good: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(good, models / "someone" / "gpt2-tiny")
     (models / "someone" / "gpt2-tiny" / "onnx.bin").write_bytes(b"not wanted")
@@ -108,16 +108,16 @@ def test_names_of_the_hub_are_fetched(tmp_path: Path, good: Path) -> None:
         shutil.rmtree(tmp_path / "out")
         other = fetch("meta/llama")
         assert other.returncode == 2
-        assert other.stderr.startswith("error: meta/llama: model_type is 'llama'; only GPT-2")
+        assert other.stderr.startswith("error: meta/llama: model_type is 'llama'; valid are")
         assert not any("llama/resolve/main/model.safetensors" in line for line in handler.asked)
         nobody = fetch("nobody/nothing")
         assert nobody.returncode == 1
         assert nobody.stderr == (
-            "error: nobody/nothing: no such directory, nor such a model on the hub\n"
+            "error: nobody/nothing: no such directory, and no such model on the hub\n"
         )
         assert not (tmp_path / "out").exists()
     finally:
         server.shutdown()
     server.server_close()
-    again = fetch("someone/gpt2-tiny")  # no network now, but it is in the hub's cache
+    again = fetch("someone/gpt2-tiny")  # the network is gone, but the hub's cache has it
     assert again.returncode == 0, again.stderr
