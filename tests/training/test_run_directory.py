@@ -136,20 +136,21 @@ def test_two_writers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not out.exists()  # nothing was written: nothing stays
 
 
-def test_a_lock_file_that_was_removed_while_waiting(
+def test_a_lock_file_that_is_removed_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = lock_file(tmp_path)
+    """Its holder ends, and removes it, after this process opened it: a lock on it is worthless."""
+    flock = fcntl.flock
 
-    def meanwhile(_: float) -> None:
-        run_directory.remove_lone_lock(tmp_path)
-        other.close()
+    def meanwhile(handle: Any, operation: int) -> None:
+        monkeypatch.setattr(run_directory.fcntl, "flock", flock)
+        (tmp_path / ".lock").unlink()
+        flock(handle, operation)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(run_directory.time, "sleep", meanwhile)
-        held = lock_file(tmp_path)
+    monkeypatch.setattr(run_directory.fcntl, "flock", meanwhile)
+    held = lock_file(tmp_path)
     with (tmp_path / ".lock").open() as again, pytest.raises(BlockingIOError):
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     held.close()
 
 
