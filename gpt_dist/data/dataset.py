@@ -70,19 +70,6 @@ class Dataset:
         return TokenStream(paths, self.tokenizer.vocab_size) if paths else None
 
 
-def open_split(directory: str | os.PathLike[str], name: Split) -> TokenStream:
-    """The token stream of one split of a data set.
-
-    Raises:
-        UsageError: no data set there.
-        GptDistError: the data set has no such split, or a shard is missing or damaged.
-    """
-    stream = open_dataset(directory).split(name)
-    if stream is None:
-        raise GptDistError(f"{directory}: has no {name} shards (*_{name}*.bin)")
-    return stream
-
-
 def open_dataset(directory: str | os.PathLike[str], tokenizer_name: str = "gpt2") -> Dataset:
     """Open a directory of token shards.
 

@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
             help="sample-10BT (default), sample-100BT, sample-350BT or a dump, CC-MAIN-2024-10",
         )
         _revision(web)
-    files = "more files: a path, pattern or URL"
+    files = "further files, by path, pattern or URL"
     text = add("text", "text files (UTF-8, may be compressed: .gz .bz2 .zst .lz4)", 0.01, files)
     _paths(text)
     text.add_argument(
