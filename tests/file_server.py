@@ -40,6 +40,9 @@ class FileServer:
     """Whether byte ranges are understood."""
     slow: float = 0.0
     """Seconds of pause after each 64 KB."""
+    hold_after: int | None = None
+    """Bytes after which the next replies stop until ``release`` is set."""
+    release: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -165,6 +168,8 @@ def serve(root: Path) -> Iterator[FileServer]:
                 self.wfile.flush()
                 if state.slow:
                     threading.Event().wait(state.slow)
+                if state.hold_after is not None and begin - start + (1 << 16) >= state.hold_after:
+                    state.release.wait(600)
             self.close_connection = True
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -22,7 +22,7 @@ from gpt_dist.text.gpt2_vocabulary import merge_ranks
 from gpt_dist.text.tokenizers import END_OF_TEXT
 
 EOT = 50256
-DEADLINE = 120.0
+DEADLINE = 300.0
 """Seconds of silence after which a process counts as hung."""
 
 FLAGS = ["--split", "eot", "--val-fraction", "0.1", "--shard-tokens", "200k"]

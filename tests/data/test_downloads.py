@@ -89,7 +89,7 @@ def test_a_file_that_changed_since_starts_over(
 
 
 def test_a_kill_loses_nothing(server: FileServer, tmp_path: Path) -> None:
-    server.slow = 0.05
+    server.hold_after = 1_000_000
     code = (
         "import sys; from pathlib import Path\n"
         "from gpt_dist.data.preparation.downloads import RemoteFile\n"
@@ -98,14 +98,15 @@ def test_a_kill_loses_nothing(server: FileServer, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, f"{server.url}/file.bin", str(tmp_path / "d")]
     process = subprocess.Popen(command)
     part = tmp_path / "d" / "host" / "file.bin.part"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not part.exists() or part.stat().st_size < 500_000):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     have = part.stat().st_size
     assert 500_000 <= have < len(DATA)
-    server.slow = 0
+    server.hold_after = None
+    server.release.set()
     assert remote(server).fetch(tmp_path / "d").read_bytes() == DATA
     assert server.requests[-1] == ("/file.bin", f"bytes={have}-")
 
