@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -23,7 +23,9 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from serve.api.status import DETAILS, StatusError, internal, invalid
-from serve.metrics import Metrics
+
+if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
+    from serve.metrics import Metrics
 
 log = logging.getLogger("serve")
 

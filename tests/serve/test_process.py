@@ -344,9 +344,9 @@ def test_ctrl_c_cancels_on_the_server(processes: StartProcess, run: Path) -> Non
 
 
 @pytest.mark.slow
-def test_clients_need_no_torch() -> None:
+def test_clients_and_help_need_no_torch() -> None:
     code = (
-        "import sys, serve.client, serve.client.__main__, serve.bench;"
+        "import sys, serve.client, serve.client.__main__, serve.bench, serve.__main__;"
         "heavy = ('torch', 'numpy', 'tiktoken', 'matplotlib');"
         "print([name for name in heavy if name in sys.modules])"
     )
