@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,33 @@ def run_train(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def step_count(out: Path) -> int:
+    """Training rows that a run has written so far."""
+    metrics = out / "metrics.jsonl"
+    return metrics.read_bytes().count(b'"train_loss"') if metrics.exists() else 0
+
+
+def wait_until(
+    condition: Callable[[], object],
+    what: str,
+    seconds: float = 300,
+    agent: subprocess.Popen[Any] | None = None,
+) -> None:
+    """Wait for a condition.
+
+    Args:
+        condition: asked again and again.
+        what: what it stands for, for the message.
+        seconds: after which the test fails; far more than a slow machine needs.
+        agent: a process without which the condition cannot come true; its end fails the test.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert agent is None or agent.poll() is None, f"a process ended before {what}"
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
 
 
 def read_rows(out: Path, *, timing: bool = True) -> list[Row]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,20 +35,6 @@ def hosts() -> Iterator[TwoHosts]:
         missing(f"{reason}; see {SETUP}")
     with TwoHosts() as two:
         yield two
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Poll until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-
-
-def last_step(out: Path) -> int:
-    """Training rows written so far."""
-    metrics = out / "metrics.jsonl"
-    return metrics.read_bytes().count(b'"train_loss"') if metrics.exists() else 0
 
 
 def processes_with(text: str) -> list[str]:

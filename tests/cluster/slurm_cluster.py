@@ -50,7 +50,7 @@ class SlurmCluster:
     """
 
     nodes = ("node1", "node2")
-    kill_wait = 20
+    kill_wait = 60
     """Seconds between SIGTERM and SIGKILL when a job is cancelled."""
 
     def __init__(self, directory: Path) -> None:
@@ -80,14 +80,14 @@ class SlurmCluster:
     def __exit__(self, *_: object) -> None:
         if len(self.daemons) > 1:
             self._run("scancel", f"--user={getpass.getuser()}", check=False)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while self._run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
                 time.sleep(0.2)
         for daemon in reversed(self.daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(self.daemons):
             try:
-                daemon.wait(timeout=10)
+                daemon.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
@@ -154,7 +154,7 @@ class SlurmCluster:
                 )
             )
 
-    def _await(self, what: str, condition: object, seconds: float = 20) -> None:
+    def _await(self, what: str, condition: object, seconds: float = 120) -> None:
         assert callable(condition)
         deadline = time.monotonic() + seconds
         while not condition():
@@ -207,7 +207,11 @@ class SlurmCluster:
     def cancel(self, number: int) -> None:
         self._run("scancel", str(number))
 
-    def wait(self, number: int, *states: str, seconds: float) -> dict[str, str]:
+    def update(self, number: int, setting: str) -> None:
+        """Change a job: ``update(7, "TimeLimit=30")``."""
+        self._run("scontrol", "update", f"jobid={number}", setting)
+
+    def wait(self, number: int, *states: str, seconds: float = 300) -> dict[str, str]:
         """Wait until the job is in one of ``states`` (default: any final one)."""
         final = states or ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
         deadline = time.monotonic() + seconds

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
 
 import pytest
+import yaml
 
 from gpt_dist.checkpoints.checkpoint import complete_checkpoints
-from tests.cluster.conftest import last_step, processes_with, wait_until
+from tests.cluster.conftest import processes_with
 from tests.cluster.two_hosts import TwoHosts
-from tests.conftest import BIN, read_rows, run_train
+from tests.conftest import BIN, read_rows, run_train, step_count, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -62,10 +62,19 @@ class Job:
 
 @pytest.fixture
 def config(tiny_config: Config) -> Path:
-    """Long enough to be hit in the middle."""
+    """The fault decides how far the run comes, so that no machine is too fast for it."""
     return tiny_config(
-        model={"dropout": 0.1}, train={"steps": 300, "checkpoint_every": 20, "eval_every": 150}
+        model={"dropout": 0.1},
+        optim={"schedule": "constant"},
+        train={"steps": 1_000_000, "checkpoint_every": 10, "eval_every": 25},
     )
+
+
+def end_after(config: Path, steps: int) -> None:
+    """Change a run's last step, for ranks that start from now on."""
+    settings = yaml.safe_load(config.read_text())
+    settings["train"]["steps"] = steps
+    config.write_text(yaml.safe_dump(settings))
 
 
 def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
@@ -73,22 +82,20 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
 ) -> None:
     job = Job(hosts, config, tmp_path / "cut")
     job.start("first")
-    wait_until(lambda: last_step(job.out) > 50, "step 50")
+    wait_until(lambda: step_count(job.out) > 15, "step 15")
     hosts.cut()
-    start = time.monotonic()
+    # The ranks give up after the timeout; a torchrun that is stuck is ended 15 s later. Half an
+    # hour is what a collective may take before the first step.
     for agent in job.agents.values():
-        assert agent.wait(60) != 0
-    took = time.monotonic() - start
-    assert last_step(job.out) < 300
+        assert agent.wait(300) != 0
     assert "lost rank 1 on host-b" in job.log("a"), job.logs()
     assert "lost the connection to host-a" in job.log("b"), job.logs()
-    # The ranks give up after the timeout; a torchrun that is stuck is ended 15 s later.
-    assert took < TIMEOUT + 25
-    wait_until(lambda: not processes_with(str(job.out)), "no process to be left", 10)
+    wait_until(lambda: not processes_with(str(job.out)), "no process to be left")
     hosts.restore()
+    end_after(config, step_count(job.out) + 15)
     job.start("second")
     for agent in job.agents.values():
-        assert agent.wait(90) == 0, job.logs()
+        assert agent.wait(300) == 0, job.logs()
     run_train(config, tmp_path / "quiet", ranks=2)
     assert read_rows(job.out, timing=False) == read_rows(tmp_path / "quiet", timing=False)
     ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (job.out, tmp_path / "quiet")]
@@ -97,18 +104,19 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
 
 
 def test_one_host_goes_on_when_the_other_vanishes(
-    hosts: TwoHosts, tiny_config: Config, tmp_path: Path
+    hosts: TwoHosts, config: Path, tmp_path: Path
 ) -> None:
-    # A small learning rate, because training itself blows up differences in the last bit.
-    config = tiny_config(
-        optim={"lr": 3e-4, "min_lr": 3e-5},
-        train={"steps": 200, "checkpoint_every": 20, "eval_every": 100},
-    )
+    # A small learning rate, because training itself amplifies differences in the last bit.
+    settings = yaml.safe_load(config.read_text())
+    settings["optim"] |= {"lr": 3e-4, "min_lr": 3e-5}
+    settings["model"]["dropout"] = 0.0
+    config.write_text(yaml.safe_dump(settings))
     job = Job(hosts, config, tmp_path / "elastic", nnodes="1:2", max_restarts="2")
     job.start("elastic")
-    wait_until(lambda: last_step(job.out) > 50, "step 50")
+    wait_until(lambda: step_count(job.out) > 15, "step 15")
     hosts.vanish("b")
-    assert job.agents["a"].wait(90) == 0, job.logs()
+    end_after(config, step_count(job.out) + 15)
+    assert job.agents["a"].wait(300) == 0, job.logs()
     assert "lost rank 1 on host-b" in job.log("a"), job.logs()
     assert "(2 ranks x" in job.log("a")
     assert "(1 ranks x" in job.log("a").split("lost rank 1")[1], job.logs()
@@ -129,7 +137,7 @@ def test_a_host_without_the_shared_directory_is_named(
     # Host b has a file system of its own where host a has the run.
     job.start("private", wrap={"b": f'mount -t tmpfs none {out} && exec "$@"'})
     for agent in job.agents.values():
-        assert agent.wait(90) != 0
+        assert agent.wait(300) != 0
     errors = [line for line in job.logs().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, job.logs()
     assert "rank 1 on host-b" in errors[0]

@@ -61,7 +61,7 @@ def background(*arguments: str, cwd: Path, **extra: str) -> Iterator[subprocess.
         process.wait(30)
 
 
-def fetch(url: str, seconds: float = 60) -> str:
+def fetch(url: str, seconds: float = 300) -> str:
     end = time.monotonic() + seconds
     while True:
         try:
@@ -115,11 +115,11 @@ def test_what_compose_starts(tmp_path: Path) -> None:
     tensorboard = [part.replace("6006", str(board)) for part in command("tensorboard", {})]
     with background(*serve, cwd=tmp_path, **settings):  # waits for the run's first checkpoint
         train = command("train", {"TRAIN_FLAGS": REDUCED})
-        subprocess.run(train, cwd=tmp_path, env=environment(), check=True, timeout=120)
+        subprocess.run(train, cwd=tmp_path, env=environment(), check=True, timeout=300)
         assert (tmp_path / "runs/run/checkpoints/step-00000004").is_dir()
         with background(*tensorboard, cwd=tmp_path):
             client = ["entrypoint.sh", "client", "generate", "ROMEO:", "--max-new-tokens", "4"]
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while True:
                 reply = subprocess.run(
                     [*client, "--target", f"127.0.0.1:{port}"],

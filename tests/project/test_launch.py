@@ -9,14 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gpt_dist.checkpoints.checkpoint import complete_checkpoints
-from tests.conftest import BIN
+from tests.conftest import BIN, step_count, wait_until
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -110,15 +109,10 @@ def test_sigusr1_to_torchrun_checkpoints(tiny_config: Callable[..., Path], tmp_p
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: step_count(out) >= 5, "step 5", agent=process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    rows = metrics.read_bytes().count(b"\n")
+    output, _ = process.communicate(timeout=300)
+    rows = step_count(out)
     assert f"stopped after step {rows}; the same command continues" in output
     (checkpoint,) = complete_checkpoints(out / "checkpoints")
     assert checkpoint.name == f"step-{rows:08d}"
