@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import re
 import shutil
 import signal
@@ -126,6 +127,8 @@ class SlurmCluster:
             "SlurmdParameters=config_overrides",
             "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0",
             "ReturnToService=2",
+            # Scripts derive ports from a job's number: two clusters at once must not share them.
+            f"FirstJobId={random.randrange(1, 20_000)}",
             "MpiDefault=none",
             f"KillWait={self.kill_wait}",
             f"StateSaveLocation={self.directory}/state",
