@@ -28,7 +28,8 @@ from training import SHAPES
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, run_main
-from gpt_dist.inference.decoder import Decoder, generate_many
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate_many
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 

@@ -36,7 +36,8 @@ from record import record
 
 from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.inference.decoder import Decoder, generate_many
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate_many
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import load_tokenizer

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     from dataclasses import replace
 
     from gpt_dist.checkpoints.reader import load_model
-    from gpt_dist.inference.decoder import Decoder, generate_many
+    from gpt_dist.inference.decoder import Decoder
+    from gpt_dist.inference.generation import generate_many
     from gpt_dist.parallel.world import pick_device
 
     device = pick_device(args.device, 0)

@@ -16,7 +16,7 @@ Slots join and leave between steps. A slot keeps the weights that it was prefill
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from gpt_dist.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights made ready by `Decoder.load_weights`."""
+    """Weights prepared by `Decoder.load_weights`."""
 
     version: int
     data: Any
@@ -39,7 +39,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step chose, an entry for each active slot in ascending order."""
+    """What one step chose: one entry per active slot, in ascending order."""
 
     slots: list[int]
     tokens: list[int]
@@ -72,10 +72,10 @@ class Decoder:
         max_slots: sequences at once. Each takes its part of the cache from the start.
         max_context: positions of a slot, prompt and continuation; at most (and by default) the
             model's ``context_length``.
-        device: where to run; by default where the model is. For "mps" the CPU is taken, as Metal
-            lacks the double precision that draws need.
-        dtype: of the weights. "auto" is bf16 where the device computes with it, else fp32. "int8"
-            has one scale for each output of a layer.
+        device: where to run; by default where the model is. "mps" becomes the CPU, because
+            Metal lacks the double precision that sampling needs.
+        dtype: of the weights. "auto" is bf16 where that is faster, else fp32. "int8" has one scale
+            per output of a layer.
         deterministic: a sequence's tokens do not depend on which other slots are active.
 
     Raises:
@@ -120,7 +120,7 @@ class Decoder:
         self.weights = self.load_weights(model)
 
     def load_weights(self, model: GPT) -> Weights:
-        """Make the weights of another model of the same shape ready; slow, in any thread.
+        """Prepare the weights of another model of the same shape. Slow; any thread may call it.
 
         Raises:
             UsageError: the model's shape differs.
@@ -136,10 +136,10 @@ class Decoder:
         return Weights(self._versions, self._backend.load(model))
 
     def use(self, weights: Weights) -> None:
-        """Sequences that are prefilled from position 0 from now on run on ``weights``.
+        """Run sequences prefilled from position 0 from now on with ``weights``.
 
-        The others keep theirs, which are let go of when no sequence is left on them. What free
-        slots had cached is forgotten.
+        Running sequences keep their weights, which are freed when the last of them ends. Prefixes
+        cached in free slots are dropped.
         """
         self.weights = weights
         for slot in self.free_slots:
@@ -342,75 +342,3 @@ class Decoder:
             wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
             raise UsageError(f"token {wrong} is not in the vocabulary of {self.vocab_size}")
         return tokens
-
-
-def generate(
-    model: GPT | Decoder,
-    ids: Ids,
-    sampling: SamplingParams | None = None,
-    max_new_tokens: int = 128,
-) -> Iterator[int]:
-    """Continue one prompt, token by token, until a stop token, the limit or a full context.
-
-    A stop token is not returned. See `generate_many` for the errors.
-    """
-    for _, token in generate_many(model, [ids], [sampling or SamplingParams()], max_new_tokens):
-        yield token
-
-
-def generate_many(
-    model: GPT | Decoder,
-    prompts: Sequence[Ids],
-    sampling: Sequence[SamplingParams],
-    max_new_tokens: int = 128,
-) -> Iterator[tuple[int, int]]:
-    """Continue several prompts side by side, as many at a time as there are slots.
-
-    Args:
-        model: a model (fp32 weights, as many slots as prompts), or a decoder with free slots.
-        prompts: token ids; equal neighbours share one prefill.
-        sampling: parameters, one for each prompt.
-        max_new_tokens: the most tokens for each.
-
-    Yields:
-        (index of the prompt, token id), as they come.
-
-    Raises:
-        UsageError: a prompt is empty, too long, or has ids that are not in the vocabulary.
-    """
-    if isinstance(model, Decoder):
-        decoder = model
-    else:
-        decoder = Decoder(model, max_slots=min(len(prompts), 32), dtype="fp32")
-    waiting = list(enumerate(zip(prompts, sampling, strict=True)))[::-1]
-    running: dict[int, int] = {}
-    counts = [0] * len(prompts)
-    try:
-        while waiting or running:
-            while waiting and decoder.free_slots and max_new_tokens > 0:
-                index, (ids, params) = waiting.pop()
-                slot, tokens = decoder.free_slots[0], list(ids)
-                twin = next((s for s, i in running.items() if list(prompts[i]) == tokens), None)
-                if twin is None:
-                    decoder.prefill(slot, tokens[:-1])
-                else:
-                    decoder.copy_prefix(twin, slot, len(tokens) - 1)
-                decoder.activate(slot, params, tokens)
-                running[slot] = index
-            if not running:
-                return
-            result = decoder.step()
-            for slot, token in zip(result.slots, result.tokens, strict=True):
-                if slot not in running:  # another user's of the same decoder
-                    continue
-                index = running[slot]
-                counts[index] += 1
-                stopped = token in sampling[index].stop_ids
-                if not stopped:
-                    yield index, token
-                if stopped or counts[index] == max_new_tokens or not decoder.room(slot):
-                    decoder.free(slot)
-                    del running[slot]
-    finally:
-        for slot in running:
-            decoder.free(slot)

@@ -23,7 +23,7 @@ from gpt_dist.config.settings import Config, TrainConfig
 from gpt_dist.data.order import key_of
 from gpt_dist.evaluation.tasks import HellaSwagRow, hellaswag, read_hellaswag
 from gpt_dist.evaluation.validation import evaluating, validate
-from gpt_dist.inference.decoder import generate
+from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.parallel.world import World
 

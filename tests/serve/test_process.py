@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch.nn import functional as F
 
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.inference.decoder import generate
+from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from serve.__main__ import main

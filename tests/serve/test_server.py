@@ -24,7 +24,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpt_dist.errors import GptDistError, run_main
-from gpt_dist.inference.decoder import Decoder, generate
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_dist.inference.decoder import Decoder, generate
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from serve.engine.jobs import (
