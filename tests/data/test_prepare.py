@@ -179,6 +179,7 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
         assert decode(tokens(f"o{fraction}", "val")) == text[cut:]
 
 
+@pytest.mark.slow
 def test_a_giant_document_has_the_ids_of_the_whole(tmp_path: Path) -> None:
     """Several megabytes without a separator, in part without white space."""
     generator = random.Random(1)
@@ -301,6 +302,7 @@ def test_a_foreign_char_tokenizer_names_the_character(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['prepare', *sys.argv[1:]]\n"
@@ -318,6 +320,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         assert "usage: gpt_dist.prepare" in done.stdout
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """60 MB, one document, no separators; the figures for 5 GB are in benchmarks/data.py."""
     with (tmp_path / "x.txt").open("w") as file:

@@ -155,6 +155,7 @@ def test_tinystories_from_a_mirror_of_the_hub(tmp_path: Path) -> None:
         assert split_documents(tokens(out)) == expected
 
 
+@pytest.mark.slow
 def test_the_hubs_commit_is_recorded_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ from tests.data.helpers import (
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 5])
 def test_workers_do_not_matter(
     workers: int, corpus: Path, reference: dict[str, str], tmp_path: Path
@@ -39,6 +40,7 @@ def test_workers_do_not_matter(
     assert snapshot(tmp_path / "out") == reference
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(corpus: Path, reference: dict[str, str], tmp_path: Path) -> None:
     """SIGKILL right after a journal entry, or during the work that follows it."""
     out = tmp_path / "out"
@@ -86,6 +88,7 @@ def crash_at(number: int, *arguments: object) -> int:
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_dying_at_every_step_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each fsync, rename and removal in turn; then the same command completes the data set."""
     monkeypatch.setattr(tokenize_pool, "CHUNK_CHARACTERS", 1 << 13)
@@ -112,6 +115,7 @@ def test_dying_at_every_step_of_writing(tmp_path: Path, monkeypatch: pytest.Monk
     assert crashes > 30
 
 
+@pytest.mark.slow
 def test_dying_while_overwriting(tmp_path: Path) -> None:
     """At every moment the directory is the old data set, the new one, or visibly none."""
     (tmp_path / "x.txt").write_text("\n".join(stories(40)))
@@ -135,6 +139,7 @@ def test_dying_while_overwriting(tmp_path: Path) -> None:
     assert number > 15
 
 
+@pytest.mark.slow
 def test_an_unfinished_other_data_set(corpus: Path, tmp_path: Path) -> None:
     process = start_prepare("text", corpus, *FLAGS, "--out", "out")
     while not journal_entry(process):
@@ -149,6 +154,7 @@ def test_an_unfinished_other_data_set(corpus: Path, tmp_path: Path) -> None:
     assert run("inspect", "out") == 0
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_when_a_later_file_is_bad(
     corpus: Path, reference: dict[str, str], tmp_path: Path
 ) -> None:

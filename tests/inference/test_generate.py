@@ -107,6 +107,7 @@ def test_bad_input_is_named(checkpoint: tuple[Path, GPT], flags: list[str], mess
         main(["--checkpoint", str(checkpoint[0]), *flags])
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpt_dist.generate", "--checkpoint", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)

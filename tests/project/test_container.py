@@ -72,6 +72,7 @@ def fetch(url: str, seconds: float = 300) -> str:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_compose_file_is_valid() -> None:
     for tool in (["docker", "compose"], ["docker-compose"]):
         if shutil.which(tool[0]) and not subprocess.call([*tool, "version"], stdout=-3, stderr=-3):
@@ -134,6 +135,7 @@ def test_what_compose_starts(tmp_path: Path) -> None:
             assert "train_loss" in fetch(f"http://127.0.0.1:{board}/data/plugin/scalars/tags")
 
 
+@pytest.mark.slow
 def test_entrypoint_knows_its_commands(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import make_dataset, run_train, train_command, words
 
+pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
 
 
@@ -48,7 +49,6 @@ def finished(tiny_config: Config, tmp_path: Path) -> tuple[Path, Path]:
     return config, tmp_path / "run"
 
 
-@pytest.mark.slow
 def test_another_runs_directory(finished: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = finished
     before = snapshot(run)
@@ -68,7 +68,6 @@ def test_another_runs_directory(finished: tuple[Path, Path], tmp_path: Path) -> 
     assert snapshot(run) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint(finished: tuple[Path, Path], name: str) -> None:
     config, run = finished
@@ -90,7 +89,6 @@ def test_a_second_writer(finished: tuple[Path, Path]) -> None:
     assert snapshot(run) == before
 
 
-@pytest.mark.slow
 def test_a_full_disk(finished: tuple[Path, Path]) -> None:
     config, run = finished
 
@@ -111,7 +109,6 @@ def test_an_unwritable_directory(tiny_config: Config, tmp_path: Path) -> None:
     refused(done, 1, str(tmp_path / "file"))
 
 
-@pytest.mark.slow
 def test_shards(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
     def broken(name: str, change: Callable[[bytes], bytes]) -> tuple[Path, Path]:
         data = tmp_path / name
@@ -139,7 +136,6 @@ def test_shards(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no-data").exists()
 
 
-@pytest.mark.slow
 def test_ranks_fail_together_and_one_prints(tiny_config: Config, tmp_path: Path) -> None:
     for flags, text in (
         (["--train.batch_tokens", "1056"], "must be a multiple"),
@@ -154,7 +150,6 @@ def test_ranks_fail_together_and_one_prints(tiny_config: Config, tmp_path: Path)
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["command line", "all ranks together"])
 def test_torchrun_does_not_restart_a_usage_error(
     tiny_config: Config, tmp_path: Path, where: str

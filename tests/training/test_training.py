@@ -15,6 +15,7 @@ from gpt_dist.checkpoints.checkpoint import complete_checkpoints
 from gpt_dist.checkpoints.reader import load_model
 from tests.conftest import column, read_rows, run_train, train_command
 
+pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
 
 
@@ -23,7 +24,6 @@ def worst_relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.slow
 def test_losses_do_not_depend_on_ranks_or_micro_batch(tiny_config: Config, tmp_path: Path) -> None:
     config = tiny_config()
     run_train(config, tmp_path / "one")
@@ -102,7 +102,6 @@ def test_whole_validation_split_in_float64(tiny_config: Config, tmp_path: Path) 
     assert row["val_bpb"] == pytest.approx(total / np.log(2) / length, rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_signal_checkpoints_and_the_same_command_continues(
     tiny_config: Config, tmp_path: Path, number: signal.Signals
