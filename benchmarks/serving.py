@@ -1,10 +1,10 @@
-"""Tokens a second of the decoder beside transformers' generate and CTranslate2, on random weights.
+"""Decoding speed compared with transformers and CTranslate2, on random GPT-2 124M weights.
 
     python benchmarks/serving.py --json benchmarks/results/serving.json
 
-GPT-2 124M, 64-token prompts, 64 new tokens, drawn from the 50 most likely; every engine in a
-process of its own, in turns, so that all see the same machine. CTranslate2 gets its own environment
-in the cache directory.
+Prompts of 64 tokens, 64 new tokens, top-k 50. Every engine has its own process, and the engines
+take turns, so that all run under the same conditions. CTranslate2 gets its own environment in the
+cache directory.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ HERE = Path(__file__).parent
 VOCABULARY = 50257
 NEW = 64
 TRANSFORMERS = [("sdpa", "dynamic"), ("eager", "dynamic"), ("sdpa", "static")]
-"""Attention and cache to choose the best from, for each batch."""
+"""Settings of transformers. The fastest one per batch size is the peer."""
 TARGETS = {"bf16": (2.3, 2.5, 3.0), "int8": (1.5, 1.5, 1.5)}
-"""Wanted at batch 1, 8 and 32: bf16 over transformers' bf16, int8 over CTranslate2's int8."""
+"""Required at batch 1, 8 and 32: bf16 over transformers' bf16, int8 over CTranslate2's int8."""
 
 
 class Engine:
@@ -65,7 +65,7 @@ class Engine:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"an engine ended: {' '.join(self._process.args[1:])}")  # type: ignore
+            raise SystemExit(f"an engine failed: {' '.join(self._process.args[1:])}")  # type: ignore
         result: dict[str, float] = json.loads(line)
         return result
 
@@ -92,7 +92,7 @@ def prepare_weights(folder: Path) -> Path:
 
 
 def peer_environment() -> Path:
-    """The Python of CTranslate2's environment, made if it is not there."""
+    """The Python of CTranslate2's environment, which is created if missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
     folder = cache / "peers" / "ctranslate2"
     python = folder / "bin" / "python"
@@ -133,7 +133,7 @@ def start_engines(folder: Path, peers: bool) -> dict[str, Engine]:
 
 
 def measure(engines: dict[str, Engine], batches: list[int], rounds: int) -> dict[str, Any]:
-    """Figures of every engine at every batch: {engine: {batch: [one dictionary a round]}}."""
+    """Results of every engine and batch size: {engine: {batch: [a dictionary per round]}}."""
     figures: dict[str, Any] = {name: {batch: [] for batch in batches} for name in engines}
     turns = [
         (number, batch, name)
@@ -147,14 +147,14 @@ def measure(engines: dict[str, Engine], batches: list[int], rounds: int) -> dict
             chosen = best_transformers(figures, batches)
         if number < 0 or not name.startswith("transformers") or (batch, name) in chosen:
             figures[name][batch].append(engines[name].measure(batch))
-    for by_batch in figures.values():  # the round to warm up counts for nothing
+    for by_batch in figures.values():  # drop the warm-up round
         for batch in batches:
             by_batch[batch] = by_batch[batch][1:]
     return figures
 
 
 def best_transformers(figures: dict[str, Any], batches: list[int]) -> set[tuple[int, str]]:
-    """The fastest setting of transformers for each batch, by the round to warm up."""
+    """The fastest setting of transformers for each batch size, in the warm-up round."""
     names = [name for name in figures if name.startswith("transformers")]
     if not names:
         return set()
@@ -232,8 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--no-peers", action="store_true", help="this project's decoder alone")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument("--no-peers", action="store_true", help="measure this project only")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         engines = start_engines(Path(folder), not args.no_peers)

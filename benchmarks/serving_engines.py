@@ -1,8 +1,8 @@
-"""One decoder in a process of its own, for ``benchmarks/serving.py``: this project's or a peer.
+"""One decoder in its own process, for ``benchmarks/serving.py``: this project's or a peer's.
 
-Started with JSON settings as its only argument, it answers each line on its standard input, such as
-``{"batch": 8}``, with one line of JSON: seconds for 64 new tokens after prompts of 64 in each of 8
-sequences, drawn from the 50 most likely. Runs in the peer's environment, without this project.
+Its only argument is JSON settings. It answers each line on stdin, such as ``{"batch": 8}``, with a
+line of JSON: the seconds for 64 new tokens after prompts of 64 tokens in 8 sequences, with top-k
+50. A peer runs in its own environment, without this project.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PROMPT = NEW = 64
 TOP_K = 50
 VOCABULARY = 50257
 WEIGHTS = {"fp32": 4, "bf16": 2, "int8": 1}
-"""Bytes of a weight."""
+"""Bytes per weight."""
 
 Run = Callable[[np.ndarray], dict[str, Any]]
-"""Prompts (batch, PROMPT) → seconds, and what else is known."""
+"""Prompts (batch, PROMPT) → seconds and further results."""
 
 
 def make_own(settings: dict[str, Any]) -> Run:
-    """This project's decoder; also says how near a step comes to the memory's speed."""
+    """This project's decoder. Also reports the share of the memory bandwidth that a step uses."""
     import torch
     from bandwidth import bandwidth
 

@@ -1,13 +1,14 @@
-"""What gRPC, the scheduler and overload cost: measured on random GPT-2 124M weights.
+"""The cost of gRPC, of the scheduler and of overload, on random GPT-2 124M weights.
 
     python benchmarks/serving_rpc.py share --json benchmarks/results/serving_share.json
     python benchmarks/serving_rpc.py stall | overload | start
 
-share     tokens/s of 32 streams through gRPC (server and client in processes of their own) beside
-          the decoder called directly, in turns
-stall     the longest pause of running streams when a 900-token prompt joins, beside a chunk's time
+share     tokens/s of 32 streams through gRPC (server and client in separate processes), compared
+          with direct calls of the decoder, in alternation
+stall     the longest pause of running streams when a prompt of 900 tokens joins, compared with the
+          time for a chunk
 overload  ten times the capacity: time to a rejection in the server, memory, completed requests
-start     seconds from the command to the ready line
+start     seconds from the command to its ready line
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def write_model(directory: Path, model: GPT) -> None:
 
 @contextmanager
 def server(directory: Path, *flags: str, log: Path | None = None) -> Iterator[tuple[str, int]]:
-    """A server process; gives its address and process id."""
+    """Run a server process; yields its address and process id."""
     with (log or Path(os.devnull)).open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "serve", "--checkpoint", str(directory), "--port", "0", *flags],
@@ -96,7 +97,7 @@ def share(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
             began = time.perf_counter()
             made = sum(1 for _ in generate_many(decoder, asked, sampling, new))
             direct.append(made / (time.perf_counter() - began))
-            # The load generator in a process of its own, as its users are.
+            # Run the load generator in its own process, as users would.
             command = [
                 sys.executable, "-m", "serve.bench", "--target", address, "--concurrency",
                 str(streams), "--requests", str(streams), "--prompt-tokens", "64",
@@ -118,12 +119,12 @@ def share(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
 
 
 def stall(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Eight running streams; prompts of 900 tokens join one after the other."""
+    """Eight running streams, joined by one prompt of 900 tokens after another."""
     decoder = Decoder(model, max_slots=1, dtype=arguments.dtype)
     ids = prompts(1, 900, 0)[0]
 
     def chunks() -> list[float]:
-        """Seconds of each chunk of the prompt, the later ones with more to attend to."""
+        """Seconds for each chunk of the prompt. Later chunks attend to more tokens."""
         times = []
         for start in range(0, len(ids), 256):
             began = time.perf_counter()
@@ -186,7 +187,7 @@ def stall(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
 
 
 def overload(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Capacity 8 + 8, 160 impatient clients."""
+    """160 clients, which retry about a second after a rejection, at a capacity of 8 + 8."""
     log = directory.parent / "log.jsonl"
     memory: list[float] = []
     counts: dict[str, int] = {}
@@ -249,7 +250,7 @@ def overload(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict
 
 
 def start(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[str, Any]:
-    """With the files in the page cache and the CPU kernels compiled before."""
+    """Start-up time, with files in the page cache and the CPU kernels compiled."""
     times = []
     for _ in range(arguments.rounds):
         began = time.perf_counter()
@@ -268,8 +269,8 @@ def main() -> None:
     parser.add_argument("part", choices=parts)
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60, help="of overload")
-    parser.add_argument("--json", help="write the results there")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of the overload")
+    parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
     model = random_model()
     with tempfile.TemporaryDirectory() as folder:
