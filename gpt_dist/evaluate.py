@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "perplexity: the text",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="first N examples (perplexity: tokens) only"
+        "--limit", type=int, metavar="N", help="use the first N examples (perplexity: tokens)"
     )
     parser.add_argument(
         "--stride",
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate as the command line says; rank 0 prints.
 
     Raises:
-        UsageError: an unknown task, nothing to load, a broken line in the source.
+        UsageError: an unknown task, nothing to load, a malformed line in the source.
         GptDistError: a damaged checkpoint, or data that cannot be downloaded.
     """
     args = make_parser().parse_args(argv)
@@ -100,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded.
+    """Check the options before anything is loaded.
 
     Raises:
-        UsageError: naming the option and what would be valid.
+        UsageError: naming the option and what is valid.
     """
     if args.task not in TASKS:
         raise UsageError(f"--task {args.task}: no such task; valid are {', '.join(TASKS)}")
@@ -114,7 +114,7 @@ def check(args: argparse.Namespace) -> None:
     if args.task == "perplexity" and args.source is None:
         raise UsageError("--task perplexity: needs --source FILE, the text")
     if args.task != "perplexity" and args.stride is not None:
-        raise UsageError(f"--stride: belongs to --task perplexity, not {args.task}")
+        raise UsageError(f"--stride: only for --task perplexity, not {args.task}")
 
 
 def read(args: argparse.Namespace, world: World) -> Any:
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, model: Any, tokenizer: Any, data: Any, world: 
 
 @contextmanager
 def progress(task: str, world: World) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on rank 0's terminal, and what moves it (requests done, requests in all)."""
+    """Show a bar on rank 0's terminal; yields what updates it (requests done, requests in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -176,7 +176,7 @@ def progress(task: str, world: World) -> Iterator[Callable[[int, int], None] | N
 
 
 def as_json(results: Any) -> Any:
-    """Means as ``{"value", "stderr"}``; what is not a number as null."""
+    """Means as ``{"value", "stderr"}``; NaN and infinity as null."""
     if isinstance(results, dict):
         return {key: as_json(value) for key, value in results.items()}
     if isinstance(results, tuple):
@@ -185,7 +185,7 @@ def as_json(results: Any) -> Any:
 
 
 def print_results(task: str, results: dict[str, Any]) -> None:
-    """A few lines for people."""
+    """Print the results as text."""
     if task == "perplexity":
         print(
             f"perplexity {results['perplexity']:.4f} per token over {results['tokens']:,} tokens "

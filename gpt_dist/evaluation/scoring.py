@@ -1,4 +1,4 @@
-"""How likely a model finds a continuation: many of them, in batches, shared by all ranks."""
+"""Log-likelihoods of continuations, in batches that all ranks share."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Request(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """One entry a request: summed log-likelihood in nats, and whether greedy decoding says it."""
+    """For each request the summed log-likelihood in nats, and whether greedy decoding yields it."""
 
     log_likelihood: Tensor
     greedy: Tensor
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """Tokenise a text in one piece and cut it, as lm-evaluation-harness does.
+    """Tokenise context and continuation together, then split them, as lm-evaluation-harness does.
 
-    Spaces at the end of the context go to the continuation, where GPT-2's tokens have them. An
-    empty context becomes the end-of-text token.
+    Spaces at the end of the context move to the continuation, because a GPT-2 token starts with
+    its space. An empty context becomes the end-of-text token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -59,17 +59,17 @@ def score(
     dtype: torch.dtype = torch.float32,
     on_done: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Log-likelihoods of continuations; every rank gets all of them.
+    """Log-likelihoods of continuations, the same on every rank.
 
-    A request longer than the context loses its beginning (of a continuation longer than the
-    context, only the end counts).
+    A request longer than the context loses its beginning. Of a continuation longer than the
+    context only the end is scored.
 
     Args:
         model: switched to evaluation mode meanwhile.
-        batch_size: rows of one forward pass; rows of similar length go together.
-        world: the ranks that share the requests, all of which call this; None = this process.
-        dtype: arithmetic of the matrix products (autocast where it is not fp32).
-        on_done: called with the number of requests finished on all ranks, and of all requests.
+        batch_size: most rows of one forward pass; rows of similar length go together.
+        world: the ranks that share the requests; all must call this. None = this process alone.
+        dtype: of the matrix products (autocast unless fp32).
+        on_done: called with the number of requests that are done on all ranks, and of all.
 
     Returns:
         fp64 tensor (N,) and bool tensor (N,) on the CPU, in the order of the requests.
@@ -116,14 +116,14 @@ def _batches(requests: Sequence[Request], rows: int, context: int) -> list[list[
 
 
 def _score_batch(model: GPT, requests: Sequence[Request]) -> Tensor:
-    """(2, N): log-likelihood, and 1 where greedy decoding says the continuation."""
+    """(2, N): log-likelihood, and 1 where greedy decoding yields the continuation."""
     limit = model.config.context_length
     rows = [(request.context + request.continuation)[-limit - 1 :] for request in requests]
     longest = max(map(len, rows), default=2)
     ids = torch.zeros(max(1, len(rows)), longest, dtype=torch.long)
     counted = torch.zeros(len(ids), longest - 1, dtype=torch.bool)
     for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)  # padding comes after, where nothing sees it
+        ids[i, : len(row)] = torch.tensor(row)  # causal: nothing attends to the padding at the end
         counted[i, max(0, len(row) - 1 - len(request.continuation)) : len(row) - 1] = True
     device = model.wte.weight.device
     owner = counted.nonzero()[:, 0]

@@ -1,8 +1,8 @@
 """HellaSwag, LAMBADA and the perplexity of a text.
 
-HellaSwag (Zellers et al. 2019, arXiv:1905.07830) comes in two styles that differ by a few points:
-``completion`` as llm.c and build-nanogpt score it (the endings as they stand; GPT-2 124M 29.55),
-``lm_eval`` as lm-evaluation-harness does (cleaned text; 31.14).
+HellaSwag (Zellers et al. 2019, arXiv:1905.07830) has two styles that differ by a few points:
+``completion``, as llm.c and build-nanogpt score it (unchanged text; GPT-2 124M 29.55), and
+``lm_eval``, as lm-evaluation-harness does (cleaned text; 31.14).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HellaSwagRow(BaseModel):
 
 
 class LambadaRow(BaseModel):
-    """A line of lambada_test.jsonl, the version that OpenAI made for GPT-2."""
+    """A line of lambada_test.jsonl, in OpenAI's version for GPT-2."""
 
     text: str = Field(pattern=r"\S\s+\S")
 
@@ -60,7 +60,7 @@ def read_hellaswag(source: str | Path | None, limit: int | None = None) -> list[
     """The validation examples, from JSON lines (may be gzipped) or the hub (Rowan/hellaswag).
 
     Raises:
-        UsageError: no such file, or a broken line, whose number is given.
+        UsageError: no such file, or a line is malformed; the message gives its number.
         GptDistError: the hub cannot be reached.
     """
     if source is None:
@@ -72,7 +72,7 @@ def read_lambada(source: str | Path | None, limit: int | None = None) -> list[La
     """The test passages, from JSON lines (may be gzipped) or the hub (EleutherAI/lambada_openai).
 
     Raises:
-        UsageError: no such file, or a broken line, whose number is given.
+        UsageError: no such file, or a line is malformed; the message gives its number.
         GptDistError: the hub cannot be reached.
     """
     if source is None:
@@ -81,10 +81,10 @@ def read_lambada(source: str | Path | None, limit: int | None = None) -> list[La
 
 
 def read_source(path: Path) -> str:
-    """A text file, gunzipped where its name ends in .gz.
+    """Read a text file, decompressed if its name ends in .gz.
 
     Raises:
-        UsageError: no such file, empty, or not UTF-8 (the byte's position is given).
+        UsageError: no such file, or it is empty or not UTF-8; the message gives the byte.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -132,10 +132,10 @@ def _from_hub(name: str, split: str, kind: type[Row], limit: int | None) -> list
 
     try:
         data = load_dataset(name, split=split)
-    except Exception as error:  # network libraries raise what they like
+    except Exception as error:  # network libraries raise many classes
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise GptDistError(
-            f"{name} cannot be had from the Hugging Face hub ({reason}); give a local file instead"
+            f"{name} cannot be downloaded from the Hugging Face hub ({reason}); give a local file"
         ) from None
     count = len(data) if limit is None else min(limit, len(data))
     return [_check(data[i], kind) for i in range(count)]
@@ -153,15 +153,15 @@ def hellaswag(
     on_done: Callable[[int, int], None] | None = None,
     **scoring: Any,
 ) -> dict[str, dict[str, Mean]]:
-    """Accuracy of choosing the right ending, by likelihood and by likelihood per length.
+    """Accuracy of choosing the right ending, by likelihood and by length-normalised likelihood.
 
     ``acc_norm`` divides by the tokens of the ending in completion style, by its characters in
     lm_eval style.
 
     Args:
-        rows: of ``read_hellaswag``.
-        styles: which of ``completion`` and ``lm_eval`` to score.
-        on_done: called with the number of endings scored so far and of all, over all styles.
+        rows: from ``read_hellaswag``.
+        styles: some of ``STYLES``.
+        on_done: called with the number of endings scored so far and in all, over all styles.
         scoring: ``batch_size``, ``world`` and ``dtype`` of ``scoring.score``.
 
     Returns:
@@ -205,7 +205,7 @@ def _endings(tokenizer: Tokenizer, row: HellaSwagRow, style: str) -> list[tuple[
 
 
 def _clean(text: str) -> str:
-    """Without WikiHow's marks, in the three steps of lm-evaluation-harness."""
+    """Remove WikiHow's markup in the three steps of lm-evaluation-harness."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -220,7 +220,7 @@ def lambada(
         scoring: further arguments of ``scoring.score``.
 
     Returns:
-        ``acc``: share of words that greedy decoding says; ``perplexity`` per word.
+        ``acc``: share of words that greedy decoding yields; ``perplexity`` per word.
     """
     requests = []
     for row in rows:
@@ -236,14 +236,14 @@ def lambada(
 
 
 def windows(ids: list[int], prefix: int | None, context: int, stride: int) -> list[Request]:
-    """Cut a text into requests in which every token is scored once.
+    """Split a text into requests so that every token is scored once.
 
-    The first window scores all of its tokens; each later one scores the next ``stride`` and sees
-    as much before them as the context holds.
+    The first window scores all its tokens. Each later one scores the next ``stride`` tokens and
+    sees as many before them as fit into the context.
 
     Args:
         ids: the text.
-        prefix: token before it (end-of-text); None = its first token is given, not scored.
+        prefix: token before the text (end-of-text); None = its first token is not scored.
     """
     if prefix is None:
         prefix, ids = ids[0], ids[1:]
@@ -268,16 +268,16 @@ def perplexity(
     """Perplexity of a text by sliding windows.
 
     Args:
-        stride: tokens between windows; None = the context length, so that they do not overlap.
+        stride: tokens between the starts of windows; None = the context length, no overlap.
         limit: at most so many tokens of the text.
         scoring: further arguments of ``scoring.score``.
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` (per token), ``bits_per_byte``,
-        ``byte_perplexity``, ``word_perplexity`` (words as white space separates them), ``tokens``.
+        ``byte_perplexity``, ``word_perplexity`` (words separated by white space), ``tokens``.
 
     Raises:
-        UsageError: a stride longer than the context, or a text of one token.
+        UsageError: the stride is longer than the context, or the text is a single token.
     """
     context = model.config.context_length
     stride = stride or context
@@ -289,7 +289,7 @@ def perplexity(
         text = tokenizer.decode(ids)
     requests = windows(ids, tokenizer.eot_id, context, stride)
     if not requests:
-        raise UsageError("--source: one token alone has no perplexity")
+        raise UsageError("--source: a text of one token has no perplexity")
     nats = -float(score(model, requests, **scoring).log_likelihood.sum())
     tokens = sum(len(request.continuation) for request in requests)
     length, words = len(text.encode("utf-8")), len(re.split(r"\s+", text))
@@ -304,7 +304,7 @@ def perplexity(
 
 
 def _mean(values: np.ndarray) -> Mean:
-    """Mean and the standard error of the mean, as lm-evaluation-harness gives it."""
+    """Mean and standard error of the mean, as lm-evaluation-harness computes them."""
     count = len(values)
     spread = float(values.std(ddof=1)) if count > 1 else math.nan
     return Mean(float(values.mean()), spread / math.sqrt(count))

@@ -1,4 +1,4 @@
-"""Validation loss over a fixed stretch of text, the same value whatever the number of ranks."""
+"""Validation loss over a fixed stretch of text; the number of ranks does not change it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpt_dist.parallel.world import World
 
 
 class Validation(NamedTuple):
-    """``loss`` in nats a token, ``bits_per_byte`` of text (so that tokenizers compare)."""
+    """``loss`` in nats per token; ``bits_per_byte`` of text, comparable between tokenizers."""
 
     loss: float
     bits_per_byte: float
@@ -45,17 +45,17 @@ def validate(
     world: World,
     stop: Callable[[], bool],
 ) -> Validation | None:
-    """Mean loss over the validation splits; of several data sets, their weighted mean.
+    """Mean loss over the validation splits, weighted as the mixture is.
 
     Args:
         engine: evaluates a batch; switched to evaluation mode meanwhile.
         streams: validation splits.
-        weights: the mixture's weights, as many.
-        byte_lengths: (vocabulary,) bytes of text that each token stands for.
+        weights: their weights in the mixture.
+        byte_lengths: (vocabulary,) bytes of text that each token encodes.
         stop: whether this rank was asked to stop.
 
     Returns:
-        The scores, or None where some rank was asked to stop meanwhile.
+        The scores, or None if some rank was asked to stop meanwhile.
     """
     parts = []
     with evaluating(engine.model):
@@ -92,7 +92,7 @@ def _validate_one(
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     lengths = torch.from_numpy(byte_lengths.astype(np.int32)).to(world.device)
     totals = torch.zeros(2, dtype=exact, device=world.device)
-    for batch in batches:  # as many on every rank, so all of them ask together
+    for batch in batches:  # as many on every rank, so that all ranks ask
         if world.any(stop()):
             return None
         totals[0] += engine.evaluate(batch)

@@ -7,7 +7,7 @@ import math
 from gpt_dist.config.settings import OptimConfig
 
 WSD_DECAY = 0.2
-"""Share of the steps in which ``wsd`` decays (MiniCPM, arXiv:2404.06395, uses 0.1 to 0.2)."""
+"""Share of the steps during which ``wsd`` decays (MiniCPM, arXiv:2404.06395: 0.1 to 0.2)."""
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""The training step with whole copies of the model on every rank."""
+"""The training step with a whole copy of the model on every rank."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gpt_dist.parallel.world import World
 
 
 class DDPEngine:
-    """Whole copies on every rank, gradients averaged by DistributedDataParallel.
+    """A whole copy on every rank; DistributedDataParallel averages the gradients.
 
     Args:
-        model: on its device; the engine owns it from now on.
+        model: on its device; from now on the engine owns it.
         world: the ranks that share a step.
         config: the run's configuration.
         dtype: arithmetic of the matrix products; parameters and updates stay fp32.
@@ -32,8 +32,8 @@ class DDPEngine:
     def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
         self.model, self.world, self.dtype = model, world, dtype
         self.grad_clip = config.optim.grad_clip
-        # Gradients are of each rank's summed loss, averaged over ranks by DDP. Only the update
-        # divides them by the tokens: no pass over them just for that.
+        # DDP averages the gradients of each rank's summed loss over ranks. The update itself
+        # divides them by the number of tokens, which saves a pass over them.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         fused = can_fuse(world.device)
         self.optimizer: AdamW | MuonWithAdamW
@@ -54,17 +54,18 @@ class DDPEngine:
     def warm_up(self, batch: Batch) -> None:
         """Passes whose gradients are dropped.
 
-        On several ranks there are two, because DDP rebuilds its buckets after the first, which
-        changes the order of sums. On a GPU one shows whether a micro-batch fits into its memory.
+        Two, because DDP rebuilds its buckets after the first, which changes the order of sums,
+        and because the second needs more memory: it starts with gradients. Alone on a CPU,
+        where nothing can be learned from them, there are none.
         """
-        passes = 2 if self.world.size > 1 else int(self.world.device.type != "cpu")
-        for _ in range(passes):
-            self.micro_step(batch, last=True)
+        if self.world.size > 1 or self.world.device.type != "cpu":
+            for _ in range(2):
+                self.micro_step(batch, last=True)
         self.optimizer.zero_grad()
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
         with ExitStack() as settings:
-            # no_sync must enclose the forward pass too: DDP decides there whether to reduce.
+            # DDP decides in the forward pass whether to reduce, so no_sync must enclose that too.
             if isinstance(self.ddp, DistributedDataParallel) and not last:
                 settings.enter_context(self.ddp.no_sync())
             if self.world.device.type == "cpu" and (self.world.size == 1 or not last):

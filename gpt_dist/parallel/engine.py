@@ -1,4 +1,4 @@
-"""One optimizer step behind one small interface: the loop does not know how ranks share it."""
+"""The interface that hides from the training loop how ranks share an optimizer step."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ Reader = Callable[[str], Tensor]
 
 
 class Engine(Protocol):
-    """What the training loop needs; all methods are collective.
+    """What the training loop needs. All methods are collective.
 
-    Tensors of the full state are named ``model.<parameter>`` and ``optimizer.<state>.<parameter>``,
-    and ``optimizer.step`` (a scalar). They are fp32 and whole, whatever shards them.
+    The full state consists of the tensors ``model.<parameter>``, ``optimizer.<state>.<parameter>``
+    and the scalar ``optimizer.step``. They are fp32 and whole, however they are sharded.
     """
 
     model: GPT
 
     def warm_up(self, batch: Batch) -> None:
-        """Run discarded passes, so that every start of a run reaches the same internal state."""
+        """Run a micro-batch forward and backward and drop the gradients.
+
+        So a lack of memory shows before the first step, and every start of a run reaches the
+        same internal state.
+        """
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
-        """Add one micro-batch's gradients; ``last`` marks the step's last one.
+        """Add one micro-batch's gradients; ``last`` says whether it is the step's last.
 
         Returns:
             The summed loss of this rank's micro-batch in nats, a scalar on the device.
@@ -38,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Clip, update and forget the gradients; skip the update where their norm is not finite.
+        """Clip, update and drop the gradients; skip the update if their norm is not finite.
 
         Returns:
             The global gradient norm before clipping, a scalar on the device.
@@ -54,11 +58,11 @@ class Engine(Protocol):
         ...
 
     def load_optimizer(self, reader: Reader) -> None:
-        """Set every tensor of the optimizer; the model's were set before the engine was made."""
+        """Set every tensor of the optimizer; the model was loaded before the engine was made."""
         ...
 
     def whole_weights(self) -> AbstractContextManager[object]:
-        """While entered, ``model`` holds whole parameters on every rank, to be read only."""
+        """Within, ``model`` holds whole parameters on every rank, which may only be read."""
         ...
 
 
@@ -76,7 +80,7 @@ def guard_step(
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Arithmetic for ``train.precision`` on a device; ``auto`` is bf16 where hardware has it."""
+    """dtype of the matrix products for ``train.precision``; auto = bf16 if the device has it."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,8 +1,8 @@
-"""How ranks meet anew after a restart: a fresh corner of a store that remembers earlier lives.
+"""How ranks find each other: a new key prefix for each restart.
 
-torchrun's agent keeps its TCP store when it restarts the ranks (torch 2.13 at the least), and torch
-looks its keys up there without telling the lives apart. A restarted rank may so read where a dead
-one listened, and the run hangs or fails at random. Therefore ranks agree on a new prefix first.
+torchrun's agent keeps its TCP store when it restarts the ranks (at least up to torch 2.13), and
+torch uses the same keys there after each restart. A restarted rank can therefore read the address
+of a dead one, and the run hangs or fails at random. So the ranks agree on a new prefix first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gpt_dist.errors import GptDistError, UsageError
 
 
 def connect(*, host: bool = False, timeout: float = 300.0) -> Any:
-    """A connection of its own to the store at ``MASTER_ADDR:MASTER_PORT``.
+    """Open a new connection to the store at ``MASTER_ADDR:MASTER_PORT``.
 
     Args:
-        host: whether this process opens the store, where no torchrun agent does.
-        timeout: seconds to wait for the store, and for a key in it.
+        host: whether this process serves the store if no torchrun agent does.
+        timeout: seconds to wait for the store and for a key in it.
     """
     return dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
@@ -37,20 +37,20 @@ def connect(*, host: bool = False, timeout: float = 300.0) -> Any:
 
 
 def meet(store: Any, rank: int, size: int, problem: str = "", patience: float = 1800.0) -> str:
-    """Agree on a prefix for this life's keys, and on whether all can start. Collective.
+    """Agree on a prefix for the keys of this start, and on whether all can start. Collective.
 
-    Every other rank says hello under a name of its own, so that no answer to an earlier life can
-    be taken for one to this; rank 0 answers each with the prefix that it made up.
+    Rank 0 makes the prefix. Every other rank says hello under a new random name, and rank 0
+    answers to that name, so an answer from before a restart is never mistaken for a new one.
 
     Args:
         store: from ``connect``.
         rank: this rank.
         size: ranks in all.
-        problem: why this rank cannot take part, if so.
+        problem: why this rank cannot start; empty if it can.
         patience: seconds that rank 0 waits for the others.
 
     Raises:
-        UsageError: on every rank, with the problem of one that has one.
+        UsageError: on every rank, if some rank has a problem; the message is that problem.
         GptDistError: some ranks did not come.
     """
     prefix = uuid.uuid4().hex
@@ -74,7 +74,7 @@ def meet(store: Any, rank: int, size: int, problem: str = "", patience: float = 
 
 
 def _answer_hellos(store: Any, prefix: str, expected: int, patience: float) -> None:
-    """Rank 0's part: answer every hello, also those of the dead, until all living ones are here."""
+    """Rank 0's part: answer every hello, old ones too, until all other ranks have arrived."""
     deadline = time.monotonic() + patience
     seen = int(store.get("seen")) if store.check(["seen"]) else 0
     unanswered: set[int] = set()

@@ -1,9 +1,9 @@
-"""Who is missing: when a collective fails, say which rank on which host no longer answers.
+"""When a collective fails, say which rank on which host no longer answers.
 
-The errors of gloo and NCCL name an address at best, and the wrong one where a rank fails because
-its neighbour did. So every rank keeps a thread waiting at the rendezvous store. A rank whose
-collective failed calls the roll there, and whoever does not answer is lost. A healthy run has no
-traffic for this.
+The errors of gloo and NCCL name an address at best, and the wrong one when a rank fails only
+because its neighbour did. So every rank keeps a thread that waits for a key in the rendezvous
+store. A rank whose collective failed sets that key, and a rank that does not answer is lost. A
+healthy run has no traffic for this.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PATIENCE = 2.0
 
 
 class RollCall:
-    """Answers the other ranks' calls, and calls them. Making one is collective.
+    """Answers when another rank asks who is there, and asks. Constructing one is collective.
 
     Args:
         rank: this rank.
         size: ranks in all.
-        prefix: keeps this life's calls apart from those of earlier ones.
+        prefix: of this start's keys, from ``rendezvous.meet``.
     """
 
     def __init__(self, rank: int, size: int, prefix: str) -> None:
@@ -49,7 +49,7 @@ class RollCall:
     def explain(self, error: BaseException) -> GptDistError:
         """Turn the failure of a collective into one line that names the lost ranks.
 
-        Every rank comes here; the error's ``local`` is set where this rank should print it.
+        Every rank calls this; the error's ``local`` is set on the rank that should print it.
         """
         self._failed = True
         places = self._call()
@@ -57,14 +57,14 @@ class RollCall:
         if not places:
             text = (
                 f"lost the connection to {self._first_host} ({os.environ['MASTER_ADDR']}), the "
-                "host of rank 0: it is down, or the network between is"
+                "host of rank 0: the host or the network between is down"
             )
         elif missing:
             text = "lost " + ", ".join(f"rank {rank} on {places[rank][0]}" for rank in missing[:8])
             text += f" and {len(missing) - 8} more" * (len(missing) > 8)
             text += ": dead, stopped, or cut off from the network"
         else:
-            text = "a collective failed though all ranks answer: " + "; ".join(
+            text = "a collective failed although all ranks answer: " + "; ".join(
                 f"rank {rank} on {host} was in {place}"
                 for rank, (host, place) in list(places.items())[:8]
             )
@@ -83,7 +83,7 @@ class RollCall:
             self._store.wait([f"{self._prefix}/call"], timedelta(days=365))
             place = "a collective" if self._failed else whereabouts()
             self._store.set(f"{self._prefix}/place/{self.rank}", place)
-        except RuntimeError:  # the store went away with its host, or at the end of the run
+        except RuntimeError:  # the store closed with its host, or at the end of the run
             return
 
     def _call(self) -> dict[int, tuple[str, str | None]]:
@@ -97,7 +97,7 @@ class RollCall:
             with contextlib.suppress(RuntimeError):  # no store, no answer
                 answers.put(self._ask(connect()))
 
-        # In a thread of its own: where the network is gone, a call to the store blocks for minutes.
+        # In a thread: if the network is down, a call to the store blocks for minutes.
         threading.Thread(target=call, daemon=True).start()
         try:
             return answers.get(timeout=2 * PATIENCE)
@@ -120,7 +120,7 @@ class RollCall:
 
 
 def whereabouts() -> str:
-    """The line of this package that the main thread is in, such as ``data.py:210 (step)``."""
+    """The line of this package that the main thread is at, such as ``loader.py:61 (step)``."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     package = str(Path(__file__).parents[1])
     while frame is not None:

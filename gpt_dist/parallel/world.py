@@ -23,10 +23,10 @@ from gpt_dist.parallel.roll_call import RollCall
 T = TypeVar("T")
 
 LINGER = 1.0
-"""Seconds that the ranks beside torchrun's store stay behind the others at the end of a run."""
+"""Seconds that the ranks on the host of torchrun's store wait at the end of a run."""
 
 STARTUP_TIMEOUT = 1800.0
-"""Seconds a collective may take before the first steps: compiling and opening data take long."""
+"""Seconds a collective may take during start-up, where ranks compile and open data."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something on every rank that may fail on any; all ranks fail with the same error.
+        """Do something on every rank; if it fails on any, all ranks raise the same error.
 
         Raises:
             GptDistError: the first rank's error, on every rank (rank 0 prints it).

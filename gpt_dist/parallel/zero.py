@@ -1,8 +1,8 @@
 """The training step under DeepSpeed ZeRO (arXiv:1910.02054), stages 0 to 3.
 
-DeepSpeed's own configuration is built from ours. Weights and updates are fp32, matrix products
-bf16 by ``torch_autocast``, gradients are accumulated and reduced in fp32: the arithmetic of DDP.
-Checkpoints are ours too, through DeepSpeed's accessors for whole tensors.
+DeepSpeed's configuration is built from ours. The arithmetic is that of DDP: weights and updates in
+fp32, matrix products in bf16 by ``torch_autocast``, gradients accumulated and reduced in fp32.
+Checkpoints have our format, through DeepSpeed's accessors for whole tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_config(config: Config, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for ours, with the file of ``parallel.deepspeed_config`` added.
+    """DeepSpeed's configuration, with the file of ``parallel.deepspeed_config`` added.
 
     Raises:
         UsageError: the file is missing or not JSON, or sets what our configuration sets.
@@ -48,13 +48,13 @@ def build_config(config: Config, dtype: torch.dtype, world_size: int) -> dict[st
         "gradient_clipping": config.optim.grad_clip if config.parallel.zero_stage else 0.0,
         "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Our AdamW is torch's; DeepSpeed's own would have to be compiled on each machine.
+        # Our AdamW is PyTorch's; DeepSpeed's own would have to be compiled on each machine.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
             "enabled": dtype != torch.float32,
             "dtype": str(dtype).removeprefix("torch."),
-            # None of the modules: gradients travel in fp32, as under DDP.
+            # No modules: gradients are communicated in fp32, as under DDP.
             "lower_precision_safe_modules": [],
         },
     }
@@ -83,14 +83,14 @@ RESERVED = {
     "amp": "train.precision",
     "train_batch_size": "train.batch_tokens",
 }
-"""DeepSpeed keys that would be a second source of truth, and the setting that decides instead."""
+"""DeepSpeed's keys for what our configuration decides, and the setting to use instead."""
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any], file: str, prefix: str = "") -> Any:
-    """Ours with the keys of the file added; a key that is in both is refused.
+    """Our settings with those of a file added; a key that is in both is refused.
 
     Raises:
-        UsageError: naming the key and the setting that decides.
+        UsageError: naming the key and the setting to use instead.
     """
     merged = dict(ours)
     for key, value in theirs.items():
@@ -228,7 +228,7 @@ class DeepSpeedEngine:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def _partitions(self) -> list[Tensor]:
-        """What the inner optimizer updates on this rank: parameters, or flat pieces of them."""
+        """What the inner optimizer updates on this rank: parameters, or flat partitions of them."""
         zero = self.engine.optimizer
         if self.stage == 0:
             return list(self.model.parameters())
@@ -240,14 +240,14 @@ class DeepSpeedEngine:
         return partitions
 
     def _make_moments(self) -> None:
-        """Create the optimizer's state before the first step, so that it can be read and set."""
+        """Make the optimizer's state before the first step, so that it can be saved and loaded."""
         for partition in self._partitions():
             self.adamw.state[partition] = {
                 "step": torch.zeros((), device=partition.device),
                 **{key: torch.zeros_like(partition) for key in MOMENTS},
             }
         if self.stage in (1, 2):
-            # DeepSpeed links them when the first group steps; the second has no state by then.
+            # DeepSpeed links the moments when the first group steps; the second has none by then.
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -263,7 +263,11 @@ def errors_only(logger: logging.Logger) -> Iterator[None]:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, without its chatter."""
+    """Import DeepSpeed and limit its log to warnings.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:

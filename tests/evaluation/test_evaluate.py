@@ -328,7 +328,7 @@ def test_tokenizer_without_end_of_text() -> None:
     model = GPT(ModelConfig.model_validate(shape)).eval()
     found = tasks.perplexity(model, tokenizer, "abc abc abc abc")
     assert found["tokens"] == 14  # the first character has nothing before it
-    with pytest.raises(UsageError, match="one token alone"):
+    with pytest.raises(UsageError, match="a text of one token"):
         tasks.perplexity(model, tokenizer, "a")
 
 
@@ -367,7 +367,7 @@ def test_broken_sources(
     [
         (["--task", "hellaswagg"], "--task hellaswagg: no such task; valid are hellaswag, lambada"),
         (["--task", "perplexity"], "needs --source"),
-        (["--task", "lambada", "--stride", "3"], "--stride: belongs to"),
+        (["--task", "lambada", "--stride", "3"], "--stride: only for"),
         (["--task", "lambada", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--task", "lambada", "--source", "none.jsonl"], "none.jsonl: no such file"),
         (["--task", "perplexity", "--source", __file__, "--stride", "41"], "--stride 41: must be"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.backends.common import aot_autograd
 
 from gpt_dist.config.command_line import build
 from gpt_dist.config.settings import Config
@@ -55,6 +54,8 @@ class Counter:
     """A backend that compiles nothing, and keeps the input shapes of each graph."""
 
     def __init__(self, fail: str = "", error: Exception | None = None) -> None:
+        from torch._dynamo.backends.common import aot_autograd  # seconds
+
         self.forward: list[list[Any]] = []
         self.backward: list[list[Any]] = []
         self.fail, self.error = fail, error or ValueError("no such instruction\nand more")

@@ -51,7 +51,9 @@ def test_what_happens_between_steps(tiny_config: Config, tmp_path: Path) -> None
         optim={"warmup_steps": 5},
         eval={"hellaswag_every": 5, "hellaswag_path": str(hellaswag)},
     )
+    offload = ["--parallel.offload", "true"]
     runs = {"ddp": [], **{f"zero-{stage}": zero(stage) for stage in STAGES}}
+    runs |= {f"offload-{stage}": [*zero(stage), *offload] for stage in (2, 3)}
     train_many(
         [["--config", str(config), "--out_dir", str(tmp_path / name), *flags]
          for name, flags in runs.items()],
@@ -117,6 +119,8 @@ ENGINES = {
     "zero1-2": (2, zero(1)),
     "zero2-2": (2, zero(2)),
     "zero3-2": (2, zero(3)),
+    "offload2-2": (2, [*zero(2), "--parallel.offload", "true"]),
+    "offload3-2": (2, [*zero(3), "--parallel.offload", "true"]),
     "ddp-4": (4, []),
     "zero1-4": (4, zero(1)),
     "zero2-4": (4, zero(2)),
@@ -126,10 +130,10 @@ ENGINES = {
 
 @pytest.mark.slow
 def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Path) -> None:
-    """10 steps under one engine and 10 under another follow the uninterrupted run."""
+    """Four steps under one engine and four under another follow the uninterrupted run."""
     config = tiny_config(
-        optim={"schedule": "constant", "warmup_steps": 5, "lr": 1e-3},
-        train={"steps": 10, "checkpoint_every": 10, "eval_every": 0},
+        optim={"schedule": "constant", "warmup_steps": 2, "lr": 1e-3},
+        train={"steps": 4, "checkpoint_every": 4, "eval_every": 0},
     )
     base = ["--config", str(config), "--out_dir"]
 
@@ -137,20 +141,22 @@ def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Pat
         flags = ENGINES[name][1]
         return [
             [*base, str(tmp_path / name / "half"), *flags],
-            [*base, str(tmp_path / name / "whole"), "--train.steps", "20", *flags],
+            [*base, str(tmp_path / name / "whole"), "--train.steps", "8", *flags],
         ]
 
     def follow(first: str, second: str) -> list[list[str]]:
         out = str(tmp_path / f"{first}-to-{second}")
         return [
             ["--copy", str(tmp_path / first / "half"), out],
-            [*base, out, "--train.steps", "20", *ENGINES[second][1]],
+            [*base, out, "--train.steps", "8", *ENGINES[second][1]],
         ]
 
     two = ["ddp-2", "zero1-2", "zero2-2", "zero3-2"]
     four = ["ddp-4", "zero1-4", "zero2-4", "zero3-4"]
     train_many([*begin("ddp-1"), *follow("ddp-1", "ddp-1")], tmp_path)
     runs = [run for name in two for run in (*begin(name), *follow(name, name))]
+    offloaded = ["offload2-2", "offload3-2"]
+    runs += [run for name in offloaded for run in (*begin(name), *follow(name, name))]
     pairs = [pair for pair in product(["ddp-1", *two], two) if pair[0] != pair[1]]
     runs += [run for pair in pairs for run in follow(*pair)]
     train_many(runs, tmp_path, ranks=2)
@@ -160,7 +166,7 @@ def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Pat
     reference = column(tmp_path / "ddp-2" / "whole", "train_loss")
     same = [(name, name) for name in ENGINES]
     to_one = [(name, "ddp-1") for name in two]
-    assert len({*same, *pairs, *to_one}) == 5 * 5 + 4
+    assert len({*same, *pairs, *to_one}) == 5 * 5 + 4 + 2
     for first, second in [*same, *pairs, *to_one]:
         losses = column(tmp_path / f"{first}-to-{second}", "train_loss")
         assert worst_relative(reference, losses) < 1e-5, (first, second)
@@ -168,7 +174,7 @@ def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Pat
         out, whole = tmp_path / f"{name}-to-{name}", tmp_path / name / "whole"
         assert read_rows(out, timing=False) == read_rows(whole, timing=False), name
         for file in ("model.safetensors", "optimizer.safetensors"):
-            a, b = (run / "checkpoints/step-00000020" / file for run in (out, whole))
+            a, b = (run / "checkpoints/step-00000008" / file for run in (out, whole))
             assert a.read_bytes() == b.read_bytes(), (name, file)
 
 
