@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from prometheus_client.parser import text_string_to_metric_families
 
 from gpt_dist.errors import GptDistError, run_main
 from gpt_dist.inference.decoder import Decoder
@@ -38,7 +36,6 @@ from tests.serve.conftest import (
     PATIENCE,
     Clock,
     HeldDecoder,
-    LiveServer,
     StartServer,
     loaded,
     tiny_model,
@@ -380,65 +377,6 @@ def test_new_weights_under_load(start: StartServer, model: GPT) -> None:
         assert tokens == expected[version]
     assert max(cached for *_, cached in answers) == len(prompt) - 1
     server.wait_at_rest()
-
-
-def scrape(server: LiveServer) -> dict[tuple[str, ...], float]:
-    url = f"http://127.0.0.1:{server.server.metrics_port}/metrics"
-    text = urllib.request.urlopen(url).read().decode()
-    return {
-        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
-    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
-    server = start(decoder, metrics_port=0, max_queue=1)
-    method = "gpt_dist.v1.GenerationService/Generate"
-
-    def counted(code: str, count: int) -> None:
-        """Wait until calls are counted. A failed call is counted after its caller knows."""
-        wait_until(lambda: scrape(server).get(("gpt_dist_calls_total", code, method)) == count)
-
-    with Client(server.target) as client:
-        for _ in range(3):
-            client.generate([1, 2, 3], max_new_tokens=5, ignore_eos=True, n=2)
-        list(client.stream([1], temperature=0, stop_token_ids=[7], logit_bias={7: 1000}))
-        with pytest.raises(grpc.RpcError):
-            client.generate([1], temperature=-1)
-        decoder.hold()
-        request = build_request([1] * 9, max_new_tokens=50, ignore_eos=True)
-        calls = [client._stub.Generate.future(request) for _ in range(3)]
-        wait_until(lambda: server.scheduler.load == 3)
-        with pytest.raises(grpc.RpcError):
-            client.generate([1])
-        decoder.allow(4)  # two prompts, two steps
-        wait_until(lambda: decoder.held and len(server.scheduler.running) == 2)
-        counted("OK", 3)
-        counted("INVALID_ARGUMENT", 1)
-        counted("RESOURCE_EXHAUSTED", 1)
-        values = scrape(server)
-        assert values["gpt_dist_rejections_total", "queue_full"] == 1
-        assert values["gpt_dist_finished_total", "length"] == 6
-        assert values["gpt_dist_finished_total", "stop_token"] == 1
-        assert values["gpt_dist_generated_tokens_total",] == 30
-        assert values["gpt_dist_prompt_tokens_total",] == 3 * 3 + 1 + 3 * 9
-        assert values["gpt_dist_call_seconds_count", method] == 5
-        assert (values["gpt_dist_running",], values["gpt_dist_waiting",]) == (2, 1)
-        assert (values["gpt_dist_slots",], values["gpt_dist_queue_limit",]) == (2, 1)
-        assert values["gpt_dist_kv_capacity_tokens",] == 2 * 160
-        assert 2 * 8 <= values["gpt_dist_kv_tokens",] <= 2 * 12
-        assert values["gpt_dist_time_to_first_token_seconds_count",] >= 6
-        assert values["gpt_dist_inter_token_seconds_count",] >= 6 * 4
-        for call in calls:
-            call.cancel()
-        decoder.release()
-        server.wait_at_rest()
-        counted("CANCELLED", 3)
-        values = scrape(server)
-        assert values["gpt_dist_cancelled_total",] == 3
-        assert values["gpt_dist_running",] == values["gpt_dist_waiting",] == 0
 
 
 def test_reflection(start: StartServer, model: GPT) -> None:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
-from serve.api.generation import Call
-from serve.api.parsing import parse_generation
-from serve.api.service import Served
-from serve.api.status import StatusError, overloaded, unavailable
 from serve.client import AsyncClient, Client, build_request
 from serve.engine.jobs import Finish
+from tests.serve.api.conftest import details, joined
 from tests.serve.conftest import (
     CONTEXT,
     PATIENCE,
@@ -37,94 +30,11 @@ from tests.serve.conftest import (
     wait_until,
 )
 
-DETAILS = (
-    error_details_pb2.ErrorInfo,
-    error_details_pb2.BadRequest,
-    error_details_pb2.RetryInfo,
-)
-
-
-def details(error: grpc.RpcError) -> dict[str, Any]:
-    """The google.rpc details of an error, by message name."""
-    status = rpc_status.from_call(error)
-    found = {}
-    for packed in status.details:
-        [message] = [kind() for kind in DETAILS if packed.Is(kind.DESCRIPTOR)]
-        packed.Unpack(message)
-        found[type(message).__name__] = message
-    return found
-
-
-@pytest.fixture(scope="module")
-def decoder(model: GPT) -> Decoder:
-    """Deterministic, so that two answers to one request are equal whoever runs beside them."""
-    return Decoder(model, max_slots=8, dtype="fp32", deterministic=True)
-
-
-@pytest.fixture(scope="module")
-def server(start: StartServer, decoder: Decoder) -> LiveServer:
-    return start(decoder)
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Client:
-    return Client(server.target)
-
-
-def joined(pieces: list[api.GenerateStreamResponse]) -> dict[int, pb.GenerationOutput]:
-    """The outputs that a stream's messages add up to."""
-    outputs: dict[int, pb.GenerationOutput] = {}
-    for piece in pieces:
-        first = piece.index not in outputs
-        output = outputs.setdefault(piece.index, pb.GenerationOutput(index=piece.index))
-        assert first == piece.HasField("started")
-        assert output.finish_reason == 0, "a piece after the last one"
-        output.text += piece.text_delta
-        output.token_ids.extend(piece.token_ids)
-        output.logprobs.extend(piece.logprobs)
-        if piece.HasField("finished"):
-            output.finish_reason = piece.finished.finish_reason
-            if stop := piece.finished.WhichOneof("stop"):
-                setattr(output, stop, getattr(piece.finished, stop))
-    return outputs
-
 
 def test_finish_reasons_are_those_of_the_api() -> None:
     assert {f"FINISH_REASON_{reason.name}": reason.value for reason in Finish} == {
         name: number for name, number in pb.FinishReason.items() if number
     }
-
-
-def test_pieces_add_up_to_the_unary_answer(client: Client) -> None:
-    """For random concurrent requests with partial characters, stops and log-probabilities."""
-
-    def check(seed: int) -> None:
-        draw = random.Random(seed)
-        prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 60))]
-        options: dict[str, Any] = {"seed": seed, "n": draw.randint(1, 3), "max_new_tokens": 40}
-        options["ignore_eos"] = draw.random() < 0.5
-        if draw.random() < 0.4:
-            options |= {"logprobs": True, "top_logprobs": 3}
-        if draw.random() < 0.6:
-            text = client.generate(prompt, **options).outputs[0].text
-            at = draw.randrange(max(1, len(text)))
-            options["stop_sequences"] = [text[at : at + draw.randint(1, 4)] or "x", "nowhere"]
-        whole = client.generate(prompt, **options)
-        outputs = joined(list(client.stream(prompt, **options)))
-        assert [outputs[index] for index in range(options["n"])] == list(whole.outputs)
-        for output in whole.outputs:
-            text = TOKENIZER.decode(output.token_ids)
-            if output.finish_reason == pb.FINISH_REASON_STOP_SEQUENCE:
-                stop = output.stop_sequence
-                assert text[len(output.text) :].startswith(stop)
-                assert not any(stop in output.text for stop in options["stop_sequences"])
-            else:
-                assert output.text == text
-            if options.get("logprobs"):
-                assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(check, range(16)))
 
 
 def test_options_reach_the_model(client: Client, model: GPT) -> None:
@@ -202,71 +112,6 @@ def test_a_time_budget_returns_what_there_is(start: StartServer, model: GPT) -> 
     assert len(output.token_ids) == 6
     assert response.timings.total.ToMilliseconds() == 250
     assert response.timings.time_to_first_token.ToMilliseconds() == 0
-
-
-INVALID: list[tuple[str, dict[str, Any]]] = [
-    ("sampling.temperature", {"temperature": -0.1}),
-    ("sampling.temperature", {"temperature": float("nan")}),
-    ("sampling.top_p", {"top_p": 0}),
-    ("sampling.top_p", {"top_p": 1.1}),
-    ("sampling.min_p", {"min_p": 2}),
-    ("sampling.repetition_penalty", {"repetition_penalty": 0}),
-    ("sampling.presence_penalty", {"presence_penalty": float("inf")}),
-    ("sampling.frequency_penalty", {"frequency_penalty": -101}),
-    ("sampling.logit_bias", {"logit_bias": {VOCABULARY: 1}}),
-    ("sampling.logit_bias", {"logit_bias": {1: float("nan")}}),
-    ("sampling.logit_bias", {"logit_bias": dict.fromkeys(range(1025), 1)}),
-    ("sampling.n", {"n": 0}),
-    ("sampling.n", {"n": 65}),
-    ("stopping.max_new_tokens", {"max_new_tokens": 0}),
-    ("stopping.min_new_tokens", {"max_new_tokens": 3, "min_new_tokens": 4}),
-    ("stopping.stop_sequences[1]", {"stop_sequences": ["a", ""]}),
-    ("stopping.stop_sequences", {"stop_sequences": ["a"] * 17}),
-    ("stopping.stop_token_ids", {"stop_token_ids": [VOCABULARY]}),
-    ("stopping.time_budget", {"time_budget": -1}),
-    ("output.top_logprobs", {"top_logprobs": 3}),
-    ("output.top_logprobs", {"logprobs": True, "top_logprobs": 21}),
-]
-
-
-@pytest.mark.parametrize(("field", "parameters"), INVALID)
-def test_errors_name_the_invalid_field(
-    client: Client, field: str, parameters: dict[str, Any]
-) -> None:
-    for call in (client.generate, lambda *a, **k: list(client.stream(*a, **k))):
-        with pytest.raises(grpc.RpcError) as caught:
-            call([1], **parameters)
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        [violation] = details(caught.value)["BadRequest"].field_violations
-        assert violation.field == field
-        assert field in caught.value.details()
-
-
-@pytest.mark.parametrize(
-    ("field", "prompt"),
-    [
-        ("prompt.token_ids", []),
-        ("prompt.token_ids", [VOCABULARY]),
-        ("prompt.token_ids", [1] * (CONTEXT + 1)),
-        ("prompt.text", "word " * 500),
-        ("prompt.text", "x" * 100_000),
-    ],
-)
-def test_invalid_prompts(client: Client, field: str, prompt: Any) -> None:
-    for call in (client.generate, client.score):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(prompt)
-        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        [violation] = details(caught.value)["BadRequest"].field_violations
-        assert violation.field == field
-
-
-def test_a_request_without_prompt(server: LiveServer) -> None:
-    channel = grpc.insecure_channel(server.target)
-    call = channel.unary_unary("/gpt_dist.v1.GenerationService/Generate")
-    with pytest.raises(grpc.RpcError) as caught:
-        call(b"")
-    assert details(caught.value)["BadRequest"].field_violations[0].field == "prompt"
 
 
 def test_score(client: Client, model: GPT) -> None:
@@ -379,66 +224,6 @@ def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> 
     server.wait_at_rest()
 
 
-def test_a_slow_reader_gets_long_pieces_and_delays_nothing(start: StartServer, model: GPT) -> None:
-    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32", deterministic=True))
-    server = start(decoder)
-    options: dict[str, Any] = {"max_new_tokens": 120, "seed": 1, "ignore_eos": True, "n": 2}
-    whole = Client(server.target).generate([1], **options)
-    served = server.server.service.served
-    assert served is not None
-
-    async def read() -> list[api.GenerateStreamResponse]:
-        """Do as the service does, with a first write that ends after the generation."""
-        wanted = await parse_generation(build_request([1], **options), served.limits)
-        with Call(wanted, served.engine, served.tokenizer, server.server.metrics) as call:
-            messages = call.messages()
-            decoder.allow(3)
-            pieces = [await anext(messages)]
-            assert not any(output.finish for output in call.outputs)
-            decoder.release()
-            async with asyncio.timeout(PATIENCE):
-                while not all(output.finish for output in call.outputs):
-                    await asyncio.sleep(0.002)
-            pieces += [piece async for piece in messages]
-            return pieces
-
-    decoder.hold()
-    pieces = server.call(read())
-    outputs = joined(pieces)
-    assert [outputs[index] for index in range(2)] == list(whole.outputs)
-    # Each output has at most a first and a last piece.
-    assert len(pieces) <= 4
-    server.wait_at_rest()
-
-
-def test_stream_interval(start: StartServer, model: GPT) -> None:
-    """The first and the last piece are not delayed; text between them is collected."""
-    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32", deterministic=True))
-    options: dict[str, Any] = {"max_new_tokens": 60, "seed": 3, "ignore_eos": True}
-    client = Client(start(decoder, stream_interval=1e6).target)
-    decoder.hold()
-    stream = client.stream([1], **options)
-    decoder.allow(1)
-    pieces = [next(stream)]
-    assert len(pieces[0].token_ids) == 1
-    decoder.release()
-    pieces += list(stream)
-    assert [len(piece.token_ids) for piece in pieces] == [1, 59]
-    assert joined(pieces)[0] == client.generate([1], **options).outputs[0]
-
-
-def test_a_piece_arrives_after_the_interval(start: StartServer, model: GPT) -> None:
-    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
-    client = Client(start(decoder, stream_interval=0.02).target)
-    decoder.hold()
-    stream = client.stream([1], max_new_tokens=60, ignore_eos=True)
-    for _ in range(3):
-        decoder.allow(1)
-        piece = next(stream)  # would never arrive if the interval did not end
-        assert (len(piece.token_ids), piece.HasField("finished")) == (1, False)
-    stream.close()
-
-
 def test_seeded_requests_do_not_depend_on_others(start: StartServer, model: GPT) -> None:
     decoder = Decoder(model, max_slots=32, dtype="fp32", deterministic=True)
     client = Client(start(decoder).target)
@@ -493,54 +278,3 @@ def test_asyncio_client(server: LiveServer) -> None:
                 await client.generate("x", temprature=1)
 
     asyncio.run(run())
-
-
-def test_long_messages_are_refused(server: LiveServer, client: Client) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        client.tokenize("x" * (5 << 20))
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert client.health()
-
-
-def test_the_client_has_a_deadline(start: StartServer, model: GPT) -> None:
-    decoder = HeldDecoder(Decoder(model, max_slots=1, dtype="fp32"))
-    server = start(decoder)
-    decoder.hold()
-    with pytest.raises(grpc.RpcError) as caught:
-        Client(server.target, timeout=0.3).generate([1])
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    decoder.release()
-    server.wait_at_rest()
-
-
-@pytest.mark.parametrize(
-    ("refusal", "attempts"),
-    [(unavailable("the server is shutting down", "DRAINING"), 2), (overloaded(0.1), 1)],
-)
-def test_the_client_repeats_only_what_was_unavailable(
-    start: StartServer,
-    model: GPT,
-    refusal: StatusError,
-    attempts: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The server refuses once, as during a restart."""
-    server = start(Decoder(model, max_slots=1, dtype="fp32"))
-    service, made = server.server.service, []
-    accept = service.accept
-
-    def refuse_once() -> Served:
-        made.append(1)
-        if len(made) == 1:
-            raise refusal
-        return accept()
-
-    monkeypatch.setattr(service, "accept", refuse_once)
-    client = Client(server.target)
-    if attempts == 1:
-        with pytest.raises(grpc.RpcError) as caught:
-            client.generate([1], max_new_tokens=1)
-        assert caught.value.code() == refusal.code
-    else:
-        assert client.generate([1], max_new_tokens=1).usage.completion_tokens == 1
-    assert len(made) == attempts
