@@ -1,4 +1,4 @@
-"""The update against float64 written out by hand, and schedules against their formulas."""
+"""Updates against a float64 computation by hand, schedules against their formulas."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_three_steps_equal_float64_by_hand(grad_clip: float) -> None:
         for name, p in engine.model.named_parameters():
             actual, wanted = p.double(), parameters[name]
             if name.endswith("c_attn.bias"):
-                # The softmax does not see a bias of the keys: its gradient is zero but for
-                # rounding, which Adam blows up to full steps of arbitrary sign.
+                # A bias of the keys cancels in the softmax. Its gradient is rounding error, which
+                # Adam turns into full steps of arbitrary sign.
                 actual, wanted = (torch.cat([x[:16], x[32:]]) for x in (actual, wanted))
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=2e-6)
     state = dict(engine.full_state())

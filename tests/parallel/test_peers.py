@@ -1,4 +1,4 @@
-"""Who is missing: ranks call the roll in the store of the rendezvous."""
+"""The roll call: when a collective fails, the ranks that do not answer are named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_silent_rank_is_named_and_one_rank_speaks(store: Any) -> None:
-    store.set("life/roll-call/host/0", "host-a")  # came, and is dead now
+    store.set("life/roll-call/host/0", "host-a")  # arrived, then died
     first, second = RollCall(1, 3, "life"), RollCall(2, 3, "life")
     errors = [first.explain(GLOO), second.explain(GLOO)]
     expected = "lost rank 0 on host-a: dead, stopped, or cut off from the network"

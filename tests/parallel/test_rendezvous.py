@@ -1,4 +1,4 @@
-"""Ranks that meet in a store full of earlier lives' keys."""
+"""Ranks meet in a store that still holds the keys of earlier starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def life(size: int) -> list[str]:
-    """One start of all ranks, each with a connection of its own."""
+    """Start all ranks once, each with its own connection."""
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(lambda rank: meet(connect(timeout=20), rank, size), range(size)))
 
@@ -43,7 +43,7 @@ def test_a_problem_on_one_rank_is_everybodys(store: Any) -> None:
         messages = set(pool.map(start, range(3)))
     assert len(messages) == 1
     assert re.fullmatch(r"rank 2 on \S+: no such interface", messages.pop())
-    assert len(set(life(3))) == 1  # and nothing of it sticks
+    assert len(set(life(3))) == 1  # and the next start has no problem
 
 
 def test_missing_ranks_are_not_waited_for_forever(store: Any) -> None:
