@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_dist.training.curves import plot_runs, smoothed
-from gpt_dist.training.metrics import whole_lines
+from gpt_dist.training.reporting.curves import plot_runs, smoothed
+from gpt_dist.training.reporting.metrics import whole_lines
 
 NANOGPT = 1.4697
 """nanoGPT's best validation loss on tiny Shakespeare, as its README tells it."""

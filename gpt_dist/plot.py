@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gpt_dist.errors import run_main
-from gpt_dist.training.curves import plot_runs
+from gpt_dist.training.reporting.curves import plot_runs
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from gpt_dist.data.loader import open_datasets
 from gpt_dist.data.order import TrainingData
 from gpt_dist.model.empty import meta_model
 from gpt_dist.parallel.world import env_world_size
-from gpt_dist.training.formatting import file_size
+from gpt_dist.training.reporting.formatting import file_size
 from gpt_dist.training.setup import count_steps, with_vocabulary
 
 

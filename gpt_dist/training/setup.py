@@ -20,9 +20,9 @@ from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.engine import Engine, pick_dtype
 from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
-from gpt_dist.training.formatting import human
 from gpt_dist.training.memory import keep_freed_memory
 from gpt_dist.training.progress import Progress
+from gpt_dist.training.reporting.formatting import human
 from gpt_dist.training.run_directory import RunDirectory
 
 

@@ -27,12 +27,12 @@ from gpt_dist.parallel import world as distributed
 from gpt_dist.parallel.compiling import warm_up
 from gpt_dist.parallel.world import World
 from gpt_dist.training.callbacks import Callback, finish_writing, make_callbacks
-from gpt_dist.training.metrics import Row
-from gpt_dist.training.monitor import Monitor, NoTrace, Trace, draw, profiler
+from gpt_dist.training.reporting.metrics import Row
+from gpt_dist.training.reporting.monitor import Monitor, NoTrace, Trace, draw, profiler
+from gpt_dist.training.reporting.throughput import peak_flops
 from gpt_dist.training.run_directory import RunDirectory
 from gpt_dist.training.setup import Run, setup
 from gpt_dist.training.signals import StopSignal
-from gpt_dist.training.throughput import peak_flops
 
 MAX_SKIPPED = 10
 """Updates in a row that may be skipped because the gradient norm is not finite."""

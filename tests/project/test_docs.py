@@ -13,8 +13,8 @@ import torch
 from gpt_dist.config.command_line import load, presets
 from gpt_dist.model.gpt import GPT
 from gpt_dist.training.dry_run import activation_bytes
-from gpt_dist.training.formatting import human
-from gpt_dist.training.metrics import whole_lines
+from gpt_dist.training.reporting.formatting import human
+from gpt_dist.training.reporting.metrics import whole_lines
 from tests.components import require_module
 
 ROOT = Path(__file__).resolve().parents[2]

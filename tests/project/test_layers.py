@@ -56,8 +56,8 @@ def test_no_import_runs_upward(house: Path) -> None:
         ),
         (
             "gpt_dist/data/shards.py",
-            "def late() -> None:\n    import gpt_dist.training.metrics",
-            "gpt_dist.data.shards -> gpt_dist.training.metrics",
+            "def late() -> None:\n    import gpt_dist.training.reporting.metrics",
+            "gpt_dist.data.shards -> gpt_dist.training.reporting.metrics",
         ),
         ("serve/options.py", "import serve.server", "serve.options -> serve.server"),
         (

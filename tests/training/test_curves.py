@@ -10,7 +10,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gpt_dist.training.curves import differing_settings, plot_runs, read_curve, smoothed, spread
+from gpt_dist.training.reporting.curves import (
+    differing_settings,
+    plot_runs,
+    read_curve,
+    smoothed,
+    spread,
+)
 
 
 def write_run(directory: Path, *, validation: dict[int, float], config: str = "") -> Path:

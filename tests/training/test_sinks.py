@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_dist.training.sinks import JsonLines, Samples
+from gpt_dist.training.reporting.sinks import JsonLines, Samples
 
 
 def test_rows_after_the_checkpoint_go(tmp_path: Path) -> None:

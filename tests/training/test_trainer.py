@@ -19,8 +19,8 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.world import World
 from gpt_dist.training import callbacks
 from gpt_dist.training.callbacks import make_callbacks
-from gpt_dist.training.metrics import Row
-from gpt_dist.training.monitor import Monitor
+from gpt_dist.training.reporting.metrics import Row
+from gpt_dist.training.reporting.monitor import Monitor
 from gpt_dist.training.setup import Run, setup
 from gpt_dist.training.trainer import Trainer
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol, Self
 
 from gpt_dist.config.settings import Config
 from gpt_dist.errors import UsageError
-from gpt_dist.training.curves import plot_runs
-from gpt_dist.training.metrics import Row
 from gpt_dist.training.progress import Progress
-from gpt_dist.training.sinks import ConsoleSink, JsonLines, Samples, Sink, TensorBoard
+from gpt_dist.training.reporting.curves import plot_runs
+from gpt_dist.training.reporting.metrics import Row
+from gpt_dist.training.reporting.sinks import ConsoleSink, JsonLines, Samples, Sink, TensorBoard
 
 
 class Monitor:

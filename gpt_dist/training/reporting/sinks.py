@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.files import write_atomically
-from gpt_dist.training.formatting import clock, human
-from gpt_dist.training.metrics import Row, encode_row, whole_lines
+from gpt_dist.training.reporting.formatting import clock, human
+from gpt_dist.training.reporting.metrics import Row, encode_row, whole_lines
 
 
 class Sink(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gpt_dist.errors import UsageError
-from gpt_dist.training.metrics import whole_lines
+from gpt_dist.training.reporting.metrics import whole_lines
 
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#2563eb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#846358", "#495057")

@@ -1,0 +1,1 @@
+"""Where a run's numbers go: console, files, TensorBoard and pictures."""
