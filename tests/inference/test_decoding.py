@@ -369,6 +369,20 @@ def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "native", "dtype"),
+    [("kernels", False, "bf16"), ("torch", False, "fp32"), ("torch", True, "bf16")],
+)
+def test_auto_is_bf16_where_that_is_faster(
+    name: str, native: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``native``: the CPU has instructions for bf16, which PyTorch uses."""
+    use_backend(name, monkeypatch)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    assert Decoder(small_model(), max_slots=1).dtype == dtype
+    kernels.decoder_library.cache_clear()
+
+
 @pytest.mark.parametrize("compiler", ["none", "broken"])
 def test_without_a_compiler_the_decoder_says_so_and_runs(
     compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture

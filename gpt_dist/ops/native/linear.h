@@ -220,7 +220,9 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
     auto compute = [&](int strip) {
         const int next = strip % run == run - 1 ? strip + 1 + (team.size - 1) * run : strip + 1;
         const uint8_t* soon = next < strips ? layer.weight + next * size : nullptr;
-        if (tiles == 1 && soon) Ahead{soon, 32}.fetch();
+        if (tiles == 1 && soon)
+            for (int column = 0; column < width; column += PANEL)
+                Ahead{soon + column * size / width, 32 * PANEL / width}.fetch();
         for (int tile = 0; tile < tiles; tile++) {
             const int first = rows * tile / tiles, end = rows * (tile + 1) / tiles;
             const bool useful = soon && tile * lines < vectors;
