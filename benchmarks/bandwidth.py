@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the ceiling of decoding at batch 1."""
+"""How fast this machine reads memory, which limits decoding at batch 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = """
 #include <omp.h>
 #include <cstdint>
 
-// Each thread reads every n-th block, `near` bytes ahead fetched by hand.
+// Each of n threads reads every n-th block and prefetches `near` bytes ahead.
 extern "C" int64_t read_all(const char* data, int64_t size, int64_t block, int64_t near,
                             int threads) {
     int64_t total = 0;
@@ -63,7 +63,7 @@ def _memory() -> torch.Tensor:
 
 
 def bandwidth() -> float:
-    """Bytes read in a second by all threads, the best of several ways to read."""
+    """Bytes that all threads read in a second, in the fastest of several ways."""
     best = 0.0
     for block in (64 << 10, SIZE // torch.get_num_threads()):
         for near in (0, 2048):

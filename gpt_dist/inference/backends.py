@@ -1,4 +1,4 @@
-"""The arithmetic behind a decoder, and which of it runs where."""
+"""The choice of a decoder's arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ids = Sequence[int] | np.ndarray
 
 
 class Backend(Protocol):
-    """The arithmetic: what `gpt_dist.inference.torch_backend.TorchBackend` documents."""
+    """A decoder's arithmetic; `gpt_dist.inference.torch_backend.TorchBackend` documents it."""
 
     cache_bytes: int
 
@@ -53,7 +53,7 @@ def resolve_dtype(dtype: DType, device: torch.device) -> str:
 def make_backend(
     model: GPT, slots: int, context: int, device: torch.device, dtype: str, deterministic: bool
 ) -> Backend:
-    """The fastest arithmetic that this machine has for the device."""
+    """The fastest backend on this machine for the device."""
     small = model.config.n_embd // model.config.n_head <= kernels.MAX_HEAD_SIZE
     if device.type == "cpu" and small and kernels.decoder_library() is not None:
         return CpuBackend(model, slots, context, dtype)

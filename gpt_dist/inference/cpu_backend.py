@@ -1,9 +1,9 @@
-"""The decoder's arithmetic by the kernels for AVX-512 CPUs (`gpt_dist.ops.build`).
+"""The decoder's arithmetic in C++ kernels for CPUs with AVX2 or AVX-512 (`gpt_dist.ops.build`).
 
-fp32 weights have an fp32 cache, others a bf16 one; the residual stream, layer norms, softmax and
-logits are fp32 always. int8 quantises weights with a scale for each output and activations, as
-they come, with a scale for each 64 of a token's. A token's result never depends on what else is
-computed beside it, so that decoding is always deterministic here.
+The cache is fp32 for fp32 weights and bf16 otherwise. The residual stream, layer norms, softmax and
+logits are always fp32. int8 gives each output's weights one scale, and quantises the activations of
+a token at run time with one scale for 64 of them. A token's result never depends on the rest of the
+batch, so decoding is always deterministic here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpt_dist.inference.sampling import MAX_LOGPROBS, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
 
 PREFILL = 128
-"""Tokens of one prompt that go through the model together."""
+"""The most tokens of a prompt that go through the model together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CpuWeights:
 
 
 class CpuBackend:
-    """The interface of `gpt_dist.inference.torch_backend.TorchBackend`, with which it agrees."""
+    """The interface, and up to rounding the results, of `torch_backend.TorchBackend`."""
 
     def __init__(self, model: GPT, slots: int, context: int, dtype: str) -> None:
         library = kernels.decoder_library()

@@ -1,4 +1,4 @@
-"""Bindings of ``ops/native/decoder.cpp``: structures, packed weights, and the library itself."""
+"""Bindings of ``ops/native/decoder.cpp``: its structures, its functions and packed weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Draw(Structure):
 
 @cache
 def decoder_library() -> ctypes.CDLL | None:
-    """The decoder's kernels, or None where they cannot be had; the reason is logged once."""
+    """The decoder's kernels, or None where they are unavailable; the reason is logged once."""
     if disabled():
         return None
     try:
@@ -98,7 +98,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def buffer(size: int) -> Tensor:
-    """(size,) zeros of bytes in huge pages where the system has them: streams read faster."""
+    """(size,) zero bytes, in huge pages where possible: they make streaming reads faster."""
     memory = mmap.mmap(-1, max(size, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -111,7 +111,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: str, keep: list[Any]) -> Linear:
-    """Pack a (outputs, inputs) matrix as the kernels read it; ``keep`` owns the memory."""
+    """Pack an (outputs, inputs) matrix for the kernels; ``keep`` owns the memory."""
     lib = decoder_library()
     assert lib is not None
     weight = weight.detach().to("cpu", torch.float32).contiguous()

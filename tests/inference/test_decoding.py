@@ -1,4 +1,4 @@
-"""The decoder against full forward passes of the model, on each arithmetic there is."""
+"""The decoder against full forward passes of the model, on every backend."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_the_uncached_model(shape: str, backend: str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_scores_are_those_of_the_model(shape: str, dtype: Any, backend: str) -> None:
-    """fp32 to rounding; bf16 and int8 as closely as they were measured to come, with a margin."""
+    """fp32 up to rounding; bf16 and int8 up to their measured errors and a margin."""
     model = small_model(**SHAPES[shape])
     ids = random_prompts(model, 1, 1)[0] + random_prompts(model, 1, 90, seed=5)[0] * 3
     ids = ids[:96]
@@ -99,7 +99,7 @@ def join(parts: Iterator[Scores]) -> Scores:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_chunks_do_not_matter(dtype: Any, backend: str) -> None:
-    """Log-probabilities after any cutting of the prompt: bitwise equal with the kernels."""
+    """Log-probabilities for any division of the prompt; the kernels' are bitwise equal."""
     model, dice = small_model(), random.Random(0)
     ids = random_prompts(model, 1, 1)[0] + list(range(80))
     outcomes = []
@@ -122,7 +122,7 @@ def test_chunks_do_not_matter(dtype: Any, backend: str) -> None:
 
 
 def test_fifty_prompts_of_mixed_length_join_and_leave(backend: str) -> None:
-    """Random arrivals and ends over seven slots, which are all used again and again."""
+    """Sequences join and leave at random; seven slots are all reused many times."""
     model, dice = small_model(), random.Random(3)
     prompts = random_prompts(model, 50, 60)
     lengths = [dice.randint(1, 30) for _ in prompts]
@@ -211,7 +211,7 @@ def test_a_freed_slot_can_go_on_from_what_it_cached(backend: str) -> None:
 def test_what_a_slot_cached_beyond_a_kept_prefix_is_gone(
     kept: int, dtype: Any, backend: str
 ) -> None:
-    """Also where a prefix of odd length ends in the middle of a pair of cached positions."""
+    """A bf16 cache stores positions in pairs; a prefix of odd length ends within one."""
     model = small_model()
     ids = list(range(40))
     following = [*ids[:kept], 90, 91, 92]
@@ -339,7 +339,7 @@ def test_a_step_without_slots_is_empty(backend: str) -> None:
 
 
 def test_a_step_never_waits_for_the_device() -> None:
-    """Nothing in it depends on values, so that CUDA can record it; fake tensors have none."""
+    """CUDA can record it only if nothing depends on values; fake tensors have none."""
     with FakeTensorMode(), torch.no_grad():
         model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=64, vocab_size=99))
         backend = TorchBackend(model, 5, 64, torch.device("cpu"), "bf16", False)

@@ -1,8 +1,8 @@
 // The KV cache, and attention of one query over it.
 //
-// An fp32 cache is read with fp32 arithmetic. A bf16 cache keeps channels (of keys) and positions
-// (of values) in pairs, as the bf16 instruction multiplies two at a time; its query and softmax
-// weights are rounded to bf16, sums are fp32.
+// A bf16 cache keeps channels (of keys) and positions (of values) in pairs, because `dot_pairs`
+// multiplies two at a time. Query and softmax weights become `Bf16Step`s, sums are fp32. An fp32
+// cache is fp32 throughout.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace {
 
 struct Cache {
-    uint8_t *keys, *values;  // [layer][slot][head], then as Head says
+    uint8_t *keys, *values;  // [layer][slot][head], then the layout of Head
     int32_t slots, context;  // context is a multiple of 16
 };
 
@@ -26,7 +26,7 @@ template <class T> class Head {
           keys((T*)cache.keys + index * cache.context * tall),
           values((T*)cache.values + index * cache.context * wide) {}
 
-    // Positions are put in ascending order. The even one of a pair clears the odd one's half.
+    // Positions come in ascending order. An even one clears the other half of its pair.
     void put(int position, const float* key, const float* value) const {
         T* tile = keys + (size_t)(position / LANES) * LANES * tall;
         uint32_t* column = (uint32_t*)tile + position % LANES;
@@ -47,8 +47,8 @@ template <class T> class Head {
         }
     }
 
-    // Softmax attention of one query over the first `count` positions; `weights` is scratch for
-    // as many floats as the context has positions.
+    // Softmax attention of one query over the first `count` positions. `weights` is scratch: a
+    // float for each position of the context.
     void attend(const float* query, int count, float* weights, float* out) const {
         const Vec scale = splat(1 / std::sqrt((float)size));
         Step parts[MAX_SIZE / PAIR];
@@ -67,7 +67,7 @@ template <class T> class Head {
             Vec e = exp(load(weights + start) - top);
             e = keep(tail(count - start), e);
             sum += e;
-            store((Step*)weights + start / PAIR, e);  // never ahead of what is still read
+            store((Step*)weights + start / PAIR, e);  // in place: never ahead of the loads
         }
         const Vec inverse = splat(1 / reduce_add(sum));
         for (int i = 0; i < wide;)
@@ -89,7 +89,7 @@ template <class T> class Head {
         if constexpr (PAIR == 2) return dot_pairs(splat(a), load(b), sums);
     }
 
-    // The query times 16 keys; pairs are moved as floats.
+    // The query times 16 keys. Pairs of bf16 are loaded as floats.
     Vec dot(const Step* query, const float* tile) const {
         Vec sums[4] = {};
         const int steps = (size + PAIR - 1) / PAIR;
@@ -102,8 +102,8 @@ template <class T> class Head {
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
-    // N registers of channels from `first` on, summed over positions and scaled; two chains of sums
-    // each hide the instruction's latency.
+    // N Vecs of channels from `first` on, summed over positions and scaled. Even and odd steps have
+    // sums of their own, which hides the latency of an addition.
     template <int N>
     void mix(const Step* weights, int count, int first, Vec scale, float* out) const {
         Vec even[N] = {}, odd[N] = {};

@@ -1,11 +1,10 @@
-// A GPT-2 forward pass over rows of (token, slot, position), and sampling, for CPUs with AVX-512
-// BF16 and VNNI: every thread walks through all layers and meets the others between phases, so
-// that a step with a single row runs at the speed of reading the weights. kernels.py builds and
-// binds this.
+// A GPT-2 forward pass over rows of (token, slot, position), and sampling, for CPUs. Every thread
+// runs all layers and waits for the others between phases, so that a step with a single row is
+// limited by reading the weights only. inference/cpu_kernels.py binds this.
 //
-// Every output is computed by one thread in one fixed order that depends neither on the number of
-// rows nor of threads: a row's result is bitwise the same alone and among others, and a prompt's
-// cache the same however it is cut into chunks.
+// One thread computes an output, in an order that depends neither on the number of rows nor on the
+// number of threads. A row's result is therefore bitwise the same alone and among others, and a
+// prompt's cache is the same for any division into chunks.
 
 #include <omp.h>
 
@@ -53,7 +52,7 @@ void layer_norm(const float* x, const Norm& norm, int width, float* out) {
     }
 }
 
-struct Scratch {  // (rows, padded width) each, carved from one buffer
+struct Scratch {  // (rows, padded width) each, parts of one buffer
     float *x, *normed, *qkv, *mixed, *hidden, *weights;
     Operand narrow, wide;
     int c, h, c3;  // row strides
@@ -89,10 +88,10 @@ struct Rows {  // what one call computes
     const int32_t *ids, *slots, *positions;
     float* logits;  // (count, stride), or null
     int64_t stride;
-    int32_t shared;  // whether rows may have a slot in common
+    int32_t shared;  // whether rows may share a slot
 };
 
-// Calls of Team::each, at most.
+// The most calls of Team::each.
 constexpr int PHASES_A_LAYER = 11, OTHER_PHASES = 4;
 
 template <DType D> void forward(Team& team, const Model& model, const Cache& cache,
@@ -132,7 +131,7 @@ template <DType D> void forward(Team& team, const Model& model, const Cache& cac
             team.each(model.n_head, [&](int h) {
                 for (int row = 0; row < count; row++) put(row, h);
             });
-        constexpr int TOGETHER = 4;  // rows an item, so that handing out items costs little
+        constexpr int TOGETHER = 4;  // rows of an item, so that claiming items costs little
         const int items = (count + TOGETHER - 1) / TOGETHER;
         team.each(items * model.n_head, [&](int item) {
             const int h = item / items, first = item % items * TOGETHER;
@@ -173,7 +172,7 @@ int64_t packed_bytes(int32_t dtype, int32_t outputs, int32_t inputs) {
            block_bytes((DType)dtype);
 }
 
-// weight (outputs, inputs) in fp32 to the tiles' layout; scale (outputs) is written for int8.
+// Packs weight (outputs, inputs) in fp32 into the tiles' layout; int8 also writes scale (outputs).
 void pack(int32_t dtype, const float* weight, int32_t outputs, int32_t inputs, uint8_t* packed,
           float* scale, int32_t threads) {
     const auto kernel =
@@ -187,9 +186,9 @@ int64_t scratch_bytes(const Model* model, int32_t rows, int32_t context, int32_t
     return Scratch(*model, rows, context, threads, nullptr).bytes;
 }
 
-// Runs tokens; each is cached at its position of its slot and sees what is cached there before it,
-// also by other rows of this call. With `draws` (by slot) a token is chosen for each row: `tokens`
-// (rows), `logprobs` (rows, 1 + reported) and `top_ids` (rows, reported).
+// Runs tokens. Each is cached at its position in its slot and attends to the positions before it,
+// those of other rows in this call included. `draws` (by slot), unless null, chooses a token for
+// each row: `tokens` (rows), `logprobs` (rows, 1 + reported) and `top_ids` (rows, reported).
 void forward(const Model* model, const Cache* cache, const Rows* rows, uint8_t* scratch,
              int32_t threads, Draw* draws, int32_t* tokens, float* logprobs, int32_t* top_ids,
              int32_t reported) {

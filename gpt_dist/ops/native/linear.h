@@ -1,6 +1,6 @@
 // Linear layers: packed weights times rows of activations in fp32, bf16 or int8.
 //
-// An output is summed over the inputs in one fixed order, whatever the number of rows in a tile.
+// An output sums its inputs in one fixed order, whatever the number of rows in a tile.
 
 #pragma once
 
@@ -15,12 +15,12 @@ namespace {
 enum DType : int32_t { FP32, BF16, INT8 };
 enum Epilogue { STORE, ADD, GELU };
 
-constexpr int BLOCK = 64;  // outputs that are packed and computed together
-constexpr int GROUP = 64;  // activations that share a scale in int8; inputs are padded to this
+constexpr int BLOCK = 64;  // outputs are padded to a multiple of this
+constexpr int GROUP = 64;  // int8 activations that share a scale; inputs are padded to a multiple
 
 struct Linear {  // weights (outputs, inputs), packed by `pack`
     const uint8_t* weight;
-    const float* scale;  // a scale an output, int8 only
+    const float* scale;  // of each output, int8 only
     const float* bias;   // or null
     int32_t outputs, inputs;
 };
@@ -28,13 +28,13 @@ struct Linear {  // weights (outputs, inputs), packed by `pack`
 // Inputs that lie side by side in the 32 bits of a lane.
 constexpr int step(DType dtype) { return dtype == FP32 ? 1 : dtype == BF16 ? 2 : 4; }
 
-// The weights of 64 outputs: bytes for one input.
+// Bytes of the weights that connect one input to 64 outputs.
 constexpr int block_bytes(DType dtype) { return BLOCK * 4 / step(dtype); }
 
 template <DType D>
 using Step = std::tuple_element_t<D, std::tuple<float, Bf16Step, Int8Step>>;
 
-// Activations as the matrix kernels read them: (rows, inputs / step) steps.
+// Activations in the layout of the tiles: (rows, inputs / step) steps.
 struct Operand {
     uint8_t* data;
     float* scale;  // int8: (rows, inputs / GROUP)
@@ -52,7 +52,7 @@ struct Operand {
         }
     }
 
-    // The step that begins with an input.
+    // The step whose first input is `input`.
     template <DType D> Step<D>* at(int row, int input) const {
         return (Step<D>*)data + ((size_t)row * inputs + input) / step(D);
     }
@@ -79,10 +79,10 @@ struct Operand {
     }
 };
 
-// Weights that are wanted soon, brought nearer while others are in use.
+// Weights to prefetch while the tile works on others.
 struct Ahead {
     const uint8_t* next;
-    int lines;  // cache lines a step
+    int lines;  // cache lines for each step
 
     void fetch() {
         for (int i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
@@ -101,7 +101,7 @@ template <DType D, int R> struct Tile {
             add_inputs(x, row, weight, ahead);
         else
             for (int group = 0; group < x.inputs / GROUP; group++, weight += GROUP * PANEL) {
-                // Where the registers do not hold integer and float sums, the latter stay in memory.
+                // Where registers cannot hold both kinds of sums, the float ones stay in memory.
                 if constexpr (4 * R * V > REGISTERS)
                     add_group_apart(x, row, group, weight, ahead);
                 else
@@ -142,8 +142,8 @@ template <DType D, int R> struct Tile {
         add_group(x, row, group, weight, ahead);
     }
 
-    // Integer sums over one group, then scaled. Weights are stored with 128 added, since `dot_quads`
-    // wants them unsigned; the operand's sums take that off again.
+    // Sums one group in integers, then scales the sums. `dot_quads` takes unsigned weights, so 128
+    // was added to them; starting from the operand's sums subtracts that again.
     __attribute__((always_inline)) void add_group(const Operand& x, int row, int group,
                                                   const uint8_t* weight, Ahead& ahead) {
         Ints part[R][V];
@@ -212,9 +212,9 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
     const int width = rows == 1 ? Tile<D, 1>::WIDTH : PANEL;  // of a strip of outputs
     const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, strips = (layer.outputs + width - 1) / width;
     const size_t size = (size_t)x.inputs * block_bytes(D) * width / BLOCK;
-    // A single tile is a stream through memory: long runs of strips, so that the hardware can follow
-    // it, and the beginning of the next strip is fetched by hand. Of several tiles each fetches a
-    // share of the strip that this thread probably gets next.
+    // With one tile, weights stream from memory. Long runs of strips let the hardware's prefetcher
+    // follow, and only the beginnings of the next strip's panels are prefetched here. With several tiles, each
+    // prefetches a share of the strip that this thread probably gets next.
     const int run = tiles == 1 ? std::clamp(strips / (3 * team.size), 1, 64) : 1;
     const int vectors = width / LANES, lines = tiles == 1 ? 0 : (vectors + tiles - 1) / tiles;
     auto compute = [&](int strip) {
@@ -236,8 +236,8 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
     });
 }
 
-// weight (outputs, inputs) in fp32 to the layout that tiles read: for each panel of outputs, for each
-// 1 (fp32), 2 (bf16) or 4 (int8) inputs, the panel's outputs with those inputs side by side.
+// Packs weight (outputs, inputs) in fp32 into the layout of the tiles: [panel][step][output][input],
+// where a step is 1 (fp32), 2 (bf16) or 4 (int8) inputs.
 template <DType D> void pack_block(const float* weight, int outputs, int inputs, int block,
                                    uint8_t* packed, float* scale) {
     constexpr int STEP = step(D);

@@ -13,10 +13,10 @@ namespace {
 struct Draw {  // one slot's sampling parameters and tokens so far
     float temperature, top_p, log_min_p, repetition, presence, frequency;
     int32_t top_k, logprobs;  // 0: all; -1: none
-    int32_t prompt, length;   // tokens in the prompt; and with those generated
+    int32_t prompt, length;   // tokens in the prompt; generated ones included
     int32_t min_new, stops, biases;
     uint64_t seed;
-    int32_t* history;  // prompt and generated tokens, where the chosen one is appended
+    int32_t* history;  // prompt and generated tokens; the chosen one is appended
     const int32_t *stop_ids, *bias_ids;
     const float* bias;
 };
@@ -38,7 +38,7 @@ class Sampler {
 
     explicit Sampler(int vocab) : vocab(vocab), exps(padded(vocab, LANES)), counts(vocab) {}
 
-    // logits is (vocab) and is overwritten; writes 1 + n log-probabilities and n ids if asked for.
+    // Overwrites logits (vocab). Writes 1 + n log-probabilities and n ids where `draw` asks for n.
     int run(Draw& draw, float* logits, float* logprobs, int32_t* top_ids) {
         x = logits;
         find_maxima();
@@ -56,7 +56,7 @@ class Sampler {
     }
 
   private:
-    // Every 16th of 1,024 logits: a span, whose maximum is a lane's.
+    // A strip is 1,024 logits. A span is every 16th of them, so that a lane holds its maximum.
     static constexpr int SPAN = 64, STRIP = SPAN * LANES;
     float *x, top;
     std::vector<float> maxima, exps, raw, ranked;
@@ -82,10 +82,10 @@ class Sampler {
             const Mask maxima = tail(vocab - i) & equal(part, splat(top));
             if (maxima) return i + __builtin_ctz(maxima);
         }
-        return 0;  // no logit is a number
+        return 0;  // all logits are NaN
     }
 
-    // Fills `ids`, ascending, with the logits that are at least `least`.
+    // Fills `ids`, ascending, with the tokens whose logits are at least `least`.
     void gather(float least) {
         ids.clear();
         for (size_t span = 0; span < maxima.size(); span++) {
@@ -111,7 +111,8 @@ class Sampler {
         return reduce_add(sum);
     }
 
-    // Fills `ids`, ascending, with the logits that are at least the k-th highest; returns that.
+    // Fills `ids`, ascending, with the tokens whose logits are at least the k-th highest, which it
+    // returns.
     float collect(int k) {
         // The k spans with the highest maxima hold k values that are at least the k-th maximum.
         float least = -INFINITY;
@@ -136,18 +137,18 @@ class Sampler {
         collect(std::min(count, vocab));
         std::stable_sort(ids.begin(), ids.end(), [&](int a, int b) { return x[a] > x[b]; });
         for (int i = 0; i < count; i++) {
-            const bool there = i < (int)ids.size();  // not in small vocabularies, or among NaNs
+            const bool there = i < (int)ids.size();  // false in small vocabularies and for NaN
             top_ids[i] = there ? ids[i] : 0;
             logprobs[i] = there ? x[ids[i]] - log_sum : NAN;
         }
     }
 
-    // Bias, penalties and the mask of stop tokens; returns whether there was anything to do.
+    // Applies biases, penalties and the mask of stop tokens; returns whether any logit changed.
     bool process(const Draw& draw) {
         for (int i = 0; i < draw.biases; i++) x[draw.bias_ids[i]] += draw.bias[i];
         const bool penalties = draw.repetition != 1 || draw.presence != 0 || draw.frequency != 0;
         if (penalties) {
-            // counts holds 1 + how often a token was generated, until it has been seen to.
+            // counts is 1 + how often a token was generated, and 0 again once it is penalised.
             for (int i = 0; i < draw.length; i++)
                 counts[draw.history[i]] = std::max(counts[draw.history[i]], 1) + (i >= draw.prompt);
             for (int i = 0; i < draw.length; i++) {
@@ -182,7 +183,7 @@ class Sampler {
             return invert(ids.size(), u, [&](int i) { return ids[i]; });
         }
         if (least > -INFINITY) exponentials(draw.temperature, least);
-        // First the strip, then the token in it.
+        // Choose the strip first, then the token in it.
         strips.clear();
         for (int start = 0; start < vocab; start += STRIP) {
             Vec mass = Vec{};
@@ -198,7 +199,7 @@ class Sampler {
                       [&](int i) { return start + i; });
     }
 
-    // The first of `count` tokens at which their cumulative distribution passes u.
+    // The first of `count` tokens whose cumulative probability exceeds u.
     template <class F> int invert(int count, double u, F&& token) const {
         double total = 0, mass = 0;
         for (int i = 0; i < count; i++) total += exps[token(i)];
@@ -211,8 +212,8 @@ class Sampler {
         return last;
     }
 
-    // The least logit whose predecessors in descending order have less than `wanted` of the mass:
-    // bisection over the order of all floats, which is that of their bits.
+    // The smallest logit such that the larger ones have less than `wanted` of the mass. Bisects over
+    // the bits of floats, which have the same order as the floats.
     float nucleus(float wanted, float kept, bool few) const {
         auto value = [](int32_t key) {
             int32_t bits = key < 0 ? key ^ 0x7FFFFFFF : key;

@@ -1,5 +1,5 @@
-// Pieces of the training step for CPUs with AVX-512 BF16: causal self-attention, layer norm,
-// GELU and cross-entropy, forward and backward. Matrices are row-major.
+// Operations of a bf16 training step on CPUs: causal self-attention, layer norm, GELU and
+// cross-entropy, forward and backward. Matrices are row-major. ops/native_training.py binds this.
 
 #include "training_attention.h"
 
@@ -44,8 +44,8 @@ void attention_backward(const Bf16* qkv, int batch, int tokens, int heads, int w
     }
 }
 
-// Layer norm of rows of fp32 numbers (rows, width) → bf16; `stats` (rows, 2) become each row's mean
-// and the inverse of its standard deviation. The bias may be null.
+// Layer norm: fp32 (rows, width) → bf16 (rows, width), and `stats` (rows, 2): each row's mean and
+// inverse standard deviation. The bias may be null.
 void layer_norm(const float* x, const float* weight, const float* bias, int rows, int width,
                 float eps, Bf16* y, float* stats, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -74,8 +74,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, int rows
     }
 }
 
-// Gradients of the outputs → those of the inputs, and `total` (2, width) those of weight and bias:
-// summed by blocks of rows, so that they do not depend on the number of threads.
+// Gradients of the outputs → gradients of the inputs, and `total` (2, width), those of weight and
+// bias. Rows are summed block by block, so that results do not depend on the number of threads.
 void layer_norm_backward(const float* x, const float* weight, const float* stats, const Bf16* grad,
                          int rows, int width, float* grad_x, float* total, int threads) {
     constexpr int block = 64;
@@ -127,7 +127,7 @@ void gelu(const Bf16* x, Bf16* y, int64_t count, int threads) {
     }
 }
 
-// Gradients of the outputs → those of the inputs, and the outputs once more unless `y` is null.
+// Gradients of the outputs → gradients of the inputs. Writes the outputs to `y` unless it is null.
 void gelu_backward(const Bf16* x, const Bf16* grad, Bf16* grad_x, Bf16* y, int64_t count,
                    int threads) {
     const Vec one = splat(1.f), slope = splat(2 * 0.7978845608f);
@@ -144,8 +144,8 @@ void gelu_backward(const Bf16* x, const Bf16* grad, Bf16* grad_x, Bf16* y, int64
     }
 }
 
-// Cross-entropies of rows of logits (rows, columns), of which `classes` count; a negative target
-// does not count. The logits become the gradients of the losses' sum.
+// Cross-entropies of logits (rows, columns), of which the first `classes` columns count. A row with
+// a negative target has none. The logits become the gradients of the sum of the losses.
 void cross_entropy(Bf16* logits, const int64_t* targets, int rows, int columns, int classes,
                    float* losses, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -180,7 +180,7 @@ void cross_entropy(Bf16* logits, const int64_t* targets, int rows, int columns, 
     }
 }
 
-// sum (fp32) = start (fp32) + addend (bf16); the sum may be where the start is.
+// sum (fp32) = start (fp32) + addend (bf16); `sum` may be `start`.
 void add(const float* start, const Bf16* addend, float* sum, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {

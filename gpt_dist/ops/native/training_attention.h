@@ -8,7 +8,7 @@
 
 namespace {
 
-using Pair = uint32_t;  // two bf16 numbers that one instruction multiplies and adds
+using Pair = uint32_t;  // two bf16 numbers, which `dot_pairs` multiplies and adds
 
 // C (rows, columns) (+)= A (rows, 2 depth) B (2 depth, columns), both as pairs along the depth.
 template <int ROWS, int VECTORS>
@@ -47,11 +47,11 @@ void multiply(int rows, int columns, int depth, const Pair* a, int lda, const Pa
     for (; j < columns; j += LANES) strip<1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
 }
 
-constexpr int QUERIES = 64;  // queries of one block
+constexpr int QUERIES = 64;  // of a block
 
 // Buffers of one thread.
 struct Scratch {
-    int time, width;  // keys, rounded up; numbers of a head
+    int time, width;  // number of keys, rounded up; channels of a head
     std::vector<Pair> keys_across, values_across, keys, values;
     std::vector<Pair> weights, slopes, queries_across, grads_across;
     std::vector<float> scores, products, block, grad_keys, grad_values;
@@ -72,7 +72,7 @@ struct Scratch {
     }
 };
 
-// (tokens, width) → pairs along the width, by columns: (width / 2, tokens).
+// (tokens, width) → pairs of neighbouring channels, transposed: (width / 2, tokens).
 void across_width(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int ldt) {
     for (int t = 0; t < ldt; t++)
         for (int d = 0; d < width / 2; d++)
@@ -89,7 +89,7 @@ void across_tokens(const Bf16* from, int64_t stride, int tokens, int width, Pair
         }
 }
 
-// (tokens, width) → the transposed matrix with pairs of neighbouring tokens: (width, count / 2).
+// (tokens, width) → pairs of neighbouring tokens, transposed: (width, count / 2).
 void transposed(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int count) {
     for (int t = 0; t < count; t += 2)
         for (int d = 0; d < width; d++) {
@@ -99,7 +99,7 @@ void transposed(const Bf16* from, int64_t stride, int tokens, int width, Pair* t
         }
 }
 
-// Rows i and i + 1 as pairs, in place of two rows of bf16 numbers.
+// (count, columns) → pairs from rows i and i + 1: (count / 2, columns).
 void interleave(const Bf16* rows, int count, int columns, Pair* to) {
     for (int i = 0; i < count; i += 2)
         for (int j = 0; j < columns; j += LANES) {

@@ -62,9 +62,9 @@ inline Vec gelu_gate(Vec x) {
 
 inline Vec gelu(Vec x) { return x * gelu_gate(x); }
 
-// The threads of one parallel region. Work comes in phases; a phase's items are handed out one by
-// one and the next phase begins when all are done, so that a thread that the system has paused
-// holds the others up only by the item in its hands.
+// The threads of one parallel region. Work comes in phases. Threads claim the items of a phase one
+// by one, and the next phase begins when all are done: a thread that the system pauses delays the
+// others by one item only.
 struct Phase {
     std::atomic<int> claimed{0}, done{0};
 };
