@@ -45,6 +45,7 @@ def test_the_widest_instruction_set_of_the_cpu(
             build.load("training.cpp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
 @pytest.mark.parametrize("source", build.KERNELS)
 def test_sources_compile_for_every_instruction_set(name: str, source: str) -> None:
