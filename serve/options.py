@@ -98,7 +98,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
 
     engine = made.add_argument_group("engine")
     add(engine, "device", "auto, cpu, cuda or cuda:N", metavar="DEVICE")
-    add(engine, "dtype", "of the weights; auto is bf16 if the device computes in it, else fp32",
+    add(engine, "dtype", "of the weights; auto is bf16 where that is faster, else fp32",
         choices=("auto", "fp32", "bf16", "int8"))  # fmt: skip
     add(engine, "threads", "CPU threads; default: all", **count)
     add(
