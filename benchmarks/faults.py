@@ -1,16 +1,16 @@
-"""Hit one run with many faults: SIGKILL, SIGTERM and SIGSTOP to random ranks and to torchrun.
+"""Inject many faults into one run: SIGKILL, SIGTERM and SIGSTOP to random ranks and to torchrun.
 
     python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
 
 Two ranks train a small model and write a checkpoint every few steps. Faults come at random steps;
-one in five comes within seconds after the one before, into the restart. torchrun restarts its
-ranks; where torchrun itself is gone, this script starts it again as a scheduler would. In the end
-the weights and the metrics must be bitwise those of a run that nobody disturbed, no process may be
-left, and no fault may have cost more steps than one checkpoint interval.
+one in five comes within seconds of the previous one, while the ranks restart. torchrun restarts its
+ranks; when torchrun itself is gone, this script starts it again as a scheduler would. At the end
+the weights and metrics must equal those of an undisturbed run bit for bit, no process may be left,
+and no fault may have cost more steps than one checkpoint interval.
 
-A stopped rank makes the others wait for parallel.timeout; two of three are woken up again after
-that (a machine that was suspended), the third stays stopped until torchrun kills it 30 s later. A
-stopped torchrun is woken up after a few seconds, since nobody else would do it.
+A stopped rank makes the others wait for parallel.timeout. Two of three are then resumed (a machine
+that was suspended); the third stays stopped until torchrun kills it 30 s later. A stopped torchrun
+is resumed after a few seconds, because nothing else would resume it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FAULTS = [
 
 
 def flags(data: Path, steps: int) -> list[str]:
-    """A model so small that a step is short, but longer than writing its checkpoint."""
+    """Flags for a model whose steps are short, yet longer than writing its checkpoint."""
     settings = {
         "config": "bigram-shakespeare-char",
         "data.path": data,
@@ -83,7 +83,7 @@ def flags(data: Path, steps: int) -> list[str]:
 
 @dataclass
 class Run:
-    """Two ranks under torchrun, and what can be seen of them from outside."""
+    """Two ranks under torchrun, observed from outside."""
 
     out: Path
     arguments: list[str]
@@ -91,7 +91,7 @@ class Run:
     agent: subprocess.Popen[bytes] | None = None
     starts: int = 0
     stopped: dict[int, float] = field(default_factory=dict)
-    """Process → when to wake it up."""
+    """When to resume each stopped process, by its id."""
     _read: int = 0
 
     def start(self) -> None:
@@ -119,7 +119,7 @@ class Run:
         return 0
 
     def resumed_at(self) -> list[int]:
-        """The steps that starts of the ranks continued from, since the last call."""
+        """The steps from which the ranks have started since the last call."""
         with self.log.open("rb") as file:
             file.seek(self._read)
             text, newline, _ = file.read().rpartition(b"\n")
@@ -128,7 +128,7 @@ class Run:
         return [int(step or 0) for step in found]
 
     def process(self, target: str) -> psutil.Process | None:
-        """The process of a rank or of torchrun; None while it is not there."""
+        """The process of a rank or of torchrun; None while there is none."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.agent is None:
                 return None
@@ -142,7 +142,7 @@ class Run:
         return None
 
     def wake(self) -> None:
-        """Continue stopped processes whose time has come."""
+        """Resume the stopped processes that are due."""
         for pid, when in list(self.stopped.items()):
             if time.monotonic() > when:
                 del self.stopped[pid]
@@ -150,7 +150,7 @@ class Run:
                     os.kill(pid, signal.SIGCONT)
 
     def leftovers(self) -> list[psutil.Process]:
-        """Processes of this run that are still there."""
+        """Processes of this run that still exist."""
         return [
             process
             for process in psutil.process_iter(["cmdline"])
@@ -165,7 +165,7 @@ def describe_process(process: psutil.Process) -> str:
 
 
 def quiet_run(run: Run) -> float:
-    """Train undisturbed; seconds it took."""
+    """Train undisturbed; return the seconds it took."""
     start = time.monotonic()
     run.start()
     if run.agent is None or run.agent.wait():
@@ -174,7 +174,7 @@ def quiet_run(run: Run) -> float:
 
 
 class Observer:
-    """Follows a run: how long it stands still after a fault, and how many steps it loses."""
+    """Measures how long a run stalls after a fault, and how many steps it loses."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -187,7 +187,7 @@ class Observer:
 
     def look(self) -> None:
         now, step = time.monotonic(), self.run.step()
-        if (gap := now - self._looked) > 10:  # this process was suspended itself: nobody's fault
+        if (gap := now - self._looked) > 10:  # this process itself was suspended
             self.progress += gap
             self.hit_time += gap if self.hit_time else 0.0
         self._looked = now
@@ -214,7 +214,7 @@ class Observer:
 
 
 class Injector:
-    """Deals out faults: every kind equally often, in random order, at random moments."""
+    """Injects faults: every kind equally often, in random order, at random moments."""
 
     def __init__(self, run: Run, kills: int, steps: int, generator: random.Random) -> None:
         self.run, self.kills, self.steps, self.random = run, kills, steps, generator
@@ -224,7 +224,7 @@ class Injector:
         self._rank_stops = 0
 
     def maybe(self, step: int) -> bool:
-        """Inject the next fault if it is due; whether it was."""
+        """Inject the next fault if it is due; return whether it was."""
         now = time.monotonic()
         due = now > self._time if self._time else step >= self._step
         if not due or self.counts.total() == self.kills:
@@ -233,7 +233,7 @@ class Injector:
             self._deck = self.random.sample(FAULTS, len(FAULTS))
         number, target = self._deck[-1]
         if self._time and number == signal.SIGSTOP:
-            # Before the first steps a silent rank is given half an hour: compiling takes long.
+            # Before the first step a silent rank has half an hour, because compiling takes long.
             self._plan(step, early=False)
             return False
         victim = self.run.process(target)
@@ -264,7 +264,7 @@ class Injector:
 
 
 def disturbed_run(run: Run, kills: int, steps: int, generator: random.Random) -> dict[str, Any]:
-    """Train under fire until the last step is done; what happened."""
+    """Train with faults until the last step is done; return what happened."""
     observer, injector = Observer(run), Injector(run, kills, steps, generator)
     run.start()
     while True:
@@ -290,7 +290,7 @@ def disturbed_run(run: Run, kills: int, steps: int, generator: random.Random) ->
 
 
 def differences(quiet: Path, disturbed: Path) -> list[str]:
-    """What is not bitwise the same in two runs that ought to be equal."""
+    """What differs between two runs that should be bitwise equal."""
     found = []
     ends = [complete_checkpoints(run / "checkpoints")[-1] for run in (quiet, disturbed)]
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -308,7 +308,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=10, help="faults to inject (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of kinds and moments (default: 0)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     if arguments.kills < 1:
@@ -351,7 +353,7 @@ def main() -> int:
         and not result["processes_left"]
         and result["most_steps_lost"] <= INTERVAL
     )
-    print("all well" if good else "NOT as it should be")
+    print("passed" if good else "FAILED")
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: tiny data sets and real training processes."""
+"""Shared by all tests: tiny data sets, and training in processes of its own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def words(count: int, seed: int = 0) -> str:
 
 
 def make_dataset(directory: Path, text: str, val_text: str | None = None) -> Path:
-    """A character-level data set, written with the shard format alone."""
+    """Write a character-level data set with the functions of the shard format alone."""
     directory.mkdir(parents=True)
     tokenizer = CharTokenizer(sorted(set(text + (val_text or ""))))
     write_shard(directory / "x_train_000000.bin", np.array(tokenizer.encode(text), np.uint16))
@@ -51,7 +51,7 @@ def make_dataset(directory: Path, text: str, val_text: str | None = None) -> Pat
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 40,000 characters to train on and 5,000 to validate."""
+    """About 40,000 characters for training and 5,000 for validation."""
     return make_dataset(tmp_path_factory.mktemp("data") / "tiny", words(10_000), words(1_300, 1))
 
 
@@ -91,7 +91,7 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def break_compiler(directory: Path) -> Path:
-    """A ``g++`` in a directory that complains and fails."""
+    """Write a ``g++`` into a directory that prints two lines and fails."""
     compiler = directory / "g++"
     compiler.write_text("#!/bin/sh\necho out of order >&2; echo more >&2; exit 1\n")
     compiler.chmod(0o755)
@@ -165,7 +165,7 @@ def wait_until(
 
 
 def read_rows(out: Path, *, timing: bool = True) -> list[Row]:
-    """Rows of a run's metrics.jsonl; every line must be whole."""
+    """The rows of a run's metrics.jsonl; every line must be complete."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     if timing:
         return rows
@@ -173,12 +173,12 @@ def read_rows(out: Path, *, timing: bool = True) -> list[Row]:
 
 
 def column(out: Path, name: str) -> list[float]:
-    """One number of every row that has it."""
+    """The values of one key, from the rows that have it."""
     return [row[name] for row in read_rows(out) if name in row]
 
 
 def train_many(runs: list[list[str]], directory: Path, ranks: int = 1) -> None:
-    """Several runs one after the other in one set of ranks; see ``train_many.py``."""
+    """Run several trainings one after the other in one set of ranks; see ``train_many.py``."""
     file = directory / f"runs-{len(list(directory.glob('runs-*.json')))}.json"
     file.write_text(json.dumps(runs))
     done = warm.run_ranks("tests.train_many", [str(file)], ranks, timeout=540)

@@ -1,7 +1,7 @@
 """Several training runs in one process (one set of ranks): ``train_many.py RUNS.json``.
 
 The file holds argument lists of ``gpt_dist.train``; a run may start from a copy of another
-run's directory (``["--copy", SOURCE, TARGET]``). Saves the seconds that every start-up costs.
+run's directory (``["--copy", SOURCE, TARGET]``). This saves the seconds of every start-up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real components: a Slurm cluster and two networked hosts, made when the first test asks."""
+"""A real Slurm cluster and two networked hosts, started for the first test that needs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETUP = "tests/cluster/setup.sh"
 def slurm() -> Iterator[SlurmCluster]:
     if programs := missing_programs():
         missing(f"no {', '.join(programs)}; see {SETUP}")
-    # Not pytest's own directory: the paths of sockets must be short.
+    # Not below pytest's directory: the paths of sockets must be short.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
         with SlurmCluster(Path(directory)) as cluster:
             cluster.env["PATH"] = f"{BIN}:{cluster.env['PATH']}"

@@ -1,7 +1,7 @@
 """A real Slurm cluster on one host: two slurmd, one slurmctld and a munged of their own.
 
-Everything lives in one private directory and on free ports, so it neither needs nor disturbs an
-installed Slurm. Debian's packages (slurm-wlm, munge) are enough; no systemd, database or cgroups.
+Everything is in one private directory and on free ports, so it neither needs nor disturbs a running
+Slurm. Debian's packages slurm-wlm and munge are enough, without systemd, database or cgroups.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def missing_programs() -> list[str]:
 
 
 def which(name: str) -> str | None:
-    """Where a program is; daemons live in sbin, which is not on everybody's PATH."""
+    """The path of a program; daemons are in sbin, which is not on everybody's PATH."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports nobody listens on now."""
+    """Distinct TCP ports on which nobody listens at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -185,7 +185,7 @@ class SlurmCluster:
         return self._run("sinfo", "--Node", "--noheader", "-o", "%T", check=False).split()
 
     def sbatch(self, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> int:
-        """Submit a job; its number."""
+        """Submit a job; return its number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments],
             env=self.env | (env or {}),
@@ -199,12 +199,12 @@ class SlurmCluster:
         return int(done.stdout.split(";")[0])
 
     def job(self, number: int) -> dict[str, str]:
-        """What ``scontrol show job`` says: JobState, Restarts, NodeList, ExitCode, …"""
+        """The fields of ``scontrol show job``: JobState, Restarts, NodeList, ExitCode, …"""
         text = self._run("scontrol", "--oneliner", "show", "job", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def queue(self) -> str:
-        """Jobs that wait, run or end."""
+        """Jobs that are pending, running or completing."""
         return self._run("squeue", "--noheader")
 
     def cancel(self, number: int) -> None:

@@ -134,7 +134,7 @@ def test_a_host_without_the_shared_directory_is_named(
     out = tmp_path / "out"
     out.mkdir()
     job = Job(hosts, tiny_config(), out / "run")
-    # Host b has a file system of its own where host a has the run.
+    # On host b, a file system of its own hides the directory of the run.
     job.start("private", wrap={"b": f'mount -t tmpfs none {out} && exec "$@"'})
     for agent in job.agents.values():
         assert agent.wait(300) != 0

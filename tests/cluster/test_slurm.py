@@ -31,7 +31,7 @@ def log_of(cwd: Path) -> str:
 def test_time_limit_checkpoints_requeues_and_finishes(
     slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
 ) -> None:
-    """A run cut in two by its time limit equals one that was not."""
+    """A run that its time limit cuts in two equals an uncut one."""
     config = tiny_config(
         model={"dropout": 0.1},
         optim={"schedule": "constant"},
@@ -52,7 +52,7 @@ def test_time_limit_checkpoints_requeues_and_finishes(
     (checkpoint,) = complete_checkpoints(out / "checkpoints")
     stopped_at = int(checkpoint.name.removeprefix("step-"))
     assert stopped_at == step_count(out)
-    # However fast this machine is: let the second half be short.
+    # The second half is short, however fast this machine is.
     settings = yaml.safe_load(config.read_text())
     settings["train"]["steps"] = stopped_at + 20
     config.write_text(yaml.safe_dump(settings))

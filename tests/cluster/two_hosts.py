@@ -1,7 +1,7 @@
 """Two hosts on one: network namespaces joined by a cable (a veth pair) that can be cut.
 
-Needs root and iproute2. What runs inside sees only its own loopback and one end of the cable, as
-two machines with one network between them would; their names are ``host-a`` and ``host-b``.
+Needs root and iproute2. A process inside sees only its own loopback and one end of the cable, as on
+two machines with a network between them. The hosts are named ``host-a`` and ``host-b``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 
 def obstacle() -> str | None:
-    """Why there can be no two hosts here, or None."""
+    """Why this machine cannot have two such hosts; None if it can."""
     if shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
         return "no `ip` (Debian: iproute2)"
     if os.geteuid():
@@ -73,12 +73,12 @@ class TwoHosts:
         return [int(pid) for pid in ip("netns", "pids", self.namespaces[host]).split()]
 
     def vanish(self, host: str) -> None:
-        """The host loses power: the cable goes dead, every process on it is gone."""
+        """The host loses power: the cable is dead, and every process on the host is killed."""
         self.cut()
         self._kill_all(self.namespaces[host])
 
     def cut(self) -> None:
-        """Pull the cable: no packet and no word of goodbye gets through."""
+        """Pull the cable: no packet gets through, and no end of a connection either."""
         for namespace in self.namespaces.values():
             ip("-n", namespace, "link", "set", self.interface, "down")
 
@@ -106,7 +106,7 @@ class TwoHosts:
 
 
 def ip(*arguments: str) -> str:
-    """Run iproute2's ``ip``; its output."""
+    """Run iproute2's ``ip``; return its output."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

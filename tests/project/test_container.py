@@ -1,4 +1,4 @@
-"""compose.yaml and the image's commands, run here as far as no container engine is needed."""
+"""compose.yaml and the image's commands, as far as they run without a container engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The search path of the image: its scripts, and the environment's commands."""
+    """The environment of a container: the image's scripts and the commands are on its path."""
     scripts = [ROOT / "launch" / "container", ROOT / "launch", Path(sys.executable).parent]
     path = os.pathsep.join([*map(str, scripts), os.environ["PATH"]])
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra

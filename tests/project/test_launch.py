@@ -1,4 +1,4 @@
-"""The launch scripts: sound shell, directives that Slurm reads, flags that arrive."""
+"""The launch scripts: shellcheck, directives that Slurm reads, flags that are passed on."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_shellcheck(script: Path) -> None:
 
 
 def directive_problems(text: str) -> list[str]:
-    """Lines that look like directives and that sbatch would skip without a word.
+    """Lines that look like directives but that sbatch would silently skip.
 
-    It reads lines that begin with ``#SBATCH`` exactly, up to the first line that is neither empty
-    nor a comment.
+    It reads the lines that begin with exactly ``#SBATCH``, up to the first line that is neither
+    empty nor a comment.
     """
     problems, header = [], True
     for number, line in enumerate(text.splitlines(), 1):
@@ -68,7 +68,7 @@ def test_the_lint_sees_what_slurm_skips(line: str) -> None:
 
 
 def run_local(directory: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """launch/local.sh with a torchrun that only prints what it was given."""
+    """Run launch/local.sh with a torchrun that only prints its arguments."""
     fake = directory / "bin"
     fake.mkdir(exist_ok=True)
     (fake / "torchrun").write_text(
@@ -127,14 +127,14 @@ def test_the_tables_in_the_docs_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     sys.modules.pop("scaling_model")
 
 
-def test_paper_agrees_with_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computed_scaling_agrees_with_published_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within three points of MosaicML's figures at every size, with one fitted constant."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     model = importlib.import_module("scaling_model")
     penalty, shares = model.published_check()
     assert shares[128][0] == pytest.approx(0.91, abs=0.005)
     for gpus, (published, computed) in shares.items():
-        assert computed >= published  # paper knows no waiting
+        assert computed >= published  # the computed figures leave out waiting
         corrected = computed / (1 + penalty * math.log2(gpus / 8))
         assert corrected == pytest.approx(published, abs=0.03), gpus
     sys.modules.pop("scaling_model")

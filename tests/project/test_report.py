@@ -1,4 +1,4 @@
-"""docs/performance.md is what the records say, and a record that says too little is refused."""
+"""docs/performance.md shows what the records say, and an incomplete record is refused."""
 
 from __future__ import annotations
 

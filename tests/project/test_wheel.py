@@ -1,7 +1,7 @@
-"""The wheel, installed in an empty environment and used from an empty directory.
+"""The wheel is installed in an empty environment and used from an empty directory.
 
-Its dependencies are those of this environment, put on the new one's path, so that the test takes
-seconds; with ``SOAK=1`` pip installs them all, from the wheel's own metadata.
+To save minutes, its dependencies are those of this environment, added to the new one's path. With
+``SOAK=1`` pip installs them all, from the wheel's own metadata.
 """
 
 from __future__ import annotations
