@@ -40,7 +40,7 @@ def test_time_limit_checkpoints_requeues_and_finishes(
     out = tmp_path / "cut"
     job = slurm.sbatch(
         NO_GPUS, "--time=30", "--signal=B:USR1@40",
-        TRAIN, "--config", str(config), "--out_dir", str(out), cwd=tmp_path,
+        TRAIN, "--config", str(config), "--out_dir", str(out), "--resume", "never", cwd=tmp_path,
     )  # fmt: skip
     # The limit comes closer when the run is under way, however long its start took. Slurm looks
     # at limits every 30 s, so the signal comes within that time.
