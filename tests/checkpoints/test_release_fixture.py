@@ -24,11 +24,11 @@ from tests.conftest import read_rows
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "release-0.1"
 FINGERPRINT = "009df68af9281c245747b0faf08150545aabdc224f4f575f00d62d63ed8e0109"
-RUNS = {"adamw": 1e-6, "muon": 1e-5}
-"""Run → how far losses may differ between CPUs, relative. Muon orthogonalises in bf16.
+RUNS = {"adamw": 1e-6, "muon": 1e-4}
+"""Run → how far losses may differ between CPUs, relative.
 
-A CPU with other vector instructions adds in another order. Measured between PyTorch's AVX2 and
-its plain kernels: 3e-8 for AdamW, 1e-6 for Muon.
+Between AVX2 and PyTorch's plain kernels 3e-8 was measured for AdamW. Muon rounds to bf16 between
+its products: 1.1e-5 was measured between bf16 products and fp32 products rounded to bf16.
 """
 
 
