@@ -25,8 +25,13 @@ from serve import playground
 from tests.components import require, require_module
 from tests.serve.conftest import PATIENCE, wait_until
 
-require_module("gradio", "Gradio is not installed: pip install 'gpt_dist[playground]'")
 LONG = 3000
+
+
+@pytest.fixture
+def gradio() -> None:
+    """Imported by the tests that need it, because that takes seconds."""
+    require_module("gradio", "Gradio is not installed: pip install 'gpt_dist[playground]'")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,7 @@ def ask(page: Any, prompt: str, tokens: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gradio")
 def test_streaming_and_stopping_in_a_browser(
     server: tuple[str, str], browser: Any, tmp_path: Path
 ) -> None:
@@ -146,6 +152,7 @@ def test_streaming_and_stopping_in_a_browser(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gradio")
 def test_engine_in_process(model_dir: Path, browser: Any) -> None:
     port = free_port()
     with running("serve.playground", "--checkpoint", str(model_dir), "--port", str(port)):
@@ -179,6 +186,8 @@ def test_replies_show_whole_characters() -> None:
     assert "🙃</i>" not in reply.html("p")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("gradio")
 def test_bad_input(tmp_path: Path) -> None:
     nobody = f"127.0.0.1:{free_port()}"
     with pytest.raises(GptDistError, match=f"no server answers at {nobody}"):
