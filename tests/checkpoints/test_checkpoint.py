@@ -162,6 +162,7 @@ def test_killed_at_every_operation_of_writing_and_rotation(
         assert read_state(directory / "best")["step"] == best_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("was_best", [False, True])
 def test_killed_at_every_operation_of_saving_a_step_again(

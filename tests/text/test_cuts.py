@@ -22,6 +22,7 @@ gpt2 = load_tokenizer("gpt2")
 bpe = BpeTokenizer.train(["don't we're  it's 42 'tis, the  end.\n\n" * 9, "語中、。"], 320)
 
 
+@pytest.mark.slow
 @given(PIECES, st.integers(1, 80))
 @settings(deadline=None, max_examples=800)
 def test_a_safe_cut_changes_no_id(text: str, limit: int) -> None:

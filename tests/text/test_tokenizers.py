@@ -128,6 +128,7 @@ def test_documents_at_once_equal_one_by_one(texts: list[str], data: st.DataObjec
         assert tokenizer.encode_batch(texts, threads=2) == [tokenizer.encode(t) for t in texts]
 
 
+@pytest.mark.slow
 @given(TEXTS, st.lists(st.integers(0, 2**32), max_size=40), st.data())
 @settings(deadline=None, max_examples=200)
 def test_stream_decoding_equals_decoding(text: str, noise: list[int], data: st.DataObject) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +59,7 @@ def streams_with_stops(draw: st.DrawFn) -> tuple[list[int], list[str]]:
     return ids, draw(st.lists(st.one_of(inside, near, st.text(min_size=1)), min_size=1, max_size=5))
 
 
+@pytest.mark.slow
 @given(streams_with_stops(), st.booleans())
 @settings(max_examples=EXAMPLES)
 def test_stops_are_cut_exactly_and_never_leak(
