@@ -19,9 +19,10 @@ Config = Callable[..., Path]
 
 
 SETTINGS = Path(__file__).with_name("partition_everything.json")
-"""DeepSpeed settings under which ZeRO-3 partitions small parameters too.
+"""DeepSpeed settings under which ZeRO-3 gathers every parameter in every pass, and releases it.
 
-By default those below 100,000 elements, which are all of a test's, stay whole on every rank.
+By default parameters below 100,000 elements stay whole on every rank, and those used again within
+10⁹ elements stay gathered: all of a test's, so that its forward passes would not be collective.
 """
 
 
