@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## Prepare text, train on 2 ranks, sample, serve, call: under 6 minutes
+demo: install  ## Prepare text, train on 2 ranks, sample, serve, call
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 quick: install  ## Run the tests that need no process of their own: under 90 seconds

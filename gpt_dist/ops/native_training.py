@@ -40,7 +40,7 @@ _ARGUMENTS = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they are unavailable; the reason is logged once."""
     if build.disabled():
         return None
@@ -57,10 +57,10 @@ def library() -> ctypes.CDLL | None:
 
 def takes(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the kernels can read this CPU tensor, expected in ``dtype``."""
-    return x.dtype == dtype and concrete(x) and library() is not None
+    return x.dtype == dtype and concrete(x) and kernels() is not None
 
 
 def run(name: str, *arguments: Any) -> None:
     """Call a kernel; tensors must be contiguous, None is a null pointer."""
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library(), name)(*values, torch.get_num_threads())
+    getattr(kernels(), name)(*values, torch.get_num_threads())

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-_library = torch.library.Library("gpt_dist", "DEF")
+_library = library.Library("gpt_dist", "DEF")
 
 names: list[str] = []
 """Every registered operation."""
@@ -62,7 +62,7 @@ def register_in_place(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     for device, implementation in devices.items():
         _library.impl(name, implementation, device.upper())
-    torch.library.register_fake(f"gpt_dist::{name}", fake, lib=_library)
+    library.register_fake(f"gpt_dist::{name}", fake, lib=_library)
     return getattr(torch.ops.gpt_dist, name).default
 
 

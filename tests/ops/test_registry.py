@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from gpt_dist import ops
 from gpt_dist.ops import registry
@@ -38,7 +38,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """Schema, autograd registration, fake tensors, and eager results equal traced ones."""
     # Traced, a bf16 operation runs its reference, which rounds at other places than the kernel.
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    result = torch.library.opcheck(
+    result = library.opcheck(
         getattr(torch.ops.gpt_dist, name).default, arguments(name, dtype), **close
     )
     assert set(result.values()) == {"SUCCESS"}
