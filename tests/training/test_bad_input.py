@@ -192,8 +192,9 @@ def test_plot(tmp_path: Path) -> None:
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        rows = [{"step": n, "train_loss": 4 / n} for n in range(1, 30)]
-        rows += [{"step": n, "val_loss": 4.1 / n} for n in range(10, 30, 10)]
+        # No steep start, which may leave the picture.
+        rows = [{"step": n, "train_loss": 4 - n**2 / 500} for n in range(1, 30)]
+        rows += [{"step": n, "val_loss": 4.1 - n**2 / 500} for n in range(10, 30, 10)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
     for ending, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         out = tmp_path / f"both.{ending}"
@@ -202,7 +203,7 @@ def test_plot(tmp_path: Path) -> None:
         assert out.read_bytes().startswith(magic)
     svg = (tmp_path / "both.svg").read_text()
     # Matplotlib writes text as outlines, with the text itself in a comment.
-    assert svg.count("<!-- best 0.2050 at step 20 -->") == 2
+    assert svg.count("<!-- best 3.3000 at step 20 -->") == 2
     for text in ("a", "b", "optimizer step", "loss (nats per token)"):
         assert f"<!-- {text} -->" in svg, text
     # A line is "M x y L x y …"; y grows downward. Each run has 29 steps, drawn raw and smoothed.
@@ -215,6 +216,6 @@ def test_plot(tmp_path: Path) -> None:
     assert len(curves) == 4
     for curve in curves:
         assert np.corrcoef(curve[:, 0], steps)[0, 1] == pytest.approx(1)
-        assert np.corrcoef(curve[:, 1], 4 / steps)[0, 1] == pytest.approx(-1)
+        assert np.corrcoef(curve[:, 1], -(steps**2))[0, 1] == pytest.approx(-1)
     refused(plot(str(tmp_path / "a"), "--out", str(tmp_path / "a.gif")), 2, ".png, .pdf, .svg")
     refused(plot(str(tmp_path)), 2, "no training steps")
