@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class GptDistError(Exception):
@@ -24,6 +28,26 @@ class UsageError(GptDistError):
     """The command was asked for something it cannot do: exit status 2."""
 
     exit_status = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, and the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ``UsageError``."""
+        if unknown := re.fullmatch(r"unrecognized arguments: (--[^ =]+)(.*)", message):
+            close = difflib.get_close_matches(unknown[1], self._options(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            message = f"{unknown[1]}: no such option{hint}"
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+    def _options(self) -> Iterator[str]:
+        """Long options, also those of subcommands."""
+        for action in self._actions:
+            yield from (name for name in action.option_strings if name.startswith("--"))
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in set(action.choices.values()):
+                    yield from parser._options()
 
 
 def run_main(

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gpt_dist.errors import UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, run_main
 
 if TYPE_CHECKING:
     from gpt_dist.text.tokenizers import Tokenizer
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt_dist.generate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Continue a prompt with a trained model; the text appears as it grows.",
@@ -76,7 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="same seed, same text; sample i has seed N + i (default: 0)",
     )
-    add("--ignore-eos", action="store_true", help="go on after the end of a document")
+    add("--ignore-eos", action="store_true", help="continue after the end of a document")
+    add(
+        "--stop-at-context",
+        action="store_true",
+        help="end when the model's context is full (default: continue with its last half)",
+    )
     add("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     add(
         "--dtype",
@@ -91,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     """Generate as the command line says.
 
     Raises:
-        UsageError: an option out of range, nothing to load, or a prompt that does not fit.
+        UsageError: an option out of range, nothing to load, or, with ``--stop-at-context``, a
+            prompt that does not fit.
         GptDistError: a damaged checkpoint.
     """
     args = make_parser().parse_args(argv)
@@ -113,22 +119,55 @@ def main(argv: list[str] | None = None) -> None:
 
     from gpt_dist.checkpoints.reader import load_model
     from gpt_dist.inference.decoder import Decoder
-    from gpt_dist.inference.generation import generate_many
+    from gpt_dist.inference.generation import generate_many, kept_tokens
     from gpt_dist.parallel.world import pick_device
 
     device = pick_device(args.device, 0)
     model, tokenizer, _ = load_model(args.checkpoint)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_stdin() if args.prompt == "-" else args.prompt
     ids = prompt_ids(tokenizer, prompt)
     limit = model.config.context_length
+    if len(ids) > limit and args.stop_at_context:
+        raise UsageError(f"--prompt: {len(ids)} tokens exceed the model's context of {limit}")
     if len(ids) > limit:
-        raise UsageError(f"--prompt: has {len(ids)} tokens; the model's context is {limit}")
+        tell(f"note: --prompt: {len(ids)} tokens; the model sees the last {limit}, its context")
     if tokenizer.eot_id is not None and not args.ignore_eos:
         sampling = [replace(one, stop_ids=(tokenizer.eot_id,)) for one in sampling]
     slots = min(args.num_samples, 32)
     decoder = Decoder(model, max_slots=slots, device=device, dtype=args.dtype)
-    tokens = generate_many(decoder, [ids] * args.num_samples, sampling, args.max_new_tokens)
-    show(tokens, tokenizer, prompt, args.num_samples)
+    tokens = generate_many(
+        decoder,
+        [ids] * args.num_samples,
+        sampling,
+        args.max_new_tokens,
+        past_context=not args.stop_at_context,
+    )
+    longest = max(show(tokens, tokenizer, prompt, args.num_samples))
+    room = max(1, limit - len(ids) + 1)
+    if longest > room:
+        tell(
+            f"note: the text passed the model's context of {limit} tokens; past it each token "
+            f"follows from the last {kept_tokens(limit)} to {limit} (--stop-at-context ends there)"
+        )
+    elif args.stop_at_context and longest == room < args.max_new_tokens:
+        tell(f"ended: the model's context of {limit} tokens is full")
+
+
+def tell(line: str) -> None:
+    """Print a line that is not part of the text."""
+    print(line, file=sys.stderr)
+
+
+def read_stdin() -> str:
+    """Standard input.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt -: not UTF-8: byte {error.start:,}") from None
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -149,7 +188,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def show(
     tokens: Iterator[tuple[int, int]], tokenizer: Tokenizer, prompt: str, samples: int
-) -> None:
+) -> list[int]:
     """Print samples as they grow: one as plain text, several on a terminal side by side.
 
     Args:
@@ -157,6 +196,9 @@ def show(
         tokenizer: turns them into text, whole characters at a time.
         prompt: stands before each sample.
         samples: how many there are.
+
+    Returns:
+        Tokens of each sample.
     """
     from rich.console import Console, Group
     from rich.live import Live
@@ -170,13 +212,14 @@ def show(
         sys.stdout.flush()
 
     decoders = [StreamDecoder(tokenizer) for _ in range(samples)]
-    texts = [prompt] * samples
+    texts, counts = [prompt] * samples, [0] * samples
     if samples == 1:
         put(prompt)
         for _, token in tokens:
             put(decoders[0].push(token))
+            counts[0] += 1
         put(decoders[0].flush() + "\n")
-        return
+        return counts
 
     def view() -> Group:
         return Group(*(Panel(Text(text), title=f"sample {i}") for i, text in enumerate(texts, 1)))
@@ -186,8 +229,10 @@ def show(
     with Live(console=console, transient=True, get_renderable=view):
         for sample, token in tokens:
             texts[sample] += decoders[sample].push(token)
+            counts[sample] += 1
     for index, (text, decoder) in enumerate(zip(texts, decoders, strict=True)):
         put(("-" * 8 + "\n" if index else "") + text + decoder.flush() + "\n")
+    return counts
 
 
 if __name__ == "__main__":

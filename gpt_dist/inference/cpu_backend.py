@@ -62,7 +62,8 @@ class CpuBackend:
         self._vocab_size = model.vocab_size
         self._logits = torch.zeros(slots, self._stride)
         self._draws = (kernels.Draw * slots)()
-        self._history = np.zeros((slots, context + 1), np.int32)
+        # Tokens of each slot's whole sequence, with room for those that still fit the cache.
+        self._history = [np.zeros(0, np.int32)] * slots
         self._tables: list[list[np.ndarray]] = [[] for _ in range(slots)]
         self._tokens = np.zeros(slots, np.int32)
         self._logprobs = np.zeros((slots, 1 + MAX_LOGPROBS), np.float32)
@@ -111,7 +112,8 @@ class CpuBackend:
         biased = np.array(list(params.logit_bias), np.int32)
         bias = np.array(list(params.logit_bias.values()), np.float32)
         self._tables[slot] = [stops, biased, bias]
-        self._history[slot, : len(ids)] = ids
+        self._history[slot] = np.zeros(self._cache.context + 1, np.int32)
+        self._history[slot][: len(ids)] = ids
         self._draws[slot] = kernels.Draw(
             params.temperature, params.top_p,
             math.log(params.min_p) if params.min_p else -math.inf,
@@ -121,6 +123,11 @@ class CpuBackend:
             self._history[slot].ctypes.data,
             stops.ctypes.data, biased.ctypes.data, bias.ctypes.data,
         )  # fmt: skip
+
+    def slide(self, slot: int, dropped: int) -> None:
+        """Note that the slot's sequence has ``dropped`` more tokens than its cache holds."""
+        self._history[slot] = np.append(self._history[slot], np.zeros(dropped, np.int32))
+        self._draws[slot].history = self._history[slot].ctypes.data
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""

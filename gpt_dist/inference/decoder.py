@@ -282,6 +282,31 @@ class Decoder:
             [chosen[slot][2] for slot in slots],
         )
 
+    def slide(self, slot: int, ids: Ids) -> None:
+        """Make room in an active slot: cache only the last tokens of its sequence.
+
+        They are computed again, because positions are learned. Penalties and draws still refer to
+        the whole sequence.
+
+        Args:
+            slot: where.
+            ids: the tokens that stay, up to the one chosen last.
+
+        Raises:
+            GptDistError: the slot is not active, or has fewer tokens.
+            UsageError: an id is not in the vocabulary.
+        """
+        tokens = self._checked(ids, 0)
+        dropped = self.length(slot) + 1 - len(tokens)
+        if slot not in self._params or not len(tokens) or dropped < 0:
+            raise GptDistError(f"slot {slot} is not active with {len(tokens)} or more tokens")
+        weights = self._bound[slot]
+        assert weights is not None
+        if len(tokens) > 1:
+            self._backend.prefill(weights.data, slot, tokens[:-1], 0)
+        self._backend.slide(slot, dropped)
+        self._lengths[slot], self._tokens[slot] = len(tokens) - 1, tokens[-1]
+
     def free(self, slot: int) -> None:
         """End the slot's sequence; its cache stays for reuse while its weights are the newest."""
         self._params.pop(slot, None)

@@ -129,6 +129,8 @@ class TorchBackend:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Rows: token ids, positions, tokens generated, active; uploaded once a step.
         self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        # Tokens of each slot's sequence that stood before those in the cache.
+        self.dropped = torch.zeros(slots, dtype=torch.int64, device=device)
         self.staging = torch.zeros(4, slots, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     @torch.inference_mode()
@@ -148,6 +150,11 @@ class TorchBackend:
     def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
         """Give a slot its sampling parameters; ``ids`` is the prompt."""
         self.sampler.set(slot, params, ids)
+        self.dropped[slot] = 0
+
+    def slide(self, slot: int, dropped: int) -> None:
+        """Note that the slot's sequence has ``dropped`` more tokens than its cache holds."""
+        self.dropped[slot] += dropped
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
@@ -255,7 +262,8 @@ class TorchBackend:
 
         slots, positions_ = slots[:, None], positions[:, None]
         x = self._layers(weights, ids, positions, attend)
-        return self.sampler.sample(self._head(weights, x), plan, positions + 1, generated, active)
+        index = positions + self.dropped[:rows] + 1  # in the sequence, of the token to choose
+        return self.sampler.sample(self._head(weights, x), plan, index, generated, active)
 
     def _chunk(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
         """Final activations (n, C) of a chunk of one prompt."""

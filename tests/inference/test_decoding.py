@@ -21,16 +21,9 @@ from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT
 from tests.conftest import break_compiler
-from tests.decoders import BACKENDS, SHAPES, small_model, use_backend
+from tests.decoders import SHAPES, small_model, use_backend
 
 GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    use_backend(request.param, monkeypatch)
-    yield request.param
-    kernels.decoder_library.cache_clear()
 
 
 def random_prompts(model: GPT, count: int, longest: int, seed: int = 0) -> list[list[int]]:

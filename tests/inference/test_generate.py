@@ -56,6 +56,47 @@ def test_greedy_text_is_that_of_the_model(
     assert run(capsys, *flags, "--prompt", "once upon") == tokenizer.decode(ids) + "\n"
 
 
+def test_text_goes_on_past_the_context_and_says_so_once(
+    checkpoint: tuple[Path, GPT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context of 96 is full after 7 tokens; its last 48 go on."""
+    directory, model = checkpoint
+    tokenizer = CharTokenizer(ALPHABET)
+    prompt = "a full prompt. " * 6
+    ids = tokenizer.encode(prompt)
+    window = list(ids)
+    for _ in range(150):
+        token = int(model(torch.tensor([window]))[0, -1].argmax())
+        ids.append(token)
+        window = [*window, token] if len(window) < 96 else [*window, token][-48:]
+    flags = ["--temperature", "0", "--dtype", "fp32", "--checkpoint", str(directory)]
+    flags += ["--prompt", prompt, "--max-new-tokens"]
+    main([*flags, "150", "--num-samples", "2"])
+    out, err = capsys.readouterr()
+    assert out == f"{tokenizer.decode(ids)}\n--------\n{tokenizer.decode(ids)}\n"
+    assert err.count("note: the text passed the model's context of 96 tokens") == 1
+    main([*flags, "150", "--stop-at-context"])
+    out, err = capsys.readouterr()
+    assert out == tokenizer.decode(ids[:97]) + "\n"
+    assert err == "ended: the model's context of 96 tokens is full\n"
+    for more in (["7"], ["7", "--stop-at-context"]):  # ends just there, by the limit
+        main([*flags, *more])
+        assert capsys.readouterr() == (tokenizer.decode(ids[:97]) + "\n", "")
+
+
+def test_a_prompt_beyond_the_context_is_cut_from_the_left(
+    checkpoint: tuple[Path, GPT], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", str(checkpoint[0]), "--temperature", "0", "--max-new-tokens", "60"]
+    long = "some text before it. " * 3 + "abcdefghijklmnop" * 6
+    main([*flags, "--prompt", long])
+    out, err = capsys.readouterr()
+    main([*flags, "--prompt", long[-96:]])
+    assert out == long[:-96] + capsys.readouterr().out
+    assert len(out) == len(long) + 60 + 1
+    assert "note: --prompt: 159 tokens; the model sees the last 96" in err
+
+
 def test_samples_are_those_of_their_seeds(
     checkpoint: tuple[Path, GPT], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +133,7 @@ def test_without_a_prompt_a_document_begins_and_ends(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompt", "a" * 97], "--prompt: has 97 tokens; the model's context is 96"),
+        (["--prompt", "a" * 97, "--stop-at-context"], "97 tokens exceed the model's context of 96"),
         (["--prompt", "A"], "'A'"),
         ([], "--prompt: must not be empty"),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples 0"),
