@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +25,11 @@ from gpt_dist.text.cuts import Cut
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+MAX_REACH = 1 << 16
+"""Bytes from the wanted place within which a file is split at a boundary."""
+BOUNDARIES = (rb"\n(\r?\n)+", rb"\n", rb"[ \t]")
+"""Of paragraphs, lines and words, the best first."""
 
 Reader = Callable[[Path, Position, Cut], Iterator[Piece]]
 
@@ -117,20 +123,53 @@ def split_by_characters(whole: FileInput, val_fraction: float) -> list[FileInput
     Raises:
         GptDistError: the file cannot be downloaded or read.
     """
+    return _parts(whole, _character_cut(whole.path(), val_fraction)[0])
+
+
+def split_at_line(whole: FileInput, val_fraction: float) -> list[FileInput]:
+    """As `split_by_characters`, but between two paragraphs, lines or words where that is near.
+
+    So the part for validation may be up to a quarter larger or smaller.
+
+    Raises:
+        GptDistError: the file cannot be downloaded or read.
+    """
     path = whole.path()
-    characters = sum(len(begins) for _, begins in _character_begins(path))
-    wanted = int(characters * (1 - val_fraction))
-    cut = None
-    for position, begins in _character_begins(path):
-        if wanted < len(begins):
-            cut = position + int(begins[wanted])
-            break
-        wanted -= len(begins)
+    cut, rest = _character_cut(path, val_fraction)
+    if not cut:  # too short: all of it is for training
+        return _parts(whole, None)
+    reach = min(rest // 4, MAX_REACH)
+    start = max(0, cut - reach)
+    with closing(ByteWindow(path, start, cut + reach)) as window:
+        while window.grow():
+            pass
+        near = window.bytes(len(window))
+    for separator in BOUNDARIES:
+        ends = [start + match.end() for match in re.finditer(separator, near)]
+        if ends:
+            return _parts(whole, min(ends, key=lambda end: abs(end - cut)))
+    return _parts(whole, cut)
+
+
+def _parts(whole: FileInput, cut: int | None) -> list[FileInput]:
+    """The file up to a byte for training and the rest for validation; None: all for training."""
 
     def part(split: Split, start: int, end: int | None) -> FileInput:
         return replace(whole, reader=text_reader("files", start, end), split=split)
 
     return [part("train", 0, cut), *([part("val", cut, None)] if cut is not None else [])]
+
+
+def _character_cut(path: Path, val_fraction: float) -> tuple[int | None, int]:
+    """Where the last share of a file begins, in bytes, and the characters of that share."""
+    characters = sum(len(begins) for _, begins in _character_begins(path))
+    wanted = int(characters * (1 - val_fraction))
+    before = 0
+    for position, begins in _character_begins(path):
+        if wanted < before + len(begins):
+            return position + int(begins[wanted - before]), characters - wanted
+        before += len(begins)
+    return None, 0
 
 
 def _character_begins(path: Path) -> Iterator[tuple[int, NDArray[np.int64]]]:

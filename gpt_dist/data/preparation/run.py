@@ -16,18 +16,20 @@ from gpt_dist.data.preparation.existing import (
     found_unfinished,
     own_directory,
 )
-from gpt_dist.data.preparation.inputs import FileInput, split_by_characters
 from gpt_dist.data.preparation.progress import WorkProgress
 from gpt_dist.data.preparation.shard_writing import DatasetWriter, remove_data_set
 from gpt_dist.data.preparation.sources import Source, is_on_hub, open_source
 from gpt_dist.data.preparation.tokenize_pool import (
+    Chunk,
     Cursor,
     Input,
     read_chunks,
     split_chooser,
     tokenize,
 )
+from gpt_dist.data.preparation.validation import choose_rule, divide, outcome
 from gpt_dist.errors import GptDistError, UsageError, describe
+from gpt_dist.text.gpt2_vocabulary import END_OF_TEXT
 from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 COMMIT_SECONDS = 5.0
@@ -81,10 +83,8 @@ def _write(
     journal: dict[str, Any] | None,
     progress: WorkProgress,
 ) -> None:
-    inputs: Sequence[Input] = source.inputs
-    whole = source.inputs[0]
-    if source.one_document and args.val_fraction and isinstance(whole, FileInput):
-        inputs = split_by_characters(whole, args.val_fraction)
+    rule = choose_rule(source, args.val_fraction, journal)
+    inputs = divide(source, rule, args.val_fraction)
     begin = time.monotonic()
     writer = None
     try:
@@ -92,7 +92,7 @@ def _write(
             tokenizer = load_tokenizer(out)
         else:
             tokenizer = given or _make_tokenizer(args, source, inputs, progress)
-        writer = DatasetWriter(out, arguments, tokenizer, args.shard_tokens, journal)
+        writer = DatasetWriter(out, arguments, tokenizer, args.shard_tokens, rule, journal)
         if journal is not None:
             print(f"{out}: resuming after {writer.cursor.documents:,} documents", file=sys.stderr)
         _tokenize_into(writer, inputs, args, progress)
@@ -117,6 +117,8 @@ def _tokenize_into(
     splits = writer.splits.values()
     tokenizer, choose = writer.tokenizer, split_chooser(args.val_fraction, args.seed)
     chunks = read_chunks(inputs, writer.cursor, choose, tokenizer.safe_cut)
+    if args.command == "text" and args.split != "eot":
+        chunks = watch_for_separators(chunks, args.split)
     for chunk, parts in tokenize(chunks, tokenizer, args.workers):
         writer.write(parts)
         if chunk.after is not None and time.monotonic() - last_commit >= COMMIT_SECONDS:
@@ -127,6 +129,20 @@ def _tokenize_into(
     if not sum(split.tokens for split in splits):
         names = ", ".join(dict.fromkeys(source.name for source in inputs))
         raise GptDistError(f"{names[:200]}: no text in it")
+
+
+def watch_for_separators(chunks: Iterator[Chunk], mode: str) -> Iterator[Chunk]:
+    """Pass chunks on; say once that a text holds ``<|endoftext|>``, which is plain text there."""
+    said = False
+    for chunk in chunks:
+        if not said and any(END_OF_TEXT in text for run in chunk.runs for text in run.texts):
+            said = True
+            print(
+                f"note: the text contains {END_OF_TEXT}; --split {mode} reads it as plain text, "
+                "--split eot as the end of a document",
+                file=sys.stderr,
+            )
+        yield chunk
 
 
 def _make_tokenizer(
@@ -150,7 +166,8 @@ def _make_tokenizer(
             characters |= set(text)
         if not characters:
             raise GptDistError(f"{source.inputs[0].name}: no text in it")
-        return CharTokenizer(characters, eot=documents > 1 and not source.one_document)
+        one_document = source.whole_files and len(source.inputs) == 1
+        return CharTokenizer(characters, eot=documents > 1 and not one_document)
     return BpeTokenizer.train(_first(texts(), BPE_TRAINING_CHARACTERS), args.vocab_size)
 
 
@@ -184,6 +201,8 @@ def _summary(out: Path, info: dict[str, Any], seconds: float) -> None:
             f"  {split:5}  {entry['tokens']:>15,} tokens  {entry['bytes']:>15,} bytes  "
             f"{entry['documents']:,} document(s)  {len(entry['shards'])} shard(s)"
         )
-    if "val" not in info["splits"]:
-        print("  no validation split: too few documents for it")
+    line, far = outcome(info)
+    print(f"  {line}")
+    if far:
+        print(f"note: {out}: {line}; documents are few or unequally long", file=sys.stderr)
     print(f"  in {seconds:.1f} s; to look at it: python -m gpt_dist.prepare inspect {out}")

@@ -123,6 +123,7 @@ class DatasetWriter:
         arguments: what determines the tokens; kept in the journal and in ``dataset.json``.
         tokenizer: saved in the data set at once.
         shard_tokens: tokens in each shard.
+        validation: how the validation split is chosen (validation.py).
         journal: of the attempt to resume.
 
     Raises:
@@ -136,10 +137,12 @@ class DatasetWriter:
         arguments: dict[str, Any],
         tokenizer: Tokenizer,
         shard_tokens: int,
+        validation: str,
         journal: dict[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.arguments = arguments
+        self.validation = validation
         self.tokenizer = tokenizer
         self.cursor = Cursor()
         self.splits: dict[Split, SplitWriter] = {
@@ -170,6 +173,7 @@ class DatasetWriter:
         journal = {
             "format_version": DATASET_FORMAT_VERSION,
             "arguments": self.arguments,
+            "validation": self.validation,
             "cursor": cursor,
             "splits": {split: writer.state() for split, writer in self.splits.items()},
         }
@@ -192,6 +196,7 @@ class DatasetWriter:
             },
             "fingerprint": fingerprint(tokenizer_sha256, splits),
             "splits": splits,
+            "validation": self.validation,
             "arguments": self.arguments,
         }
         write_atomically(

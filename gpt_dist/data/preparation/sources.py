@@ -54,14 +54,14 @@ class Source:
 
     Attributes:
         inputs: in the order in which they are read.
-        one_document: everything is one document, to be split by characters.
+        whole_files: each file is one document of text.
         commit: of the hub's data set; None for other sources.
         content: identifies the files, here or on the hub, by their names and sizes.
         urls: identifies the files of other servers.
     """
 
     inputs: Sequence[FileInput | HubInput]
-    one_document: bool = False
+    whole_files: bool = False
     commit: str | None = None
     content: str | None = None
     urls: list[str] = field(default_factory=list)
@@ -113,12 +113,12 @@ def is_on_hub(args: argparse.Namespace) -> bool:
 def _shakespeare(args: argparse.Namespace, _: str | None) -> Source:
     bundled = Path(str(resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"))
     path = _local(args.source)[0] if args.source else bundled
-    return Source([FileInput(path, text_reader("files"))], one_document=True)
+    return Source([FileInput(path, text_reader("files"))], whole_files=True)
 
 
 def _tinyshakespeare(args: argparse.Namespace, _: str | None) -> Source:
     file = _one_file(args.source) if args.source else TINYSHAKESPEARE
-    return Source([FileInput(file, text_reader("files"))], one_document=True)
+    return Source([FileInput(file, text_reader("files"))], whole_files=True)
 
 
 def _tinystories(args: argparse.Namespace, commit: str | None) -> Source:
@@ -189,7 +189,7 @@ def _text(args: argparse.Namespace, _: str | None) -> Source:
     files = _named_files(args, TEXT_SUFFIXES)
     mode: TextMode = args.split
     inputs = [FileInput(file, text_reader(mode)) for file in files]
-    return Source(inputs, one_document=mode == "files" and len(files) == 1)
+    return Source(inputs, whole_files=mode == "files")
 
 
 def _jsonl(args: argparse.Namespace, _: str | None) -> Source:
