@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gpt_dist.errors import UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, run_main
 from gpt_dist.parallel.watchdog import die_with_agent
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ TASKS = ("hellaswag", "lambada", "perplexity")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt_dist.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Score a model: HellaSwag (in llm.c's completion style and in lm-eval style),\n"

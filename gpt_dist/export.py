@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_dist.errors import UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, run_main
 
 if TYPE_CHECKING:
     from gpt_dist.model.gpt import GPT
@@ -21,7 +21,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt_dist.export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Export a trained model to a directory for transformers and tools that read\n"

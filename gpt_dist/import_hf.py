@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.errors import GptDistError, Parser, UsageError, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ HUB_FILES = [
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt_dist.import_hf",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn a pretrained GPT-2 into a checkpoint for --train.init_from, generate\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from gpt_dist.errors import GptDistError, run_main
+from gpt_dist.errors import GptDistError, Parser, run_main
 from gpt_dist.ops.build import KERNELS, build, unavailable
 
 
@@ -14,6 +14,7 @@ def main() -> None:
     Raises:
         GptDistError: they cannot be had here; says why.
     """
+    Parser(prog="gpt_dist.kernels", description="Build the CPU kernels now.").parse_args()
     reason = unavailable()
     if reason:
         raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from gpt_dist.errors import run_main
+from gpt_dist.errors import Parser, run_main
 from gpt_dist.training.reporting.curves import plot_runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpt_dist.plot",
         description="Draw training and validation loss of one or several runs.",
         epilog="example: python -m gpt_dist.plot runs/a runs/b --out compare.pdf",

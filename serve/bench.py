@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import platform
 import random
 import time
@@ -17,9 +18,10 @@ from typing import Any
 
 import grpc
 
-from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, run_main
 from serve.client import AsyncClient, Prompt
-from serve.client.connection import DEFAULT_TARGET
+from serve.client.connection import DEFAULT_TARGET, TOKEN
+from serve.client.words import failure
 
 PERCENTILES = (50, 90, 99)
 
@@ -209,7 +211,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m serve.bench",
         description="Send streamed requests to a server and measure latency and throughput.",
         epilog="""examples:
@@ -304,8 +306,8 @@ def main() -> int:
     try:
         records, seconds, info = asyncio.run(whole())
     except grpc.aio.AioRpcError as error:
-        hint = f"{error.code().name}: {error.details()}"
-        raise GptDistError(f"{arguments.target}: {hint}") from None
+        tls, token = bool(arguments.tls_ca), bool(arguments.token or os.environ.get(TOKEN))
+        raise failure(error, arguments.target, tls=tls, token=token) from None
     figures = report(records, seconds)
     table = Table("ms", *(f"p{percent}" for percent in PERCENTILES), "mean")
     for name in ("time_to_first_token_ms", "inter_token_ms", "end_to_end_ms"):

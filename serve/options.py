@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_dist.errors import UsageError
+from gpt_dist.errors import Parser, UsageError
 
 PREFIX = "GPT_DIST_SERVE_"
 
@@ -65,7 +65,7 @@ _PORT = _at_least(0, int, 65535)
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m serve",
         description="Serve a model over gRPC (gpt_dist.v1.GenerationService).",
         epilog="""examples:

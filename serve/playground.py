@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.errors import GptDistError, Parser, UsageError, run_main
 from serve.client import AsyncClient, Client
 from serve.client.connection import DEFAULT_TARGET
+from serve.client.words import failure
 
 if TYPE_CHECKING:
     import gradio
@@ -192,8 +193,7 @@ def model_card(target: str, checkpoint: Path | None) -> str:
         with Client(target, timeout=10) as client:
             info = client.info()
     except grpc.RpcError as error:
-        reason = error.details()  # type: ignore[attr-defined]
-        raise GptDistError(f"no server answers at {target}: {reason}") from None
+        raise failure(error, target) from None
     rows = []
     for field, value in info.ListFields():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
@@ -308,7 +308,7 @@ def build(target: str, card: str, max_new_tokens: int = 1024) -> gradio.Blocks:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m serve.playground",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A web page for trying out a model.",
@@ -354,8 +354,11 @@ def main(argv: list[str] | None = None) -> None:
                 server_name=args.host, server_port=args.port, css=CSS, quiet=True,
                 prevent_thread_lock=True,
             )  # fmt: skip
-        except OSError as error:
-            raise GptDistError(f"--port {args.port}: {error}") from None
+        except (OSError, OverflowError):
+            raise GptDistError(
+                f"cannot listen on {args.host}:{args.port}: the port is in use, or the address is "
+                "not this machine's; choose another --port"
+            ) from None
         print(f"ready: http://{args.host}:{args.port}", flush=True)
         page.block_thread()
     finally:

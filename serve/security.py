@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
-import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import grpc
 from gpt_dist.errors import GptDistError, UsageError, describe
 from serve.api.rpc import method_handler
 from serve.api.status import DETAILS, StatusError
+from serve.certificates import check_files
 
 log = logging.getLogger("serve")
 
@@ -68,15 +68,7 @@ class Certificates:
     def _check(self) -> None:
         key, cert = self.paths[:2]
         try:
-            for path in self.paths:
-                path.read_bytes()
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(cert, key)
-            if self.ca is not None:
-                context.load_verify_locations(self.ca)
-        except ssl.SSLError as error:
-            names = ", ".join(map(str, self.paths))
-            raise GptDistError(f"TLS files {names}: {error.reason or error}") from None
+            check_files(cert, key, self.ca)
         except OSError as error:
             raise GptDistError(f"TLS file: {describe(error)}") from None
 

@@ -129,14 +129,24 @@ def _check(data: Any, kind: type[Row]) -> Row:
 
 def _from_hub(name: str, split: str, kind: type[Row], limit: int | None) -> list[Row]:
     from datasets.load import load_dataset
+    from huggingface_hub import HfApi, constants
 
+    reason, offline = "", constants.HF_HUB_OFFLINE
     try:
+        try:
+            HfApi().dataset_info(name, timeout=15)
+        except Exception as error:  # network libraries raise many classes
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            constants.HF_HUB_OFFLINE = True  # look in the cache alone; else it tries five times
         data = load_dataset(name, split=split)
-    except Exception as error:  # network libraries raise many classes
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    except Exception as error:
+        reason = reason or next(iter(str(error).splitlines()), "") or type(error).__name__
         raise GptDistError(
-            f"{name} cannot be downloaded from the Hugging Face hub ({reason}); give a local file"
+            f"{name} cannot be downloaded from the Hugging Face hub ({reason}); "
+            "give a local file (evaluate: --source, train: eval.hellaswag_path)"
         ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     count = len(data) if limit is None else min(limit, len(data))
     return [_check(data[i], kind) for i in range(count)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,7 +20,7 @@ from serve.api.parsing import tokenize as encode
 from serve.api.rpc import deadline_of, note
 from serve.api.status import StatusError, expired, internal, invalid, overloaded, unavailable
 from serve.engine.engine import Engine, EngineLost
-from serve.engine.jobs import Event, Expired, Lost, QueueFull, Scored, Scoring
+from serve.engine.jobs import Event, Expired, Finish, Lost, QueueFull, Scored, Scoring
 from serve.engine.loading import Loaded
 from serve.metrics import Metrics
 
@@ -141,6 +141,7 @@ class GenerationService:
         note(
             prompt_tokens=response.usage.prompt_tokens,
             completion_tokens=response.usage.completion_tokens,
+            ended=endings(output.finish_reason for output in response.outputs),
         )
         return response
 
@@ -157,7 +158,10 @@ class GenerationService:
                         yield message
             except (QueueFull, EngineLost) as error:
                 raise self.refused(error) from None
-            note(completion_tokens=sum(output.tokens for output in call.outputs))
+            note(
+                completion_tokens=sum(output.tokens for output in call.outputs),
+                ended=endings(output.finish or 0 for output in call.outputs),
+            )
 
     async def GenerateBatch(
         self, request: api.GenerateBatchRequest, context: Any
@@ -268,6 +272,12 @@ class GenerationService:
             running=len(scheduler.running),
             waiting=scheduler.waiting,
         )
+
+
+def endings(reasons: Iterable[int]) -> str:
+    """Why outputs ended, for the log: ``context full, length``."""
+    names = {Finish(reason).name.lower().replace("_", " ") for reason in reasons if reason}
+    return ", ".join(sorted(names))
 
 
 def _item_error(index: int, error: StatusError) -> api.GenerateBatchResponse:

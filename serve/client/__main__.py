@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 
-from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, run_main
 from gpt_dist.v1 import generation_pb2 as pb
 from serve.client import Client
-from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, TOKEN
+from serve.client.words import ending, failure
 
 TYPES: dict[int, Callable[[str], Any]] = {
     FieldDescriptor.TYPE_FLOAT: float,
@@ -47,7 +49,7 @@ HELP = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m serve.client",
         description="Call a server that runs `python -m serve`.",
         epilog="""examples:
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
   python -m serve.client health && echo up""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     connection = shared.add_argument_group("connection")
     connection.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
     connection.add_argument(
@@ -159,26 +161,38 @@ def _print_json(message: Any) -> None:
 
 def _generate(client: Client, arguments: argparse.Namespace) -> None:
     prompt, chosen = _prompt(arguments), _chosen(arguments)
+    many = chosen.get("n", 1) > 1
+    ends: list[tuple[int, Any, int]] = []  # index, finish, tokens
     if not arguments.stream:
         response = client.generate(prompt, **chosen)
         if arguments.json:
             _print_json(response)
-        else:
-            many = len(response.outputs) > 1
-            for output in response.outputs:
-                print((f"[{output.index}] " if many else "") + output.text)
-        return
-    line = None  # the output that the current line belongs to
-    for piece in client.stream(prompt, **chosen):
+            return
+        for output in response.outputs:
+            print((f"[{output.index}] " if many else "") + output.text)
+            ends.append((output.index, output, len(output.token_ids)))
+    else:
+        line = None  # the output that the current line belongs to
+        for piece in client.stream(prompt, **chosen):
+            if arguments.json:
+                _print_json(piece)
+                continue
+            if piece.text_delta:
+                if many and piece.index != line:
+                    print(f"{'' if line is None else chr(10)}[{piece.index}] ", end="")
+                line = piece.index
+                print(piece.text_delta, end="", flush=True)
+            if piece.HasField("finished"):
+                done = piece.finished
+                ends.append((piece.index, done, done.usage.completion_tokens))
         if arguments.json:
-            _print_json(piece)
-        elif piece.text_delta:
-            if chosen.get("n", 1) > 1 and piece.index != line:
-                print(f"{'' if line is None else chr(10)}[{piece.index}] ", end="")
-            line = piece.index
-            print(piece.text_delta, end="", flush=True)
-    if not arguments.json:
-        print()
+            return
+        print(flush=True)
+    full = any(end.finish_reason == pb.FINISH_REASON_CONTEXT_FULL for _, end, _ in ends)
+    context = client.info().max_context if full else 0
+    for index, end, tokens in ends:
+        mark = f"[{index}] " if many else ""
+        print(f"{mark}ended: {ending(end, tokens, context)}", file=sys.stderr)
 
 
 def _score(client: Client, arguments: argparse.Namespace) -> None:
@@ -221,27 +235,29 @@ def _run(arguments: argparse.Namespace) -> int:
                 else:
                     print(str(info).rstrip())
             case "health":
-                serving = client.health()
+                serving = client.health(reachable=True)
                 print(json.dumps(serving) if arguments.json else
                       "SERVING" if serving else "NOT_SERVING")  # fmt: skip
                 return 0 if serving else 1
     return 0
 
 
-def main() -> int:
-    """Make the call. A failure becomes one line; Ctrl-C also cancels on the server."""
-    arguments = parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """Make the call. A failure becomes one line; Ctrl-C also cancels on the server.
+
+    Raises:
+        UsageError: a wrong flag, or a request that the server calls invalid.
+        GptDistError: the call failed otherwise.
+    """
+    arguments = parser().parse_args(argv)
     # A shell may start background commands with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run(arguments)
     except grpc.RpcError as error:
-        wrong = error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
-        kind = UsageError if wrong else GptDistError
-        hint = ""
-        if error.code() == grpc.StatusCode.UNAVAILABLE:
-            hint = f" (is a server running at {arguments.target}?)"
-        raise kind(f"{error.code().name}: {error.details()}{hint}") from None
+        tls = bool(arguments.tls or arguments.tls_ca or arguments.tls_cert)
+        token = bool(arguments.token or os.environ.get(TOKEN))
+        raise failure(error, arguments.target, tls=tls, token=token) from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
 

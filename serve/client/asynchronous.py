@@ -94,13 +94,16 @@ class AsyncClient(Connection):
         )
         return response
 
-    async def health(self, *, timeout: float | None = None) -> bool:
-        """Whether the server accepts requests. False if it cannot be reached."""
+    async def health(self, *, timeout: float | None = None, reachable: bool = False) -> bool:
+        """Whether the server accepts requests.
+
+        One that cannot be reached does not, unless it must be ``reachable``: then the call raises.
+        """
         request = health_pb2.HealthCheckRequest()
         try:
             response = await self._health.Check(request, **self._with(timeout))
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
+            if error.code() == grpc.StatusCode.UNAVAILABLE and not reachable:
                 return False
             raise
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

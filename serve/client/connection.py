@@ -10,11 +10,17 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from gpt_dist.errors import UsageError
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
+from serve.certificates import check_files
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 120.0
+TOKEN = "GPT_DIST_TOKEN"
+"""Environment variable with a bearer token."""
 MAX_RESPONSE_BYTES = 64 << 20
+SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
+"""Of names that gRPC resolves by itself."""
 
 # A call that failed with UNAVAILABLE had no effect (gRFC A6), so it is safe to repeat. Other
 # failures are left to the caller.
@@ -57,6 +63,7 @@ class Connection:
 
     Raises:
         OSError: a TLS file cannot be read.
+        UsageError: the target is not HOST:PORT, or a TLS file is not what it should be.
     """
 
     _channels: Any
@@ -74,9 +81,11 @@ class Connection:
         tls_key: Path | None = None,
         request_id: str | None = None,
     ) -> None:
+        check_target(target)
         self.timeout = timeout
         self.metadata = _metadata(token, request_id)
-        if tls or tls_ca or tls_cert:
+        if tls or tls_ca or tls_cert or tls_key:
+            check_files(tls_cert, tls_key, tls_ca)
             credentials = grpc.ssl_channel_credentials(
                 *(path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
             )
@@ -90,7 +99,20 @@ class Connection:
         return {"timeout": timeout or self.timeout, "metadata": self.metadata}
 
 
+def check_target(target: str) -> None:
+    """Refuse an address that gRPC would take for another one: it ignores a missing port.
+
+    Raises:
+        UsageError: it is neither HOST:PORT nor a name that gRPC resolves, such as dns:///HOST:PORT.
+    """
+    if target.startswith(SCHEMES):
+        return
+    host, _, port = target.rpartition(":")
+    if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"--target {target}: must be HOST:PORT, such as {DEFAULT_TARGET}")
+
+
 def _metadata(token: str | None, request_id: str | None) -> list[tuple[str, str]]:
-    token = token or os.environ.get("GPT_DIST_TOKEN")
+    token = token or os.environ.get(TOKEN)
     made = [("authorization", f"Bearer {token}")] if token else []
     return [*made, ("x-request-id", request_id)] if request_id else made

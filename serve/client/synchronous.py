@@ -82,13 +82,16 @@ class Client(Connection):
         response: api.GetModelInfoResponse = self._stub.GetModelInfo(request, **self._with(timeout))
         return response
 
-    def health(self, *, timeout: float | None = None) -> bool:
-        """Whether the server accepts requests. False if it cannot be reached."""
+    def health(self, *, timeout: float | None = None, reachable: bool = False) -> bool:
+        """Whether the server accepts requests.
+
+        One that cannot be reached does not, unless it must be ``reachable``: then the call raises.
+        """
         request = health_pb2.HealthCheckRequest()
         try:
             status = self._health.Check(request, **self._with(timeout)).status
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
+            if error.code() == grpc.StatusCode.UNAVAILABLE and not reachable:
                 return False
             raise
         return bool(status == health_pb2.HealthCheckResponse.SERVING)

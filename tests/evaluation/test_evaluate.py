@@ -386,10 +386,20 @@ def test_invalid_utf8_is_located(tmp_path: Path) -> None:
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("no route to host\nmore")
+    """One request finds out; then only the cache is searched, without further attempts."""
+    from huggingface_hub import constants
 
+    asked = []
+
+    def unreachable(*_: object, **__: object) -> None:
+        asked.append(constants.HF_HUB_OFFLINE)
+        raise ConnectionError("no route to host\nmore" if len(asked) == 1 else "not in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     monkeypatch.setattr("datasets.load.load_dataset", unreachable)
     with pytest.raises(GptDistError, match=r"\(no route to host\); give a local file") as caught:
         tasks.read_hellaswag(None)
     assert not isinstance(caught.value, UsageError)
+    assert asked == [False, True]
+    assert not constants.HF_HUB_OFFLINE

@@ -196,7 +196,8 @@ class ByteWindow:
             unpacked = " of the decompressed file" if self._compression else ""
             raise GptDistError(
                 f"{self.path}: not UTF-8: byte {self.position + error.start:,}{unpacked} is "
-                f"0x{data[error.start]:02x} ({error.reason})"
+                f"0x{data[error.start]:02x} ({error.reason}); if it is Latin-1, convert it: "
+                "iconv -f LATIN1 -t UTF-8"
             ) from None
 
     @property

@@ -102,7 +102,7 @@ class RemoteFile:
         return self.sha256 is None or file_sha256(path) == self.sha256
 
     def _fill(self, file: BufferedRandom, etag_file: Path, report: Report) -> None:
-        failures = 0
+        failures, reached = 0, False
         while True:
             before = file.seek(0, os.SEEK_END)
             try:
@@ -110,7 +110,8 @@ class RemoteFile:
                 break
             except _Interrupted as error:
                 failures = 1 if file.seek(0, os.SEEK_END) > before else failures + 1
-                if failures >= ATTEMPTS:
+                reached = reached or not isinstance(error, _Unreachable)
+                if failures >= ATTEMPTS or not reached:
                     raise GptDistError(
                         f"{self.url}: {error}; run again to resume, or bring the file here and "
                         "name it with --source"
@@ -176,12 +177,18 @@ class RemoteFile:
             raise UsageError(f"{self.url}: {error}") from None
         except urllib3.exceptions.ProtocolError:  # IncompleteRead and its like
             raise _Interrupted(f"connection lost after {have:,} bytes") from None
+        except requests.ConnectionError as error:
+            raise _Unreachable(network_reason(error)) from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise _Interrupted(network_reason(error)) from None
 
 
 class _Interrupted(Exception):
     """A failure that another attempt may overcome."""
+
+
+class _Unreachable(_Interrupted):
+    """No connection; without an earlier one, other attempts would only cost time."""
 
 
 def _of(total: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from gpt_dist.data.preparation.downloads import RemoteFile, check_name, network_reason
@@ -69,16 +69,15 @@ def hub_files(
     """
     from huggingface_hub import RepoFile, get_token, hf_hub_url
 
-    entries = _ask(
-        repository,
-        f"/{folder}" if folder else "",
-        endpoint,
-        lambda api: list(
+    def listing(api: HfApi) -> list[Any]:
+        api.dataset_info(repository, revision=commit, timeout=15)  # fails at once without network
+        return list(
             api.list_repo_tree(
                 repository, folder or None, recursive=True, revision=commit, repo_type="dataset"
             )
-        ),
-    )
+        )
+
+    entries = _ask(repository, f"/{folder}" if folder else "", endpoint, listing)
     found = [e for e in entries if isinstance(e, RepoFile) and e.path.endswith(suffix)]
     for entry in found:
         check_name(entry.path, f"{endpoint or OWN_ENDPOINT}/datasets/{repository}")

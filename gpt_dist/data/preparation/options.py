@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from typing import NoReturn
+from pathlib import Path
 
 from gpt_dist.data.catalog import VARIANTS
-from gpt_dist.errors import UsageError
+from gpt_dist.errors import Parser, UsageError
 from gpt_dist.text.tokenizers import MAX_VOCAB_SIZE
 
 EPILOG = """\
@@ -25,15 +25,10 @@ Each source has its own help: python -m gpt_dist.prepare fineweb-edu --help.
 On a machine without internet, copy the files there and give --source DIR.
 After a kill the same command resumes."""
 
+TOKENIZERS = ("gpt2", "char", "bpe")
+"""Tokenizers that need no file."""
 MAX_SHARD_TOKENS = 2**31 - 1
 """The header stores the count as an int32."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} --help)")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -46,6 +41,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     if args.command == "inspect":
         return args
+    if args.tokenizer not in TOKENIZERS and not Path(args.tokenizer).exists():
+        raise UsageError(
+            f"--tokenizer {args.tokenizer}: no such tokenizer; valid are {', '.join(TOKENIZERS)}, "
+            "or the path of a tokenizer.json"
+        )
     if args.tokenizer != "bpe" and args.vocab_size is not None:
         raise UsageError("--vocab-size: only for --tokenizer bpe")
     if args.vocab_size is None:
@@ -136,7 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["files", "lines", "eot"],
         default="files",
         help="a document is a file (default), a line, or the text between two <|endoftext|>; "
-        "a single file that is one document is split by characters, as in nanoGPT",
+        "of a single file, or of each of a few, the last part is for validation",
     )
     jsonl = add("jsonl", "JSON lines: one object on each line", 0.01, files)
     _paths(jsonl)
@@ -191,7 +191,7 @@ def _common(parser: argparse.ArgumentParser, val_fraction: float, where: str) ->
         type=float,
         default=val_fraction,
         metavar="F",
-        help=f"share of the documents for validation (default {val_fraction}); 0 = none",
+        help=f"share for validation (default {val_fraction}); 0 = none",
     )
     parser.add_argument(
         "--shard-tokens",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 1 << 27
 """Longest line of JSON that is accepted."""
 
+SHOWN = 60
+"""Characters of a line that a message about it shows."""
 TextMode = Literal["files", "lines", "eot"]
 SEPARATORS: dict[TextMode, str | None] = {"files": None, "lines": "\n", "eot": END_OF_TEXT}
 
@@ -124,7 +126,12 @@ def read_jsonl(path: Path, field: str, at: Position, cut: Cut = gpt2_cut) -> Ite
                 text = _field(json.loads(line), field) if line else ""
             except (ValueError, RecursionError) as error:
                 number = _line_number(path, window.position)
-                raise GptDistError(f"{path}: line {number}: {error}") from None
+                reason = str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    start = max(0, error.pos - SHOWN // 2)
+                    near = line[start : start + SHOWN]
+                    reason = f"not JSON: {error.msg} at character {error.pos + 1}, in {near!r}"
+                raise GptDistError(f"{path}: line {number}: {reason}") from None
             window.take(length if ended else length + 1)
             yield from whole_document(text, str(path), cut, window.position, window.done)
 
@@ -139,7 +146,7 @@ def _field(row: Any, field: str) -> str:
     for key in [field] if isinstance(row, dict) and field in row else field.split("."):
         if not isinstance(value, dict) or key not in value:
             keys = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-            raise ValueError(f"no field {field!r}{keys}")
+            raise ValueError(f"no field {field!r}{keys}; name the field with --field")
         value = value[key]
     if value is None:
         return ""
@@ -206,7 +213,10 @@ def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
     import pyarrow as pa
 
     if column not in schema.names:
-        raise GptDistError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+        raise GptDistError(
+            f"{path}: no column {column!r}; it has {', '.join(schema.names)}; "
+            "name the column with --column"
+        )
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):

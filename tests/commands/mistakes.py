@@ -1,0 +1,220 @@
+"""Mistakes and their answers: what was typed, the exit status, and the sense of the one line.
+
+The line is a regular expression of its key words, in order. ``{name}`` in a command stands for
+something that the workspace of `test_mistakes` has, such as the address of a server. A command that
+begins with ``fresh:`` runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+TRAIN = [
+    ("--train.lr 1e-3", 2, r"--train\.lr: no such setting; did you mean optim\.lr"),
+    ("--lr 1e-3", 2, r"--lr: .*did you mean optim\.lr"),
+    ("--trian.steps 5", 2, r"did you mean train\.steps"),
+    ("--train.stesp 5", 2, r"did you mean train\.steps"),
+    ("--model.layers 5", 2, r"--model\.layers: no such setting"),
+    ("--train.steps", 2, r"--train\.steps: needs a value"),
+    ("--train.steps many", 2, r"train\.steps = many: .*a whole number"),
+    ("--optim.lr fast", 2, r"optim\.lr = fast: .*a number"),
+    ("--model.norm sideways", 2, r"model\.norm = sideways: .*pre \| post"),
+    ("--parallel.zero_stage 7", 2, r"zero_stage = 7: .*0 \| 1 \| 2 \| 3"),
+    ("steps=5", 2, r"steps=5: expected --section\.key value"),
+    ("--config shakespere-char", 2, r"shakespere-char: .*did you mean shakespeare-char"),
+    ("--config nothing.yaml", 2, r"nothing\.yaml: no such file or preset; presets: .*gpt2-124m"),
+    ("--config configs/bad.yaml", 2, r"configs/bad\.yaml, line 2: not YAML"),
+    ("--config configs/list.yaml", 2, r"configs/list\.yaml: expected a mapping"),
+    ("--config configs/key.yaml", 2, r"modle: no such setting"),
+    ("--config configs/latin1.yaml", 2, r"configs/latin1\.yaml: not YAML: .*utf-8"),
+    ("--config {tiny} --model.n_head 5", 2, r"n_head = 5"),
+    ("--config {tiny} --train.batch_tokens 1000", 2, r"batch_tokens = 1000: .*multiple"),
+    ("--config {tiny} --data.path nowhere", 2, r"nowhere: no data there; make it with: python"),
+    ("", 2, r"no data there; make it with: python -m gpt_dist\.prepare fineweb-edu"),
+    ("--config shakespeare-char-cpu", 2, r"prepare shakespeare --tokenizer char"),
+    ("--config {tiny} --data.path data/broken", 1, r"text_train_000000\.bin: "),
+    ("--config {tiny} --data.path data/unfinished", 1, r"not finished .*run the same prepare"),
+    ("--config {tiny} --resume runs/none", 2, r"runs/none"),
+    ("--config {tiny} --train.init_from runs/none", 2, r"runs/none: no such run"),
+    ("--config {tiny} --model.vocab_size 5", 2, r"vocab_size"),
+    ("--config {tiny} --out_dir texts/good.txt/run", 1, r"Not a directory: texts/good\.txt"),
+    ("--config {tiny} --device tpu", 2, r"device = tpu"),
+]
+PREPARE = [
+    ("", 2, r"SOURCE"),
+    ("shakspeare", 2, r"invalid choice: 'shakspeare' .*shakespeare"),
+    ("shakespeare --tokeniser char", 2, r"--tokeniser: no such option; did you mean --tokenizer"),
+    ("text", 2, r"text: name at least one file, directory or pattern"),
+    ("text nowhere.txt", 2, r"nowhere\.txt: no such file or directory"),
+    ("text configs", 2, r"configs: no files with names in \.txt"),
+    ("text 'texts/*.nope'", 2, r"\.nope: no file matches"),
+    ("text texts/empty.txt", 1, r"texts/empty\.txt: no text in it"),
+    ("text texts/latin1.txt", 1, r"latin1\.txt: not UTF-8: byte 3 is 0xe9 .*iconv -f LATIN1"),
+    ("text texts/good.txt --tokenizer sentencepiece", 2, r"sentencepiece: .*gpt2, char, bpe"),
+    ("text texts/good.txt --tokenizer configs/bad.yaml", 2, r"configs/bad\.yaml: not JSON"),
+    ("text texts/good.txt --val-fraction 10", 2, r"--val-fraction 10.0: valid are 0 .*below 1"),
+    ("text texts/good.txt --shard-tokens lots", 2, r"'lots' is not a number of tokens such as"),
+    ("text texts/good.txt --shard-tokens 0", 2, r"--shard-tokens 0: valid are 1 to"),
+    ("text texts/good.txt --workers 0", 2, r"--workers 0: valid are 1"),
+    ("text texts/good.txt --vocab-size 500", 2, r"--vocab-size: only for --tokenizer bpe"),
+    ("text texts/good.txt --tokenizer bpe --vocab-size 9", 2, r"--vocab-size 9: valid are 258"),
+    ("text texts/good.txt --out data/good", 2, r"data/good: not empty and no data set"),
+    ("text texts/good.txt --out texts/good.txt", 2, r"is a file; --out names a directory"),
+    ("text texts/good.txt --out data/mine --seed 3", 2, r"data/mine: holds a data set made with"),
+    ("jsonl texts/bad.jsonl", 1, r"bad\.jsonl: line 2: not JSON: .*character 22, in '.*\"tex"),
+    ("jsonl texts/number.jsonl", 1, r"number\.jsonl: line 1: field 'text' is not text: 3"),
+    ("jsonl texts/good.jsonl --field body", 1, r"no field 'body'; it has id, text.*--field"),
+    ("parquet texts/other.parquet", 1, r"no column 'text'; it has id, content.*--column"),
+    ("parquet texts/good.txt", 1, r"texts/good\.txt: cannot be read as parquet"),
+    ("fineweb --variant 10BT", 2, r"--variant 10BT: valid are sample-10BT"),
+    ("text texts/good.txt --revision main", 2, r"--revision: no such option"),
+    ("tinyshakespeare --source {nobody_url}", 1, r"input\.txt: .*[Rr]efused.*--source"),
+    ("inspect nowhere", 2, r"nowhere: no data there"),
+    ("inspect data/unfinished", 1, r"data/unfinished: not finished"),
+    ("fresh: hf somebody/nothing", 1, r"somebody/nothing: no connection .*--source DIR"),
+]
+GENERATE = [
+    ("--prompt hello", 2, r"required: --checkpoint"),
+    ("--checkpoint nowhere", 2, r"nowhere: no such run, checkpoint or model"),
+    ("--checkpoint data/mine", 2, r"data/mine: holds no complete checkpoint; expected a run"),
+    ("--checkpoint runs/damaged --prompt a", 1, r"model\.safetensors: .*damaged"),
+    ("--checkpoint runs/mine --prompt Ω", 2, r"character 'Ω' .*not among"),
+    ("--checkpoint runs/mine", 2, r"--prompt: must not be empty"),
+    ("--checkpoint runs/mine --promt a", 2, r"--promt: no such option; did you mean --prompt"),
+    ("--checkpoint runs/mine --num-samples 0", 2, r"--num-samples 0: must be at least 1"),
+    ("--checkpoint runs/mine --prompt a --temperature -1", 2, r"temperature = -1"),
+    ("--checkpoint runs/mine --temperature hot", 2, r"--temperature: invalid float .*'hot'"),
+    ("--checkpoint runs/mine --dtype fp8", 2, r"--dtype: invalid choice: 'fp8' .*bf16"),
+    (
+        "--checkpoint runs/mine --stop-at-context --prompt aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        2,
+        r"35 tokens exceed the model's context of 32",
+    ),
+]
+EVALUATE = [
+    ("--checkpoint runs/mine", 2, r"required: --task"),
+    ("--checkpoint runs/mine --task helaswag", 2, r"helaswag: .*valid are hellaswag, lambada"),
+    ("--checkpoint runs/mine --task perplexity", 2, r"perplexity: needs --source FILE"),
+    ("--checkpoint runs/mine --task lambada --stride 4", 2, r"--stride: only for .*perplexity"),
+    ("--checkpoint runs/mine --task lambada --limit 0", 2, r"--limit 0: must be at least 1"),
+    ("--checkpoint nowhere --task lambada", 2, r"nowhere: no such run"),
+    ("--checkpoint runs/mine --task perplexity --source gone.txt", 2, r"gone\.txt: no such file"),
+    (
+        "--checkpoint runs/mine --task perplexity --source texts/latin1.txt",
+        2,
+        r"latin1\.txt: not UTF-8 at byte 3",
+    ),
+    (
+        "--checkpoint runs/mine --task hellaswag --source texts/bad.jsonl",
+        2,
+        r"bad\.jsonl, line 1: ",
+    ),
+    (
+        "fresh: --checkpoint runs/mine --task hellaswag",
+        1,
+        r"Rowan/hellaswag cannot be downloaded .*local file",
+    ),
+]
+FILES = [
+    ("gpt_dist.export --checkpoint runs/mine", 2, r"required: --out"),
+    ("gpt_dist.export --checkpoint nowhere --out new", 2, r"nowhere: no such run"),
+    ("gpt_dist.export --checkpoint runs/mine --out texts", 2, r"texts: .*exists"),
+    ("gpt_dist.export --checkpoint runs/mine --out new --format onnx", 2, r"'onnx' .*hf"),
+    (
+        "gpt_dist.export --checkpoint runs/mine --out texts/good.txt --format llmc",
+        2,
+        r"texts/good\.txt: exists",
+    ),
+    ("gpt_dist.import_hf nowhere/at/all --out deep/new", 2, r"nowhere/at/all: no such directory"),
+    ("gpt_dist.import_hf models/bert --out new", 2, r"bert.*gpt2"),
+    ("gpt_dist.import_hf models/pickle --out new", 2, r"models/pickle: no tokenizer\.json"),
+    ("gpt_dist.import_hf models/bert --out texts", 2, r"texts: .*exists"),
+    ("gpt_dist.import_hf texts/good.txt --out new", 2, r"good\.txt: not an llm\.c weight file"),
+    ("fresh: gpt_dist.import_hf somebody/nothing --out new", 1, r"somebody/nothing: .*hub"),
+    ("gpt_dist.plot", 2, r"required: RUN"),
+    ("gpt_dist.plot nowhere", 2, r"nowhere: .*expected a run directory"),
+    ("gpt_dist.plot runs/mine", 2, r"runs/mine.*no training steps"),
+    ("gpt_dist trian", 2, r"gpt_dist trian: .*run python -m gpt_dist\.train"),
+]
+SERVE = [
+    ("serve", 2, r"--checkpoint is required"),
+    ("serve --checkpoint nowhere --port 0", 2, r"nowhere: no such run"),
+    ("serve --checkpoint runs/mine --prot 0", 2, r"--prot: no such option; did you mean --port"),
+    ("serve --checkpoint runs/mine --port 99999", 2, r"99999: must be 0 to 65535"),
+    ("serve --checkpoint runs/mine --port {busy}", 1, r"cannot listen on .*in use.*--port"),
+    ("serve --checkpoint runs/mine --metrics-port {busy} --port 0", 1, r"metrics .*in use"),
+    ("serve --checkpoint runs/mine --host 0.0.0.0", 2, r"0\.0\.0\.0 .*--tls-cert.*--allow-insec"),
+    ("serve --checkpoint runs/mine --max-slots 0", 2, r"--max-slots: 0: must be 1 or more"),
+    ("serve --checkpoint runs/mine --port 0 --max-context 9999", 2, r"max_context = 9999"),
+    ("serve --checkpoint runs/mine --device tpu --port 0", 2, r"tpu"),
+    ("serve --checkpoint runs/mine --tls-cert {cert}", 2, r"--tls-cert and --tls-key .*together"),
+    (
+        "serve --checkpoint runs/mine --port 0 --tls-cert {key} --tls-key {cert}",
+        2,
+        r"is a private key.*is a certificate: swap them",
+    ),
+    (
+        "serve --checkpoint runs/mine --port 0 --tls-cert {cert} --tls-key {other_key}",
+        2,
+        r"--tls-key .*other.*: not the key of the certificate",
+    ),
+    (
+        "serve --checkpoint runs/mine --port 0 --tls-cert {cert} --tls-key texts/good.txt",
+        2,
+        r"--tls-key texts/good\.txt: contains no private key",
+    ),
+    (
+        "serve --checkpoint runs/mine --port 0 --auth-token-file gone",
+        1,
+        r"--auth-token-file: No such file .*gone",
+    ),
+    (
+        "serve --checkpoint runs/mine --port 0 --auth-token-file texts/empty.txt",
+        1,
+        r"texts/empty\.txt: contains no token",
+    ),
+]
+CLIENT = [
+    ("", 2, r"required: COMMAND"),
+    ("generate hi --target {nobody}", 1, r"UNAVAILABLE: no server answers at .*python -m serve"),
+    ("health --target {nobody}", 1, r"no server answers at .*--target"),
+    ("health --target {plain} --tls-ca {ca}", 1, r"does not use TLS; leave out --tls"),
+    ("generate hi --target {tls}", 1, r"closed the connection; if it uses TLS, give --tls-ca"),
+    ("generate hi --target {tls} --tls", 1, r"certificate .*not trusted; .*--tls-ca FILE"),
+    ("generate hi --target {tls} --tls-ca texts/good.txt", 2, r"good\.txt: contains no certif"),
+    ("info --target {locked}", 1, r"UNAUTHENTICATED: the server requires a token; give --token"),
+    ("info --target {locked} --token wrong", 1, r"UNAUTHENTICATED: .*not accept this token.*--tok"),
+    ("generate hi --target {draining}", 1, r"UNAVAILABLE: .*the server is shutting down"),
+    ("generate hi --target localhost", 2, r"--target localhost: must be HOST:PORT"),
+    ("generate hi --target http://localhost:5", 2, r"must be HOST:PORT"),
+    ("generate hi --target nowhere.invalid:5", 1, r"no host of this name: nowhere\.invalid"),
+    ("generate hi --target {plain} --top-p 7", 2, r"INVALID_ARGUMENT: sampling\.top_p"),
+    ("generate hi --target {plain} --logit-bias x", 2, r"--logit-bias: must be ID=X, such as"),
+    ("generate hi --target {plain} --max-tokens 5 --stream", 2, r"mean --max-new-tokens"),
+    ("detokenize 99999 --target {plain}", 2, r"INVALID_ARGUMENT: token_ids: "),
+]
+TOOLS = [
+    ("serve.bench --target {nobody}", 1, r"no server answers at"),
+    ("serve.bench --requests 0", 2, r"--requests, .*must be above 0"),
+    ("serve.bench --prompt-tokens many", 2, r"many: must be like 64, uniform:16,128"),
+    ("serve.bench --target {plain} --prompts gone.txt", 1, r"No such file or directory: gone"),
+    ("serve.playground --target {nobody}", 1, r"no server answers at .*python -m serve"),
+    ("serve.playground --target {nobody} --checkpoint runs/mine", 2, r"not allowed with"),
+    ("serve.playground --checkpoint nowhere", 2, r"nowhere: no such run"),
+    ("fresh: serve.playground --target {plain} --port {busy}", 1, r"in use.*--port$"),
+]
+
+MISTAKES: list[tuple[str, int, str]] = [
+    *(
+        (f"{'fresh: ' * typed.startswith('fresh: ')}{name} {typed.removeprefix('fresh: ')}", *rest)
+        for name, rows in (
+            ("gpt_dist.train", TRAIN),
+            ("gpt_dist.prepare", PREPARE),
+            ("gpt_dist.generate", GENERATE),
+            ("gpt_dist.evaluate", EVALUATE),
+            ("serve.client", CLIENT),
+        )
+        for typed, *rest in rows
+    ),
+    *FILES,
+    *SERVE,
+    *TOOLS,
+]  # type: ignore[list-item]
