@@ -69,7 +69,7 @@ class RollCall:
                 for rank, (host, place) in list(places.items())[:8]
             )
         reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", " ".join(str(error).split()))
-        result = GptDistError(f"{text} ({reason[:200]}); the same command continues the run")
+        result = GptDistError(f"{text} ({reason[:200]}); run the same command to resume")
         if not places:
             result.local = int(os.environ.get("LOCAL_RANK", "0")) == 0
             if result.local:

@@ -8,6 +8,7 @@ this file as a script.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,7 +95,7 @@ def watch_agent(patience: float = AGENT_PATIENCE) -> None:
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         subprocess.Popen(
             # Without site-packages: Python starts in 20 ms.
-            [sys.executable, "-I", "-S", __file__]
+            [sys.executable, "-I", "-S", __file__, "watch"]
             + [str(value) for value in (os.getppid(), os.getpid(), patience)],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -125,6 +126,49 @@ def end_stuck_agent(agent: int, worker: int, patience: float) -> bool:
     return False
 
 
+def print_after_agent(text: str) -> None:
+    """Print a text on standard error after the last output of the torchrun agent.
+
+    An agent that gets Ctrl-C ends its workers, then prints a traceback and ends. Nothing that a
+    worker prints can come after that, so another process does it.
+    """
+    place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, "print", str(os.getppid()), *place, text],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for_end(agent: int, store: tuple[str, int], patience: float = 2 * AGENT_GRACE) -> None:
+    """Wait until an agent ends.
+
+    Its store closes after its last output and some tenths of a second before the process is gone,
+    so whoever waits for the store is earlier than the shell's prompt.
+
+    Args:
+        agent: process id of the agent.
+        store: host and port of the store; it may be another process's.
+        patience: seconds to wait at most.
+    """
+    deadline = time.monotonic() + patience
+
+    def alive() -> bool:
+        with contextlib.suppress(OSError):
+            os.kill(agent, 0)
+            return time.monotonic() < deadline
+        return False
+
+    with contextlib.suppress(OSError), socket.create_connection(store, timeout=1) as connection:
+        connection.settimeout(0.1)
+        while alive():
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1):
+                    return
+    while alive():
+        time.sleep(0.05)
+
+
 def parent_of(process: int) -> int | None:
     """The parent of a process (Linux), None where there is no such process."""
     try:
@@ -134,5 +178,16 @@ def parent_of(process: int) -> int | None:
     return int(text.rpartition(")")[2].split()[1])  # the name in parentheses may hold spaces
 
 
+def main(task: str, agent: str, *rest: str) -> None:
+    """What ``watch_agent`` and ``print_after_agent`` start."""
+    if task == "watch":
+        worker, patience = rest
+        end_stuck_agent(int(agent), int(worker), float(patience))
+    else:
+        host, port, text = rest
+        wait_for_end(int(agent), (host, int(port)))
+        print(text, file=sys.stderr)
+
+
 if __name__ == "__main__":
-    end_stuck_agent(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    main(*sys.argv[1:])

@@ -22,7 +22,7 @@ from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
 from gpt_dist.training.memory import keep_freed_memory
 from gpt_dist.training.progress import Progress
-from gpt_dist.training.reporting.formatting import human
+from gpt_dist.training.reporting.formatting import counted, human
 from gpt_dist.training.run_directory import RunDirectory
 
 
@@ -64,18 +64,32 @@ class Run:
         return self.progress.step >= self.total_steps
 
     def headline(self) -> str:
-        """Two lines that say what is about to run."""
+        """A few lines that say what is about to run."""
         config, world = self.config, self.world
         begin = f"continuing {self.start}" if self.start else "starting"
-        return (
-            f"{begin}: {human(self.engine.model.num_parameters())} parameters, "
-            f"{self.total_steps} steps of {human(config.train.batch_tokens)} tokens "
-            f"({world.size} ranks x {self.accumulation} x {self.micro_batch} sequences of "
-            f"{config.model.context_length}), {str(self.dtype).removeprefix('torch.')} on "
-            f"{world.device.type}, {self.compiled}\n"
-            f"data: {', '.join(config.data.path)} ({human(self.data.windows)} windows)   "
-            f"run: {config.out_dir}"
-        )
+        context = config.model.context_length
+        lines = [
+            f"{begin}: {config.out_dir}",
+            f"  model  {human(self.engine.model.num_parameters())} parameters, "
+            f"{str(self.dtype).removeprefix('torch.')} on {world.device.type}, {self.compiled}",
+            f"  steps  {self.total_steps:,} of {human(config.train.batch_tokens)} tokens",
+            f"  batch  {counted(world.size, 'rank')} × {counted(self.accumulation, 'micro-batch')} "
+            f"× {counted(self.micro_batch, 'sequence')} × {context:,} tokens",
+        ]
+        sequences, weights = self.total_steps * config.batch_sequences, config.data.path
+        for (path, weight), order in zip(weights.items(), self.data.orders, strict=True):
+            share = weight / sum(weights.values())
+            part = f"{share:.3g} of the batch, " if len(weights) > 1 else ""
+            lines.append(
+                f"  data   {path}: {part}{human(order.windows)} windows, "
+                f"{sequences * share / order.windows:.3g} epochs"
+            )
+        if config.stride < context:
+            lines.append(
+                f"         windows overlap (data.stride = {config.stride}): an epoch shows each "
+                f"token {context / config.stride:.3g} times"
+            )
+        return "\n".join(lines)
 
     def say(self, text: str) -> None:
         """Print on world rank 0."""

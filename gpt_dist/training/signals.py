@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -15,6 +18,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        """The signal that came last, such as ``SIGTERM``; None before any."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -40,3 +44,10 @@ class StopSignal:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT and int(os.environ.get("RANK", "0")) == 0:
+            with contextlib.suppress(RuntimeError):  # the signal came while this stream was written
+                print(
+                    "stopping with a checkpoint; Ctrl-C again stops at once",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -7,6 +7,7 @@ position), and a ``Trainer`` steps it. Between two steps come the callbacks (``c
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,10 +26,12 @@ from gpt_dist.errors import GptDistError
 from gpt_dist.optim.schedules import learning_rate
 from gpt_dist.parallel import world as distributed
 from gpt_dist.parallel.compiling import warm_up
+from gpt_dist.parallel.watchdog import print_after_agent
 from gpt_dist.parallel.world import World
 from gpt_dist.training.callbacks import Callback, finish_writing, make_callbacks
 from gpt_dist.training.reporting.metrics import Row
 from gpt_dist.training.reporting.monitor import Monitor, NoTrace, Trace, draw, profiler
+from gpt_dist.training.reporting.summary import next_commands, summary
 from gpt_dist.training.reporting.throughput import peak_flops
 from gpt_dist.training.run_directory import RunDirectory
 from gpt_dist.training.setup import Run, setup
@@ -49,11 +52,20 @@ def train(config: Config) -> None:
         GptDistError: the run failed; what it wrote is whole.
     """
     with StopSignal() as stop, distributed.start(config.device) as world:
-        train_here(config, world, stop)
+        last_words = train_here(config, world, stop)
+        if world.is_main and stop.name == "SIGINT" and "TORCHELASTIC_RUN_ID" in os.environ:
+            print_after_agent(f"(torchrun prints this traceback at every Ctrl-C)\n{last_words}")
+        elif world.is_main:
+            print(last_words, flush=True)
 
 
-def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
-    """``train`` with the ranks of ``world``, until the end or until ``stop`` is true on any."""
+def train_here(config: Config, world: World, stop: Callable[[], bool]) -> str:
+    """``train`` with the ranks of ``world``, until the end or until ``stop`` is true on any.
+
+    Returns:
+        What came of it, in words, on world rank 0.
+    """
+    started = time.monotonic()
     out_dir = Path(config.out_dir)
     train = config.train
     writer = CheckpointWriter(out_dir / "checkpoints", train.keep_checkpoints, train.keep_every)
@@ -62,8 +74,9 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
         run = setup(config, world, directory)
         stack.callback(run.close)
         if run.is_complete:
-            run.say(f"{out_dir}: complete, all {run.progress.step} steps are done")
-            return
+            return f"{out_dir}: complete, all {run.progress.step} steps are done\n" + next_commands(
+                out_dir
+            )
         run.say(run.headline())
         first = run.data.sequences(np.arange(run.micro_batch))
         warm_up(run.engine, world, config, to_batch(first, world.device))
@@ -76,15 +89,16 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> None:
         profiling = config.train.profile and world.is_main
         trace = stack.enter_context(profiler(out_dir, enabled=profiling))
         peak = peak_flops(world.device, run.dtype)
-        Trainer(run, callbacks, monitor, stop, trace, peak).train()
+        trainer = Trainer(run, callbacks, monitor, stop, trace, peak)
+        trainer.train()
         finish_writing(writer, world)
         world.decide(writer.check)
-    if world.is_main:
-        draw(out_dir)
+    if not world.is_main:
+        return ""
+    draw(out_dir)
     if run.is_complete:
-        run.say(f"done: {out_dir}, {run.total_steps} steps")
-    else:
-        run.say(f"stopped after step {run.progress.step}; the same command continues")
+        return summary(out_dir, trainer.first_step, time.monotonic() - started)
+    return f"stopped after step {run.progress.step}; run the same command to resume"
 
 
 class Trainer:

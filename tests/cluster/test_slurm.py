@@ -68,7 +68,7 @@ def test_time_limit_checkpoints_requeues_and_finishes(
     )
     assert slurm.wait(quiet)["JobState"] == "COMPLETED", log_of(tmp_path)
     assert "2 nodes (node[1-2])" in log_of(tmp_path)
-    assert "(2 ranks x" in log_of(tmp_path)
+    assert "2 ranks ×" in log_of(tmp_path)
     assert read_rows(out, timing=False) == read_rows(tmp_path / "quiet", timing=False)
 
 

@@ -34,7 +34,7 @@ def test_the_silent_rank_is_named_and_one_rank_speaks(store: Any) -> None:
     expected = "lost rank 0 on host-a: dead, stopped, or cut off from the network"
     for error in errors:
         assert str(error) == (
-            f"{expected} (Connection closed by peer [::1]:7); the same command continues the run"
+            f"{expected} (Connection closed by peer [::1]:7); run the same command to resume"
         )
     assert [error.local for error in errors] == [True, False]
 

@@ -34,7 +34,7 @@ def watch(worker: str, *, reaps: bool, patience: float) -> tuple[int | None, str
         assert agent.stdout is not None
         assert agent.stdin is not None
         pid = int(agent.stdout.readline())
-        command = [sys.executable, "-I", "-S", watchdog.__file__, str(agent.pid), str(pid)]
+        command = [sys.executable, "-I", "-S", watchdog.__file__, "watch", str(agent.pid), str(pid)]
         done = subprocess.run(
             [*command, str(patience)], capture_output=True, text=True, timeout=120, check=True
         )

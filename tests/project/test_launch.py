@@ -113,7 +113,7 @@ def test_sigusr1_to_torchrun_checkpoints(tiny_config: Callable[..., Path], tmp_p
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     rows = step_count(out)
-    assert f"stopped after step {rows}; the same command continues" in output
+    assert f"stopped after step {rows}; run the same command to resume" in output
     (checkpoint,) = complete_checkpoints(out / "checkpoints")
     assert checkpoint.name == f"step-{rows:08d}"
 

@@ -23,6 +23,7 @@ from gpt_dist.training.reporting.metrics import Row
 from gpt_dist.training.reporting.monitor import Monitor
 from gpt_dist.training.setup import Run, setup
 from gpt_dist.training.trainer import Trainer
+from tests.conftest import make_dataset, words
 
 Config = Callable[..., Path]
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -230,3 +231,19 @@ def test_a_failed_write_ends_the_run_at_the_next_step(tiny_config: Config) -> No
         with pytest.raises(OSError, match="no space"):
             trainer.train()
     assert run.progress.step == 3
+
+
+def test_the_headline_of_a_mixture(tiny_config: Config, tmp_path: Path) -> None:
+    data = {
+        str(make_dataset(tmp_path / name, words(count), words(300, 1))): weight
+        for name, count, weight in (("a", 4000, 1.0), ("b", 1000, 3.0))
+    }
+    config = tiny_config(data={"path": data, "tokenizer": str(tmp_path / "a")})
+    with stepping(config, "--train.micro_batch_size", "32") as run:
+        lines = run.headline().splitlines()
+        windows = [order.windows for order in run.data.orders]
+    assert lines[3] == "  batch  1 rank × 1 micro-batch × 32 sequences × 32 tokens"
+    for line, path, share, count in zip(lines[4:], data, (0.25, 0.75), windows, strict=True):
+        epochs = 20 * 32 * share / count
+        assert line.startswith(f"  data   {path}: {share} of the batch, ")
+        assert line.endswith(f" windows, {epochs:.3g} epochs")

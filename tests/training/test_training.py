@@ -125,7 +125,7 @@ def test_a_stop_signal_checkpoints_and_the_same_command_continues(
     finally:
         process.kill()
     assert process.returncode == 0, stderr
-    assert "the same command continues" in stdout
+    assert "run the same command to resume" in stdout
     steps = len(read_rows_loosely(out))
     assert steps < 400
     assert complete_checkpoints(out / "checkpoints")

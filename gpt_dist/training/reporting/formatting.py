@@ -11,6 +11,11 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def file_size(count: float) -> str:
     """1990000000 bytes → ``1.99 GB``."""
     for unit, bytes_ in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):

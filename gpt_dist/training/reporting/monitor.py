@@ -10,9 +10,10 @@ from typing import Any, Protocol, Self
 from gpt_dist.config.settings import Config
 from gpt_dist.errors import UsageError
 from gpt_dist.training.progress import Progress
+from gpt_dist.training.reporting.console import ConsoleSink
 from gpt_dist.training.reporting.curves import plot_runs
 from gpt_dist.training.reporting.metrics import Row
-from gpt_dist.training.reporting.sinks import ConsoleSink, JsonLines, Samples, Sink, TensorBoard
+from gpt_dist.training.reporting.sinks import JsonLines, Samples, Sink, TensorBoard
 
 
 class Monitor:
@@ -82,16 +83,24 @@ class NoTrace:
 
 @contextmanager
 def profiler(out_dir: Path, *, enabled: bool) -> Iterator[Trace]:
-    """Record the 10th to 12th step to ``out_dir``/profile/trace.json (chrome://tracing)."""
+    """Record the 10th to 12th step to ``out_dir``/profile/trace.json, and say so."""
     if not enabled:
         yield NoTrace()
         return
     from torch import profiler as torch_profiler
 
+    path = out_dir / "profile" / "trace.json"
+    written = False
+
     def write(profile: Any) -> None:
-        (out_dir / "profile").mkdir(exist_ok=True)
-        profile.export_chrome_trace(str(out_dir / "profile" / "trace.json"))
+        nonlocal written
+        path.parent.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(path))
+        written = True
+        print(f"profile: {path} (open it in ui.perfetto.dev)", flush=True)
 
     schedule = torch_profiler.schedule(wait=8, warmup=1, active=3, repeat=1)
     with torch_profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
         yield profile
+    if not written:
+        print("profile: none, because the run ended before its 10th step", flush=True)

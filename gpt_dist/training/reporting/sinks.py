@@ -1,23 +1,18 @@
-"""Where a run's numbers go: console, ``metrics.jsonl``, TensorBoard, ``samples.txt``.
+"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard, ``samples.txt``.
 
-Every destination is a ``Sink``; another tracker is one more class with these five methods.
+Every destination is a ``Sink``; another tracker is one more class with these five methods. The
+console is in ``console.py``.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import time
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.files import write_atomically
-from gpt_dist.training.reporting.formatting import clock, human
 from gpt_dist.training.reporting.metrics import Row, encode_row, whole_lines
 
 
@@ -136,73 +131,3 @@ class Samples:
         pass
 
     close = flush
-
-
-class ConsoleSink:
-    """A progress bar on a terminal; elsewhere plain lines, fewer as time goes on."""
-
-    def __init__(self, step: int, steps: int) -> None:
-        self._steps, self._console = steps, Console(highlight=False, soft_wrap=True)
-        self._last_line = -math.inf
-        self._progress: Progress | None = None
-        self._first = step
-        self._started, self._seconds = time.monotonic(), 0.0
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[numbers]}"),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("", total=steps, completed=step, numbers="")
-            self._progress.start()
-
-    def train(self, row: Row) -> None:
-        numbers = format_numbers(row)
-        if self._progress:
-            self._progress.update(self._task, completed=row["step"], numbers=numbers)
-        now = time.monotonic()
-        self._seconds += row["step_ms"] / 1e3
-        edge = row["step"] in (self._first + 1, self._steps) or "skipped" in numbers
-        # Frequent at first, while someone watches; later rare, so that logs stay short.
-        interval = min(10.0, 1 + (now - self._started) / 30)
-        if edge or (not self._progress and now - self._last_line >= interval):
-            self._last_line = now
-            width = len(str(self._steps))
-            left = self._seconds / (row["step"] - self._first) * (self._steps - row["step"])
-            self.message(
-                f"step {row['step']:>{width}}/{self._steps}  {numbers}  left {clock(left)}"
-            )
-
-    def validation(self, row: Row) -> None:
-        scores = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key != "step")
-        self.message(f"step {row['step']}  {scores}", style="bold")
-
-    def sample(self, step: int, text: str) -> None:
-        self.message(f"--- sample after step {step}\n{text}\n---", style="dim")
-
-    def message(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, markup=False)
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
-
-
-def format_numbers(row: Row) -> str:
-    """``loss 3.2871  lr 6.00e-04  norm 0.31  1.2M tok/s  mfu 41.3%``"""
-    norm = row["grad_norm"]
-    parts = [
-        f"loss {row['train_loss']:.4f}",
-        f"lr {row['lr']:.2e}",
-        f"norm {norm:.2f}" if math.isfinite(norm) else f"norm {norm} (update skipped)",
-        f"{human(row['tokens_per_second'])} tok/s",
-    ]
-    if row["mfu"] is not None:
-        parts.append(f"mfu {row['mfu']:.1%}")
-    return "  ".join(parts)
