@@ -18,11 +18,23 @@ from gpt_dist.parallel.engine import Engine
 from gpt_dist.parallel.world import World
 
 
+class ValidationSplit(NamedTuple):
+    """The validation split of a data set, with the data set's name and weight in the mixture."""
+
+    name: str
+    stream: TokenStream
+    weight: float
+
+
 class Validation(NamedTuple):
-    """``loss`` in nats per token; ``bits_per_byte`` of text, comparable between tokenizers."""
+    """Scores over all validation splits, weighted as the mixture is."""
 
     loss: float
+    """Nats per token."""
     bits_per_byte: float
+    """Of text, so that tokenizers compare."""
+    losses: dict[str, float]
+    """``loss`` of each data set by its name; empty where there is only one."""
 
 
 @contextmanager
@@ -38,19 +50,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def validate(
     engine: Engine,
-    streams: list[TokenStream],
-    weights: list[float],
+    splits: list[ValidationSplit],
     byte_lengths: np.ndarray,
     config: Config,
     world: World,
     stop: Callable[[], bool],
 ) -> Validation | None:
-    """Mean loss over the validation splits, weighted as the mixture is.
+    """Loss over the validation splits, and on each of them. Collective.
 
     Args:
         engine: evaluates a batch; switched to evaluation mode meanwhile.
-        streams: validation splits.
-        weights: their weights in the mixture.
+        splits: at least one.
         byte_lengths: (vocabulary,) bytes of text that each token encodes.
         stop: whether this rank was asked to stop.
 
@@ -59,14 +69,15 @@ def validate(
     """
     parts = []
     with evaluating(engine.model):
-        for stream in streams:
-            part = _validate_one(engine, stream, byte_lengths, config, world, stop)
+        for split in splits:
+            part = _validate_one(engine, split.stream, byte_lengths, config, world, stop)
             if part is None:
                 return None
             parts.append(part)
-    shares = np.array(weights) / sum(weights)
-    mean = shares @ np.array(parts)
-    return Validation(float(mean[0]), float(mean[1]))
+    weights = [split.weight for split in splits]
+    loss, bits_per_byte = np.array(weights) / sum(weights) @ np.array(parts)
+    losses = {split.name: part[0] for split, part in zip(splits, parts, strict=True)}
+    return Validation(float(loss), float(bits_per_byte), losses if len(splits) > 1 else {})
 
 
 def _validate_one(
@@ -76,7 +87,8 @@ def _validate_one(
     config: Config,
     world: World,
     stop: Callable[[], bool],
-) -> Validation | None:
+) -> tuple[float, float] | None:
+    """Nats per token and bits per byte of one split; None if some rank was asked to stop."""
     context = config.model.context_length
     micro_batch, _ = config.micro_batch(world.size)
     predictions = min(config.train.eval_tokens or len(stream), len(stream) - 1)
@@ -99,4 +111,4 @@ def _validate_one(
         counted = batch.targets != IGNORE
         totals[1] += (lengths[batch.targets.clamp(min=0)] * counted).sum()
     nats, length = world.all_reduce(totals).tolist()
-    return Validation(nats / predictions, nats / math.log(2) / max(1.0, length))
+    return nats / predictions, nats / math.log(2) / max(1.0, length)

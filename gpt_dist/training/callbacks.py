@@ -2,7 +2,7 @@
 
 ``make_callbacks`` lists them. Between two steps the trainer goes through the list and calls each
 that is due. To add one, write a class with these two methods and add a line to the list. One that
-scores the model (validation loss of each data set, say) belongs before ``WriteScores`` and calls
+scores the model belongs before ``WriteScores`` and calls
 ``trainer.add_scores``; one that changes what a checkpoint holds belongs before ``Save``.
 
 Whether something is due follows from the step and from ``Progress`` alone, which says what has
@@ -80,7 +80,7 @@ def to_score(trainer: Trainer, every: int) -> bool:
 
 
 class Validate:
-    """Loss over the validation splits."""
+    """Loss over the validation splits, and on each data set of a mixture."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -95,8 +95,7 @@ class Validate:
             return
         result = validate(
             run.engine,
-            [split for split, _ in run.validation],
-            [weight for _, weight in run.validation],
+            run.validation,
             run.tokenizer.byte_lengths,
             run.config,
             run.world,
@@ -105,7 +104,10 @@ class Validate:
         if result is None:
             trainer.stopping = True
             return
-        trainer.add_scores({"val_loss": result.loss, "val_bpb": result.bits_per_byte})
+        trainer.add_scores(
+            {"val_loss": result.loss, "val_bpb": result.bits_per_byte}
+            | {f"val_loss/{name}": loss for name, loss in result.losses.items()}
+        )
 
 
 class HellaSwag:

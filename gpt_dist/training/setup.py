@@ -11,8 +11,8 @@ from gpt_dist.checkpoints.reader import CheckpointReader, load_model, load_weigh
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData
-from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import UsageError
+from gpt_dist.evaluation.validation import ValidationSplit
 from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.parallel.compiling import compile_blocks
@@ -22,7 +22,7 @@ from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
 from gpt_dist.training.memory import keep_freed_memory
 from gpt_dist.training.progress import Progress
-from gpt_dist.training.reporting.formatting import counted, human
+from gpt_dist.training.reporting.formatting import counted, human, short_names
 from gpt_dist.training.run_directory import RunDirectory
 
 
@@ -34,8 +34,8 @@ class Run:
     """With ``model.vocab_size`` filled in."""
     world: World
     data: TrainingData
-    validation: list[tuple[TokenStream, float]]
-    """Validation splits and their weights; empty where the data sets have none."""
+    validation: list[ValidationSplit]
+    """Empty where no data set has a validation split."""
     tokenizer: Tokenizer
     engine: Engine
     compiled: str
@@ -147,13 +147,17 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         device=world.device,
         consumed=progress.sequences,
     )
-    splits = [d.split("val") for d in datasets]
-    weighted = zip(splits, config.data.path.values(), strict=True)
+    names, weights = short_names(config.data.path), config.data.path.values()
+    validation = [
+        ValidationSplit(name, stream, weight)
+        for name, dataset, weight in zip(names, datasets, weights, strict=True)
+        if (stream := dataset.split("val")) is not None and len(stream) > 1
+    ]
     return Run(
         config=config,
         world=world,
         data=data,
-        validation=[(s, w) for s, w in weighted if s is not None and len(s) > 1],
+        validation=validation,
         tokenizer=tokenizer,
         engine=engine,
         compiled=compiled,

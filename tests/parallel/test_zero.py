@@ -12,7 +12,7 @@ import pytest
 from gpt_dist.config.command_line import build
 from gpt_dist.errors import UsageError
 from gpt_dist.parallel.zero import build_config
-from tests.conftest import column, read_rows, run_train, train_many
+from tests.conftest import column, make_dataset, read_rows, run_train, train_many, words
 from tests.training.test_training import worst_relative
 
 Config = Callable[..., Path]
@@ -37,8 +37,9 @@ STAGES = (0, 1, 2, 3)
 
 
 @pytest.mark.slow
-def test_what_happens_between_steps(tiny_config: Config, tmp_path: Path) -> None:
+def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
     """Validation, HellaSwag and samples when there is not the same work for every rank."""
+    small = make_dataset(tmp_path / "small", words(2000, 2), words(40, 3))
     rows = [
         {"activity_label": "x", "ctx_a": "the", "ctx_b": "cat", "ctx": "the cat sat",
          "endings": ["on mat", "over hill", "to"][: 3 if n == 0 else 2], "label": n % 2}
@@ -47,7 +48,8 @@ def test_what_happens_between_steps(tiny_config: Config, tmp_path: Path) -> None
     hellaswag = tmp_path / "hellaswag.jsonl"
     hellaswag.write_text("\n".join(map(json.dumps, rows)))
     config = tiny_config(
-        # 33 windows and 33 endings, in batches of 8 and 16.
+        # 33 windows of one data set, 5 of the other and 33 endings, in batches of 8, 8 and 16.
+        data={"path": {str(tiny_data): 2.0, str(small): 1.0}},
         train={"eval_tokens": 33 * 32, "sample_every": 5, "eval_every": 5, "steps": 10},
         optim={"warmup_steps": 5},
         eval={"hellaswag_every": 5, "hellaswag_path": str(hellaswag)},
@@ -61,7 +63,10 @@ def test_what_happens_between_steps(tiny_config: Config, tmp_path: Path) -> None
         tmp_path, ranks=2,
     )  # fmt: skip
     for name in runs:
-        for key in ("train_loss", "val_loss", "val_bpb", "hellaswag_acc", "hellaswag_acc_norm"):
+        for key in (
+            "train_loss", "val_loss", "val_bpb", "val_loss/tiny", "val_loss/small",
+            "hellaswag_acc", "hellaswag_acc_norm",
+        ):  # fmt: skip
             expected, found = column(tmp_path / "ddp", key), column(tmp_path / name, key)
             assert len(expected) >= 3
             assert worst_relative(expected, found) < 1e-5, (name, key)

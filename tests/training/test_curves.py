@@ -14,17 +14,27 @@ from gpt_dist.training.reporting.curves import (
     differing_settings,
     plot_runs,
     read_curve,
+    settings,
     smoothed,
     spread,
 )
 
 
-def write_run(directory: Path, *, validation: dict[int, float], config: str = "") -> Path:
+def write_run(
+    directory: Path,
+    *,
+    validation: dict[int, float],
+    config: str = "",
+    parts: dict[str, float] | None = None,
+) -> Path:
+    """Write what a picture needs of a run; ``parts`` is added to the loss for each data set."""
     directory.mkdir()
     rows: list[dict[str, float]] = [
         {"step": step, "train_loss": 1 + 3 * math.exp(-step / 40)} for step in range(1, 401)
     ]
-    rows += [{"step": step, "val_loss": loss} for step, loss in validation.items()]
+    for step, loss in validation.items():
+        of_each = {f"val_loss/{name}": loss + more for name, more in (parts or {}).items()}
+        rows.append({"step": step, "val_loss": loss} | of_each)
     text = "\n".join(map(json.dumps, rows))
     (directory / "metrics.jsonl").write_text(text)
     (directory / "config.yaml").write_text(config or f"out_dir: {directory}")
@@ -77,6 +87,21 @@ def test_labels_name_the_runs_and_their_best(tmp_path: Path) -> None:
     assert "one: training and validation loss" in texts(out)
 
 
+def test_each_data_set_of_a_mixture_is_drawn(tmp_path: Path) -> None:
+    losses = {0: 4.2, 100: 1.5, 200: 1.25, 300: 1.15, 400: 1.2}
+    run = write_run(tmp_path / "run", validation=losses, parts={"books": -0.5, "web": 1.5})
+    curve = read_curve(run, "run")
+    assert curve.parts["web"] == [(step, loss + 1.5) for step, loss in losses.items() if step]
+    out = tmp_path / "one.svg"
+    plot_runs([run], out)
+    found = texts(out)
+    assert "books" in found
+    assert "0.7000 at the end" in found
+    assert "2.7000 at the end" in found
+    plot_runs([run, write_run(tmp_path / "other", validation=losses)], out)
+    assert "books" not in texts(out)  # several runs: the mean alone
+
+
 def test_the_title_says_what_differs(tmp_path: Path) -> None:
     runs = [
         write_run(
@@ -86,10 +111,13 @@ def test_the_title_says_what_differs(tmp_path: Path) -> None:
         )
         for name, lr in (("slow", 1e-4), ("fast", 1e-3))
     ]
-    assert differing_settings(runs) == ["optim.lr"]
+    assert differing_settings([settings(run) for run in runs]) == ["optim.lr"]
     out = tmp_path / "sweep.svg"
     plot_runs(runs, out)
-    assert "Loss by optim.lr" in texts(out)
+    found = texts(out)
+    assert "Loss by optim.lr on a" in found
+    assert "slow (0.0001)" in found
+    assert "fast (0.001)" in found
 
 
 def test_labels_keep_their_distance() -> None:

@@ -168,7 +168,7 @@ def test_which_validations_write_a_checkpoint(
     best: list[int],
 ) -> None:
     results = iter(losses)
-    monkeypatch.setattr(callbacks, "validate", lambda *_: Validation(next(results), 0.0))
+    monkeypatch.setattr(callbacks, "validate", lambda *_: Validation(next(results), 0.0, {}))
     train = {"steps": 10, "eval_every": 2, "checkpoint_every": 0} | settings
     with stepping(tiny_config(train=train, optim={"warmup_steps": 2})) as run:
         trainer, recorder = trainer_of(run)

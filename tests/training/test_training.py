@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from gpt_dist.checkpoints.checkpoint import complete_checkpoints
 from gpt_dist.checkpoints.reader import load_model
-from tests.conftest import column, read_rows, run_train, train_command
+from tests.conftest import column, make_dataset, read_rows, run_train, train_command, words
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -80,15 +83,22 @@ def test_rows_and_files_of_a_run(tiny_config: Config, tmp_path: Path) -> None:
 
 def test_whole_validation_split_in_float64(tiny_config: Config, tmp_path: Path) -> None:
     """``val_loss`` over the whole split is the mean over every token but the first."""
-    import numpy as np
-    import torch
-    from torch.nn import functional as F
-
     out = tmp_path / "run"
     run_train(tiny_config(train={"eval_tokens": None, "steps": 20}), out)
-    model, tokenizer, state = load_model(out)
-    assert state["step"] == 20
-    data = Path(next(iter(state["config"]["data"]["path"])))
+    (data,) = load_model(out)[2]["config"]["data"]["path"]
+    loss, bits_per_byte = loss_in_float64(out, Path(data), 20)
+    row = read_rows(out)[-1]
+    assert row == {
+        "step": 20,
+        "val_loss": pytest.approx(loss, rel=1e-6),
+        "val_bpb": pytest.approx(bits_per_byte, rel=1e-6),
+    }
+
+
+def loss_in_float64(run: Path, data: Path, step: int) -> tuple[float, float]:
+    """Nats per token and bits per byte of a run's model on the validation split of ``data``."""
+    model, tokenizer, state = load_model(run)
+    assert state["step"] == step
     tokens = np.fromfile(data / "x_val_000000.bin", dtype=np.uint16)[512:].astype(np.int64)
     model, total, length = model.double(), 0.0, 0
     with torch.no_grad():
@@ -97,9 +107,36 @@ def test_whole_validation_split_in_float64(tiny_config: Config, tmp_path: Path) 
             logits = model(ids[:, :-1])[0]
             total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             length += len(tokenizer.decode(ids[0, 1:].tolist()).encode())
-    row = next(row for row in read_rows(out) if row.get("val_loss") and row["step"] == 20)
-    assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
-    assert row["val_bpb"] == pytest.approx(total / np.log(2) / length, rel=1e-6)
+    return total / (len(tokens) - 1), total / np.log(2) / length
+
+
+def test_validation_loss_of_each_data_set(
+    tiny_config: Config, tiny_data: Path, tmp_path: Path
+) -> None:
+    small = make_dataset(tmp_path / "small", words(2000, 2), words(40, 3))
+    out = tmp_path / "run"
+    data = {"path": {str(tiny_data): 1.0, str(small): 3.0}}
+    config = tiny_config(data=data, optim={"schedule": "constant"}, train={"eval_tokens": None})
+    first = run_train(config, out)
+    losses = [loss_in_float64(out, path, 20)[0] for path in (tiny_data, small)]
+    row = read_rows(out)[-1]
+    assert list(row) == ["step", "val_loss", "val_bpb", "val_loss/tiny", "val_loss/small"]
+    assert row["val_loss/tiny"] == pytest.approx(losses[0], rel=1e-6)
+    assert row["val_loss/small"] == pytest.approx(losses[1], rel=1e-6)
+    assert row["val_loss"] == pytest.approx(0.25 * losses[0] + 0.75 * losses[1], rel=1e-6)
+    assert f"val_loss/small {row['val_loss/small']:.4f}" in first.stdout
+
+    rows = read_rows(out)
+    run_train(config, out, "--train.steps", "30")
+    assert read_rows(out)[: len(rows)] == rows
+    assert len(column(out, "val_loss/small")) == 4
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    scalars = [event.value for event in events.Scalars("validation/val_loss/small")]
+    assert scalars == pytest.approx(column(out, "val_loss/small"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gpt_dist.errors import UsageError
+from gpt_dist.training.reporting.formatting import short_names
 from gpt_dist.training.reporting.metrics import whole_lines
 
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#2563eb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#846358", "#495057")
+GREY = "#495057"
 UNSEEN = 0.1
 """The share of a run, at its start, that may leave the picture at the top."""
 
 Points = list[tuple[int, float]]
+Label = tuple[float, str, str]
+"""The loss at whose height it stands, text and colour."""
 
 
 @dataclass
@@ -28,12 +32,14 @@ class Curve:
         smooth: the training loss averaged over its neighbours.
         validation: (step, validation loss), without step 0: an untrained model's loss says nothing,
             and a line from there to the next validation would cross the picture.
+        parts: the same for each data set of a mixture, by its name.
     """
 
     name: str
     train: Points
     smooth: list[float]
     validation: Points
+    parts: dict[str, Points] = field(default_factory=dict)
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -42,13 +48,15 @@ class Curve:
 
     @property
     def shown(self) -> list[float]:
-        """The losses that must be inside the picture."""
+        """The losses that must be inside the picture; the fall of the first steps may leave it."""
         begin = int(len(self.smooth) * UNSEEN)
         return self.smooth[begin:] + [loss for _, loss in self.validation]
 
 
 def plot_runs(runs: list[Path], out: Path) -> None:
     """Draw training and validation loss over steps, the best validation loss marked.
+
+    The picture of a single run also shows the validation loss of each data set of a mixture.
 
     Args:
         runs: run directories (with ``metrics.jsonl``).
@@ -59,21 +67,17 @@ def plot_runs(runs: list[Path], out: Path) -> None:
     """
     if out.suffix not in FORMATS:
         raise UsageError(f"{out}: the picture's name must end in {', '.join(FORMATS)}")
-    names = [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
+    configs = [settings(run) for run in runs]
+    names = names_of(runs, configs)
     curves = [read_curve(run, name) for run, name in zip(runs, names, strict=True)]
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for number, curve in enumerate(curves):
-        _draw(axes, curve, COLORS[number % len(COLORS)])
-    low, high = _limits(curves)
-    axes.set_ylim(low, high)
+    labels = _draw_one(axes, curves[0]) if len(curves) == 1 else _draw_several(axes, curves)
+    _write_labels(axes, labels)
     axes.set_xlim(0, max(curve.train[-1][0] for curve in curves))
-    _label(axes, curves, (low, high))
-    axes.set_title(title(runs, names), loc="left", fontsize=11)
+    axes.set_title(title(names, configs), loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -92,29 +96,44 @@ def read_curve(run: Path, name: str) -> Curve:
     train = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
     if not train:
         raise UsageError(f"{run}: no training steps in metrics.jsonl; expected a run directory")
-    validation = [
-        (row["step"], row["val_loss"])
-        for row in rows
-        if row.get("val_loss") is not None and row["step"] > 0
-    ]
-    return Curve(name, train, smoothed([loss for _, loss in train]), validation)
+    validations: dict[str, Points] = {"val_loss": []}
+    for row in rows:
+        for key, loss in row.items():
+            if key.startswith("val_loss") and loss is not None and row["step"] > 0:
+                validations.setdefault(key, []).append((row["step"], loss))
+    validation = validations.pop("val_loss")
+    parts = {key.removeprefix("val_loss/"): points for key, points in validations.items()}
+    return Curve(name, train, smoothed([loss for _, loss in train]), validation, parts)
 
 
-def title(runs: list[Path], names: list[str]) -> str:
-    """What the picture shows: one run's name, or the settings in which runs differ."""
-    if len(runs) == 1:
-        return f"{names[0]}: training and validation loss"
-    differing = differing_settings(runs)
-    by = f" by {', '.join(differing)}" if 0 < len(differing) <= 3 else f" of {len(runs)} runs"
-    return f"Loss{by} (line: training, dots: validation)"
+def names_of(runs: list[Path], configs: list[dict[str, Any]]) -> list[str]:
+    """A name of each run, with the value of the setting in which the runs differ if it is one."""
+    names, differing = short_names(runs), differing_settings(configs)
+    if len(differing) != 1:
+        return names
+    return [f"{n} ({c.get(differing[0])})" for n, c in zip(names, configs, strict=True)]
 
 
-def differing_settings(runs: list[Path]) -> list[str]:
-    """Keys of ``config.yaml`` whose values are not the same in all runs; ``out_dir`` aside."""
-    configs = []
-    for run in runs:
-        path = run / "config.yaml"
-        configs.append(_flat(yaml.safe_load(path.read_text())) if path.exists() else {})
+def title(names: list[str], configs: list[dict[str, Any]]) -> str:
+    """What the picture shows: one run, or the settings in which runs differ; and the data."""
+    data = [list(config.get("data.path") or {}) for config in configs]
+    alike = data[0] and all(paths == data[0] for paths in data)
+    on = f" on {', '.join(short_names(data[0]))}" if alike else ""
+    if len(names) == 1:
+        return f"{names[0]}: training and validation loss{on}"
+    differing = differing_settings(configs)
+    by = f" by {', '.join(differing)}" if 0 < len(differing) <= 3 else f" of {len(names)} runs"
+    return f"Loss{by}{on}"
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """Dotted key → value of a run's ``config.yaml``; empty where there is none."""
+    path = run / "config.yaml"
+    return _flat(yaml.safe_load(path.read_text())) if path.exists() else {}
+
+
+def differing_settings(configs: list[dict[str, Any]]) -> list[str]:
+    """Keys whose values are not the same in all configurations; ``out_dir`` aside."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [
         key
@@ -132,21 +151,21 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Each value on the straight line fitted to its neighbours, about 2 % of all values.
+    """Each value on the straight line fitted to its neighbours, about 4 % of all values.
 
-    The window is centred, so the curve does not lag. At both ends it shrinks to one side; there a
-    fitted line still follows a slope, which a mean would not.
+    The window is centred, so the curve does not lag. At both ends it is the first or the last full
+    window; there a fitted line still follows a slope, which a mean would not.
     """
     import numpy as np
 
     count = len(values)
-    half = min(100, count // 100)
+    half = min(200, count // 50)
     if half < 1:
         return list(values)
     y = np.asarray(values)
     x = np.arange(count) - count / 2
-    left = np.maximum(np.arange(count) - half, 0)
-    right = np.minimum(np.arange(count) + half + 1, count)
+    left = np.clip(np.arange(count) - half, 0, count - 2 * half - 1)
+    right = left + 2 * half + 1
 
     def mean(series: Any) -> Any:
         sums = np.concatenate([[0.0], np.cumsum(series)])
@@ -158,50 +177,77 @@ def smoothed(values: list[float]) -> list[float]:
     return fitted
 
 
-def _draw(axes: Any, curve: Curve, color: str) -> None:
+def _draw_one(axes: Any, curve: Curve) -> list[Label]:
+    color = COLORS[0]
+    _draw_training(axes, curve, color)
+    labels = [(curve.smooth[-1], f"training\n{curve.smooth[-1]:.2f} at the end", color)]
+    for number, (name, points) in enumerate(curve.parts.items(), start=1):
+        part_color = COLORS[number % len(COLORS)]
+        _draw_validation(axes, points, part_color, linewidth=0.9, markersize=2)
+        loss = points[-1][1]
+        labels.append((loss, f"{name}\n{loss:.4f} at the end", part_color))
+    if curve.best:
+        _draw_validation(axes, curve.validation, color)
+        labels.append((curve.best[1], f"validation\n{_mark_best(axes, curve.best, color)}", color))
+    axes.set_ylim(*_limits(curve.shown + [loss for p in curve.parts.values() for _, loss in p]))
+    return labels
+
+
+def _draw_several(axes: Any, curves: list[Curve]) -> list[Label]:
+    labels = []
+    for number, curve in enumerate(curves):
+        color = COLORS[number % len(COLORS)]
+        _draw_training(axes, curve, color)
+        if curve.best:
+            _draw_validation(axes, curve.validation, color)
+            text = _mark_best(axes, curve.best, color)
+            labels.append((curve.best[1], f"{curve.name}\n{text}", color))
+        else:
+            end = curve.smooth[-1]
+            labels.append((end, f"{curve.name}\n{end:.2f} at the end", color))
+    axes.set_ylim(*_limits([loss for curve in curves for loss in curve.shown]))
+    axes.plot([], [], color=GREY, linewidth=1.2, label="training")
+    axes.plot([], [], color=GREY, linewidth=1.6, marker="o", markersize=3.5, label="validation")
+    # Right of the axis label, where nothing else is.
+    axes.legend(loc="upper right", bbox_to_anchor=(1, -0.06), ncols=2, fontsize=8.5, frameon=False)
+    return labels
+
+
+def _draw_training(axes: Any, curve: Curve, color: str) -> None:
     steps = [step for step, _ in curve.train]
     axes.plot(*zip(*curve.train, strict=True), color=color, alpha=0.18, linewidth=0.6)
     axes.plot(steps, curve.smooth, color=color, alpha=0.7, linewidth=1.2)
-    if curve.best is None:
-        return
+
+
+def _draw_validation(
+    axes: Any, points: Points, color: str, linewidth: float = 1.6, markersize: float = 3.5
+) -> None:
     # Few points far apart are no curve: a line between them would show what nobody measured.
-    line = "-" if len(curve.validation) > 3 else ""
+    line = "-" if len(points) > 3 else ""
     axes.plot(
-        *zip(*curve.validation, strict=True), color=color, linestyle=line, linewidth=1.6,
-        marker="o", markersize=3.5, clip_on=False, zorder=3,
+        *zip(*points, strict=True), color=color, linestyle=line, linewidth=linewidth,
+        marker="o", markersize=markersize, clip_on=False, zorder=3,
     )  # fmt: skip
+
+
+def _mark_best(axes: Any, best: tuple[int, float], color: str) -> str:
+    """Draw a ring around the best validation; returns what its label says."""
     axes.plot(
-        *curve.best,
-        color=color,
-        marker="o",
-        markersize=9,
-        fillstyle="none",
-        clip_on=False,
-        zorder=3,
+        *best, color=color, marker="o", markersize=9, fillstyle="none", clip_on=False, zorder=3
     )
+    return f"best {best[1]:.4f} at step {best[0]:,}"
 
 
-def _limits(curves: list[Curve]) -> tuple[float, float]:
-    """Lowest and highest loss of the picture: the fall of the first steps may leave it."""
-    losses = [loss for curve in curves for loss in curve.shown]
+def _limits(losses: list[float]) -> tuple[float, float]:
+    """Lowest and highest loss of the picture."""
     margin = 0.05 * (max(losses) - min(losses)) or 0.1
     return min(losses) - margin, max(losses) + margin
 
 
-def _label(axes: Any, curves: list[Curve], limits: tuple[float, float]) -> None:
-    """Name the curves and their best losses, right of the picture at their height."""
-    low, high = limits
-    labels = []
-    for number, curve in enumerate(curves):
-        color, end = COLORS[number % len(COLORS)], curve.smooth[-1]
-        name = curve.name if len(curves) > 1 else "validation"
-        if curve.best is not None:
-            step, loss = curve.best
-            labels.append((loss, f"{name}\nbest {loss:.4f} at step {step:,}", color))
-        if curve.best is None or len(curves) == 1:
-            name = curve.name if len(curves) > 1 else "training"
-            labels.append((end, f"{name}\n{end:.2f} at the end", color))
-    labels.sort(reverse=True)
+def _write_labels(axes: Any, labels: list[Label]) -> None:
+    """Write labels right of the picture, each at the height of its loss."""
+    low, high = axes.get_ylim()
+    labels = sorted(labels, reverse=True)
     places = spread([(loss - low) / (high - low) for loss, _, _ in labels], 0.085)
     for place, (_, text, color) in zip(places, labels, strict=True):
         axes.text(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 
 def human(number: float) -> str:
     """1234567 → ``1.23M``."""
@@ -14,6 +17,13 @@ def human(number: float) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 rank``, ``2 ranks``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def short_names(paths: Iterable[str | Path]) -> list[str]:
+    """The last part of each path; the whole paths where two end alike."""
+    whole = [str(path) for path in paths]
+    names = [Path(path).resolve().name for path in whole]
+    return names if len(set(names)) == len(names) else whole
 
 
 def file_size(count: float) -> str:
