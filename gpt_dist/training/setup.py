@@ -80,15 +80,18 @@ class Run:
         for (path, weight), order in zip(weights.items(), self.data.orders, strict=True):
             share = weight / sum(weights.values())
             part = f"{share:.3g} of the batch, " if len(weights) > 1 else ""
+            epochs = sequences * share / order.windows
             lines.append(
-                f"  data   {path}: {part}{human(order.windows)} windows, "
-                f"{sequences * share / order.windows:.3g} epochs"
+                f"  data   {path}: {part}{human(order.windows)} windows, {epochs:.3g} epochs"
             )
         if config.stride < context:
+            times = context / config.stride
             lines.append(
                 f"         windows overlap (data.stride = {config.stride}): an epoch shows each "
-                f"token {context / config.stride:.3g} times"
+                f"token {times:.3g} times"
             )
+            if len(weights) == 1:
+                lines.append(f"         and the run shows it {epochs * times:.3g} times")
         return "\n".join(lines)
 
     def say(self, text: str) -> None:

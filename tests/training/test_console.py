@@ -202,7 +202,7 @@ def test_a_run_from_its_first_to_its_last_line(
     assert max(map(len, lines)) <= columns
     assert lines[:3] == [
         "starting: runs/tiny",
-        "  model  27.6k parameters, float32 on cpu, eager",
+        "  model  27.1k parameters, float32 on cpu, eager",
         "  steps  60 of 1.02k tokens",
     ]
     assert lines[3] == "  batch  1 rank × 4 micro-batches × 8 sequences × 32 tokens"
@@ -210,6 +210,7 @@ def test_a_run_from_its_first_to_its_last_line(
     assert lines[5].strip() == (
         "windows overlap (data.stride = 16): an epoch shows each token 2 times"
     )
+    assert re.fullmatch(r" {9}and the run shows it 1.\d+ times", lines[6]), lines[6]
     assert not any("━" in line for line in lines)
     trained = [line for line in lines if line.startswith("step") and "/60  loss" in line]
     assert trained[0].startswith("step  1/60")

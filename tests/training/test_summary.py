@@ -47,7 +47,9 @@ def test_a_resumed_run_whose_last_loss_is_the_best(tmp_path: Path) -> None:
 def test_a_run_without_validation(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", validation={})
     checkpoints(run, [400])
-    assert "validation" not in summary(run, 0, 1)
+    assert [line.split()[0] for line in summary(run, 0, 1).splitlines()][:3] == [
+        "done:", "training", "curves",
+    ]  # fmt: skip
     assert next_commands(run).endswith(f" --checkpoint {run}")
 
 

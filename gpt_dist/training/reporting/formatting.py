@@ -15,8 +15,9 @@ def human(number: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """``1 rank``, ``2 ranks``, ``3 batches``."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def short_names(paths: Iterable[str | Path]) -> list[str]:
