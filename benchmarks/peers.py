@@ -2,8 +2,9 @@
 
 Its only argument is a JSON object of settings. It answers each line of its standard input, such as
 ``{"accumulate": 8, "steps": 2}``, with one line of JSON: the seconds and the loss of each step, and
-the peak memory since the line before. Each peer runs at its best setting: compiled, bf16 autocast,
-fused AdamW, PyTorch's fused attention, tied embeddings, padded vocabulary.
+the peak memory since the line before. Each peer runs at its best setting: compiled, autocast, fused
+AdamW, PyTorch's fused attention, tied embeddings, padded vocabulary. In a name, ``-eager`` leaves
+out compiling and ``-fp32`` autocast.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-PADDED = 50304
-VOCABULARY = 50257
 
 Step = Callable[[Tensor, int], float]
 """Tokens (accumulate * B, T + 1) and the number of micro-batches → mean loss in nats."""
@@ -43,13 +41,17 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    dtype = torch.float32 if settings.get("fp32") else torch.bfloat16
+    dtype = getattr(torch, settings["dtype"])
 
     def step(tokens: Tensor, accumulate: int) -> float:
         if not engines:
             config = Config.model_validate(
                 {
-                    "model": {**shape, "context_length": context, "vocab_size": VOCABULARY},
+                    "model": {
+                        **shape,
+                        "context_length": context,
+                        "vocab_size": settings["vocabulary"],
+                    },
                     "train": {
                         "batch_tokens": accumulate * settings["micro_batch"] * context,
                         "micro_batch_size": settings["micro_batch"],
@@ -74,9 +76,10 @@ def make_own(settings: dict[str, Any], device: torch.device) -> Step:
 def make_peer(settings: dict[str, Any], device: torch.device) -> Step:
     """transformers or litgpt in the usual PyTorch loop."""
     torch.manual_seed(0)
-    loss_of = (
-        make_transformers(settings) if settings["name"] == "transformers" else make_litgpt(settings)
-    )
+    name, *without = settings["name"].split("-")
+    settings = {**settings, "compile": "eager" not in without}
+    bf16 = settings["dtype"] == "bfloat16" and "fp32" not in without
+    loss_of = {"transformers": make_transformers, "litgpt": make_litgpt}[name](settings)
     model: torch.nn.Module = loss_of.model.to(device).train()  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -85,9 +88,7 @@ def make_peer(settings: dict[str, Any], device: torch.device) -> Step:
     def step(tokens: Tensor, accumulate: int) -> float:
         total = torch.zeros((), device=device)
         for part in tokens.chunk(accumulate):
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=not settings.get("fp32", False)
-            ):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (loss / accumulate).backward()
             total += loss.detach()
@@ -111,12 +112,18 @@ class Loss:
         return self.loss(self.run, ids, targets)
 
 
+def padded(settings: dict[str, Any]) -> int:
+    """Size of the vocabulary, rounded up to a multiple of 64 as nanoGPT does."""
+    size: int = settings["vocabulary"]
+    return -(-size // 64) * 64
+
+
 def make_transformers(settings: dict[str, Any]) -> Loss:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = settings["shape"]
     config = GPT2Config(
-        vocab_size=PADDED,
+        vocab_size=padded(settings),
         n_positions=settings["context"],
         n_layer=shape["n_layer"],
         n_head=shape["n_head"],
@@ -143,8 +150,8 @@ def make_litgpt(settings: dict[str, Any]) -> Loss:
     config = Config(
         name="gpt2-shaped",
         block_size=settings["context"],
-        vocab_size=VOCABULARY,
-        padded_vocab_size=PADDED,
+        vocab_size=settings["vocabulary"],
+        padded_vocab_size=padded(settings),
         n_layer=shape["n_layer"],
         n_head=shape["n_head"],
         n_embd=shape["n_embd"],

@@ -61,9 +61,10 @@ def training(found: Record) -> str:
         for result in found["results"]
         if "ratio_to_best_peer" in result
     ]
-    return f"GPT-2 {found['shape']}, bf16, on {found['device']}: {', '.join(ratios)}.\n\n" + table(
-        ["trainer, micro-batch", "tokens/s", "share of the bf16 matmul peak", "peak memory"], rows
-    )
+    precision = found.get("precision", "bf16")
+    title = f"{found['shape']}, {precision}, on {found['device']}: {', '.join(ratios)}."
+    share = f"share of the {precision} matmul peak"
+    return f"{title}\n\n" + table(["trainer, micro-batch", "tokens/s", share, "peak memory"], rows)
 
 
 def serving(found: Record) -> str:
@@ -241,7 +242,7 @@ def gpu(found: Record) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
-    "training": ("Training beside other trainers", training, ("transformers", "litgpt")),
+    "training": ("Training beside other trainers", training, ("transformers",)),
     "muon": ("Muon beside AdamW", muon, ()),
     "shakespeare": ("Losses on Shakespeare", shakespeare, ()),
     "startup": ("Start-up", startup, ()),

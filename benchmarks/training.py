@@ -1,7 +1,12 @@
 """Training speed against transformers and litgpt: same shape, batch, data and machine.
 
     python benchmarks/training.py --peers-python peers/bin/python --json results.json
+    python benchmarks/training.py --shape shakespeare-char-cpu --accumulate 1 \\
+        --trainers gpt_dist transformers transformers-eager-fp32
     python benchmarks/training.py --device cuda --context 1024
+
+A peer is compiled and runs in the precision of ``--precision``; ``-eager`` and ``-fp32`` behind
+its name say otherwise.
 
 Each trainer runs in its own process (``peers.py``). The trainers take turns, A B C A B C, so that
 other load on the machine affects all of them. litgpt needs its own environment (--peers-python).
@@ -27,13 +32,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.model.gpt import GPT
+from gpt_dist.parallel.engine import pick_dtype
 from gpt_dist.parallel.world import available_cpus
 
 PEERS = Path(__file__).with_name("peers.py")
-SHAPES = {
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128},
-    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-}
+SHAPES: dict[str, dict[str, Any]] = {
+    "124m": {
+        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+        "vocabulary": 50257, "context": 256, "micro_batch": 4,
+    },
+    "shakespeare-char-cpu": {
+        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False},
+        "vocabulary": 65, "context": 64, "micro_batch": 12,
+    },
+    "shakespeare-char": {
+        "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False},
+        "vocabulary": 65, "context": 256, "micro_batch": 64,
+    },
+}  # fmt: skip
+"""Presets without dropout, in the batches that a CPU trains them in."""
+
+ROUND_SECONDS = 5.0
+"""Length of a trainer's turn."""
 
 
 class Trainer:
@@ -65,11 +85,13 @@ class Trainer:
         self.process.wait()
 
 
-def matmul_flops(device: torch.device, size: int, seconds: float = 1.0) -> float:
-    """The best FLOP/s of a square bf16 matrix product."""
+def matmul_flops(
+    device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0
+) -> float:
+    """The best FLOP/s of a square matrix product."""
     import time
 
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in "ab")
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -108,41 +130,49 @@ def main() -> None:
     parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", choices=list(SHAPES), default="124m")
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--context", type=int, help="tokens of a sequence (by shape)")
     parser.add_argument(
-        "--micro-batch", type=int, nargs="*", help="sequences per micro-batch (4; cuda: 8 to 64)"
+        "--micro-batch",
+        type=int,
+        nargs="*",
+        help="sequences per micro-batch (by shape; cuda: 8 to 64)",
     )
     parser.add_argument("--accumulate", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trainers", nargs="*", default=["gpt_dist", "transformers", "litgpt"])
     parser.add_argument("--peers-python", help="Python interpreter of an environment with litgpt")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--eager", action="store_true", help="do not compile the peers")
     parser.add_argument("--verbose", action="store_true", help="show the output of the trainers")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     parser.add_argument("--picture", metavar="FILE", help="draw the result here")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    micro_batches = args.micro_batch or ([8, 16, 32, 64] if args.device == "cuda" else [4])
+    dtype = pick_dtype(args.precision, device)
+    shape = SHAPES[args.shape]
+    context, vocabulary = args.context or shape["context"], shape["vocabulary"]
+    default = [8, 16, 32, 64] if args.device == "cuda" else [shape["micro_batch"]]
+    micro_batches = args.micro_batch or default
     names = [n for n in args.trainers if n != "litgpt" or args.peers_python]
     with torch.device("meta"):
-        model = GPT(ModelConfig(**SHAPES[args.shape], vocab_size=50257))
-    flops = model.flops_per_token(args.context)
+        model = GPT(ModelConfig(**shape["model"], vocab_size=vocabulary))
+    flops = model.flops_per_token(context)
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         data = Path(scratch) / "tokens.pt"
-        torch.save(torch.randint(50257, (512, args.context + 1)), data)
+        torch.save(torch.randint(vocabulary, (512, context + 1)), data)
         for micro_batch in micro_batches:
             settings = {
-                "shape": SHAPES[args.shape],
-                "context": args.context,
+                "shape": shape["model"],
+                "vocabulary": vocabulary,
+                "context": context,
                 "micro_batch": micro_batch,
                 "lr": 1e-4,
                 "device": args.device,
                 "threads": args.threads,
-                "compile": not args.eager,
+                "dtype": str(dtype).removeprefix("torch."),
                 "tokens": str(data),
                 "verbose": args.verbose,
             }
@@ -151,30 +181,31 @@ def main() -> None:
                 for n in names
             ]
             try:
-                for trainer in trainers:  # compile, one after the other
-                    trainer.run(1, 3)
+                # They compile one after the other; the last step shows what a step takes.
+                slowest = max(trainer.run(1, 3)["seconds"][-1] for trainer in trainers)
                 # Ascending: a process keeps freed memory, and each setting needs its own peak.
                 for accumulate in sorted(args.accumulate):
-                    steps = max(1, 6 // accumulate) * (5 if args.device == "cuda" else 1)
-                    peak = matmul_flops(device, 4096), matmul_flops(device, 1024)
-                    tokens = micro_batch * args.context
+                    steps = max(1, round(ROUND_SECONDS / (slowest * accumulate)))
+                    peak = [matmul_flops(device, dtype, size) for size in (4096, 1024)]
+                    tokens = micro_batch * context
                     found = measure(trainers, accumulate, args.rounds, steps, tokens)
-                    peak = max(*peak, matmul_flops(device, 4096))
+                    best = max(*peak, matmul_flops(device, dtype, 4096))
                     results.append(
                         {
                             "micro_batch": micro_batch,
                             "accumulate": accumulate,
-                            "matmul_gflops": peak / 1e9,
+                            "matmul_gflops": best / 1e9,
                             "trainers": found,
                         }
                     )
-                    report(results[-1], flops, peak)
+                    report(results[-1], flops, best)
             finally:
                 for trainer in trainers:
                     trainer.close()
     document = {
         "shape": args.shape,
-        "context": args.context,
+        "context": context,
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": args.threads,
         "flops_per_token": flops,
@@ -182,7 +213,12 @@ def main() -> None:
         "results": results,
     }
     peers = {"litgpt": version_in(args.peers_python, "litgpt")} if "litgpt" in names else {}
-    record(args.json, document, tuple(n for n in names if n == "transformers"), peers)
+    record(
+        args.json,
+        document,
+        ("transformers",) if any("transformers" in n for n in names) else (),
+        peers,
+    )
     if args.picture:
         pictures.training(document, Path(args.picture))
 
@@ -193,12 +229,12 @@ def report(result: dict[str, Any], flops: float, peak: float) -> None:
     peers = [v["tokens_per_second"] for n, v in found.items() if n != "gpt_dist"]
     print(
         f"micro-batch {result['micro_batch']}, {result['accumulate']} a step; "
-        f"bf16 matmul peak {peak / 1e9:.0f} GFLOP/s"
+        f"matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
     for name, values in found.items():
         values["of_peak"] = values["tokens_per_second"] * flops / peak
         print(
-            f"  {name:<14}{values['tokens_per_second']:>9.0f} tokens/s "
+            f"  {name:<24}{values['tokens_per_second']:>9.0f} tokens/s "
             f"({values['lowest']:.0f} to {values['highest']:.0f})  "
             f"{values['of_peak']:.1%} of peak  {values['peak_gb']:.2f} GB"
         )
