@@ -27,7 +27,7 @@ quick: install  ## Run the tests that need no process of their own: under 90 sec
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not cluster and not node"
 
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal    # twice two cores: the longest ones mostly wait
 
 test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
 	bash tests/cluster/setup.sh

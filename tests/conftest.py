@@ -31,6 +31,24 @@ Row = dict[str, Any]
 TIMING = ("tokens_per_second", "mfu", "step_ms")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every worker of xdist its share of the long tests, and let it begin with them.
+
+    ``--dist worksteal`` hands out contiguous blocks, and a worker that is done takes from the end
+    of another's. So what is left for the end is short.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        items.sort(key=_seconds, reverse=True)
+        items[:] = [item for worker in range(workers) for item in items[worker::workers]]
+
+
+def _seconds(item: pytest.Item) -> float:
+    """About how long a test takes: the argument of its mark ``slow``."""
+    mark = item.get_closest_marker("slow")
+    return (mark.args or (10,))[0] if mark else 0
+
+
 def words(count: int, seed: int = 0) -> str:
     """Text with some structure to learn: words of a small vocabulary in random order."""
     vocabulary = "the cat dog sat on mat ran to tree and sun over red hill bird sang"

@@ -12,7 +12,7 @@ from gpt_dist.checkpoints.checkpoint import complete_checkpoints
 from tests.conftest import BIN, column
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_ranks_wait_for_a_slow_disk(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     """Twice: before the checkpoint of step 20, and at the end of the run."""
     start = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]

@@ -14,6 +14,7 @@ from tests.cluster.conftest import ROOT
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
+@pytest.mark.slow(200)
 def test_ten_faults_change_nothing(tmp_path: Path) -> None:
     result = tmp_path / "faults.json"
     command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--kills", "10"]

@@ -77,6 +77,7 @@ def end_after(config: Path, steps: int) -> None:
     config.write_text(yaml.safe_dump(settings))
 
 
+@pytest.mark.slow(100)
 def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
     hosts: TwoHosts, config: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_bitwise(
         assert len({(end / name).read_bytes() for end in ends}) == 1, name
 
 
+@pytest.mark.slow(55)
 def test_one_host_goes_on_when_the_other_vanishes(
     hosts: TwoHosts, config: Path, tmp_path: Path
 ) -> None:

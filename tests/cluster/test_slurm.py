@@ -28,6 +28,7 @@ def log_of(cwd: Path) -> str:
     return "\n".join(log.read_text(errors="replace") for log in sorted(cwd.glob("*.log")))
 
 
+@pytest.mark.slow(110)
 def test_time_limit_checkpoints_requeues_and_finishes(
     slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_time_limit_checkpoints_requeues_and_finishes(
     assert read_rows(out, timing=False) == read_rows(tmp_path / "quiet", timing=False)
 
 
+@pytest.mark.slow(25)
 def test_sigterm_during_evaluation_is_honoured_within_the_grace(
     slurm: SlurmCluster, tiny_config: Config, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_sigterm_during_evaluation_is_honoured_within_the_grace(
     assert complete_checkpoints(out / "checkpoints")[-1].name == "step-00000013"
 
 
+@pytest.mark.slow(25)
 def test_sweep_runs_every_pair_and_prepare_uses_srun(
     slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
 ) -> None:

@@ -200,7 +200,7 @@ def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.Mon
         warm_up(engine, WORLD, config, batches(1)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_compiled_and_eager_losses_agree() -> None:
     """With the real compiler."""
     torch.compiler.reset()

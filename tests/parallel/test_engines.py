@@ -79,7 +79,7 @@ def warm_up_twice(world: World, strategy: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_warming_up_changes_nothing() -> None:
     """Under every strategy, however often."""
     on_ranks(warm_up_often)

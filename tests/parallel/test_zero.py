@@ -36,7 +36,7 @@ def zero(stage: int) -> list[str]:
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_path: Path) -> None:
     """Validation, HellaSwag and samples when there is not the same work for every rank."""
     small = make_dataset(tmp_path / "small", words(2000, 2), words(40, 3))
@@ -74,17 +74,18 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
         assert samples == (tmp_path / "ddp" / "samples.txt").read_text(), name
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 def test_every_stage_follows_ddp(tiny_config: Config, tmp_path: Path) -> None:
     runs = {}
+    fewer = {"checkpoint_every": 0, "eval_every": 20, "eval_tokens": 20 * 32}  # uneven on 2 ranks
     for precision in ("fp32", "bf16"):
         # A weight that differs in its last fp32 bit may round to another bf16 number; the larger
         # the steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
-        train = {"precision": precision, "checkpoint_every": 0}
+        train = {"precision": precision, **fewer}
         config = tiny_config(train=train, optim={"lr": 1e-3 if precision == "bf16" else 3e-3})
         runs[f"{precision}-ddp"] = [config, []]
         runs |= {f"{precision}-{stage}": [config, zero(stage)] for stage in STAGES}
-    clipped = tiny_config(optim={"grad_clip": 0.1}, train={"checkpoint_every": 0})
+    clipped = tiny_config(optim={"grad_clip": 0.1}, train=fewer)
     runs["clip-ddp"] = [clipped, []]
     runs |= {f"clip-{stage}": [clipped, zero(stage)] for stage in STAGES}
     train_many(
@@ -134,7 +135,7 @@ ENGINES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(150)
 def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Path) -> None:
     """Four steps under one engine and four under another follow the uninterrupted run."""
     config = tiny_config(

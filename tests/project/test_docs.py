@@ -103,7 +103,7 @@ def test_paths_in_the_text_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """notebooks/quickstart.ipynb from an empty directory, with fewer steps."""
     nbformat, nbclient = require_module("nbformat"), require_module("nbclient")

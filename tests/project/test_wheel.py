@@ -58,7 +58,7 @@ def test_contents(wheel: Path) -> None:
     assert not any(name.startswith(("tests", "proto", "launch", "configs")) for name in names)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_use(wheel: Path, tmp_path: Path) -> None:
     home, work = tmp_path / "environment", tmp_path / "empty"
     work.mkdir()

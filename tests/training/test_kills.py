@@ -48,7 +48,7 @@ def endless(config: Callable[..., Path]) -> Path:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(90)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_kills_change_nothing(tiny_config: Config, tmp_path: Path, ranks: int) -> None:
     config, out = endless(tiny_config), tmp_path / "killed"

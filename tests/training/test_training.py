@@ -27,6 +27,7 @@ def worst_relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow(40)
 def test_losses_do_not_depend_on_ranks_or_micro_batch(tiny_config: Config, tmp_path: Path) -> None:
     config = tiny_config()
     run_train(config, tmp_path / "one")
@@ -139,6 +140,7 @@ def test_validation_loss_of_each_data_set(
     assert scalars == pytest.approx(column(out, "val_loss/small"))
 
 
+@pytest.mark.slow(60)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_signal_checkpoints_and_the_same_command_continues(
     tiny_config: Config, tmp_path: Path, number: signal.Signals
