@@ -66,7 +66,7 @@ def _cpu(qkv: Tensor, n_head: int, dropout: float) -> Tensor:
 
 
 class _NativeAttention(torch.autograd.Function):
-    """bf16, D a multiple of 16, without dropout."""
+    """D a multiple of 16, without dropout."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
@@ -75,7 +75,7 @@ class _NativeAttention(torch.autograd.Function):
         out = qkv.new_empty(batch, time, width // 3)
         log_sums = torch.empty(batch, n_head, time)
         ctx.shape = batch, time, n_head, width // 3 // n_head
-        native.run("attention", qkv, *ctx.shape, out, log_sums)
+        native.run("attention", qkv.dtype, qkv, *ctx.shape, out, log_sums)
         ctx.save_for_backward(qkv, out, log_sums)
         return out
 
@@ -84,7 +84,7 @@ class _NativeAttention(torch.autograd.Function):
         qkv, out, log_sums = ctx.saved_tensors
         grad = torch.empty_like(qkv)
         upstream = grad_outputs[0].contiguous()
-        native.run("attention_backward", qkv, *ctx.shape, out, log_sums, upstream, grad)
+        native.run("attention_backward", qkv.dtype, qkv, *ctx.shape, out, log_sums, upstream, grad)
         return grad, None
 
 

@@ -88,7 +88,16 @@ def _cpu(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32)
     if native.takes(logits) and logits.is_contiguous():
         rows, columns = logits.shape
-        native.run("cross_entropy", logits, targets.contiguous(), rows, columns, classes, losses)
+        native.run(
+            "cross_entropy",
+            logits.dtype,
+            logits,
+            targets.contiguous(),
+            rows,
+            columns,
+            classes,
+            losses,
+        )
         return losses
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):

@@ -30,10 +30,10 @@ def _cpu(x: Tensor) -> Tensor:
 
 
 def gelu_forward(x: Tensor) -> Tensor:
-    """GELU by the bf16 kernel, without a graph."""
+    """GELU by the kernel, without a graph."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    native.run("gelu", x, y, x.numel())
+    native.run("gelu", x.dtype, x, y, x.numel())
     return y
 
 
@@ -41,7 +41,7 @@ def gelu_backward(x: Tensor, grad: Tensor, y: Tensor | None = None) -> Tensor:
     """Gradients of the inputs from those of the outputs; ``y`` receives the outputs again."""
     x = x.contiguous()
     grad_x = torch.empty_like(x)
-    native.run("gelu_backward", x, grad.contiguous(), grad_x, y, x.numel())
+    native.run("gelu_backward", x.dtype, x, grad.contiguous(), grad_x, y, x.numel())
     return grad_x
 
 

@@ -110,7 +110,7 @@ def _reference(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
         if fresh:
             total[rows] = product
         elif product.device.type == "cpu" and native.takes(product) and total.is_contiguous():
-            native.run("add", total[rows], product, total[rows], product.numel())
+            native.run("add", product.dtype, total[rows], product, total[rows], product.numel())
         else:
             total[rows] += product
 

@@ -1,4 +1,4 @@
-"""Bindings of ``native/training.cpp``: bf16 kernels of the training step for CPUs.
+"""Bindings of ``native/training.cpp``: kernels of the training step for CPUs, in bf16 and fp32.
 
 Without them (no compiler, another CPU, or ``GPT_DIST_KERNELS=0``) the operations run their
 reference in PyTorch, which is slower; results agree up to rounding.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -39,9 +40,12 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
 @cache
-def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are unavailable; the reason is logged once."""
+def kernels() -> dict[str, Callable[..., None]] | None:
+    """Name → kernel, or None where they are unavailable; the reason is logged once."""
     if build.disabled():
         return None
     try:
@@ -49,18 +53,21 @@ def kernels() -> ctypes.CDLL | None:
     except GptDistError as error:
         _log.warning("training without the CPU kernels, which is slower: %s", error)
         return None
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = arguments, None
-    return lib
+    return {
+        f"{name}_{suffix}": ctypes.CFUNCTYPE(None, *arguments).in_dll(lib, f"{name}_{suffix}")
+        for name, arguments in _ARGUMENTS.items()
+        for suffix in _SUFFIXES.values()
+    }
 
 
-def takes(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the kernels can read this CPU tensor, expected in ``dtype``."""
-    return x.dtype == dtype and concrete(x) and kernels() is not None
+def takes(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels can read this CPU tensor: one of ``dtypes``, by default bf16 or fp32."""
+    return x.dtype in (dtypes or _SUFFIXES) and concrete(x) and kernels() is not None
 
 
-def run(name: str, *arguments: Any) -> None:
-    """Call a kernel; tensors must be contiguous, None is a null pointer."""
+def run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Call a kernel of a dtype; tensors must be contiguous, None is a null pointer."""
+    found = kernels()
+    assert found is not None
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(kernels(), name)(*values, torch.get_num_threads())
+    found[f"{name}_{_SUFFIXES[dtype]}"](*values, torch.get_num_threads())

@@ -36,22 +36,24 @@ def _reference(
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bfloat16 and native.takes(x, torch.float32):
-        y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    if native.takes(x, torch.float32) and dtype in (torch.bfloat16, torch.float32):
+        y: Tensor = _LayerNorm.apply(x, weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
         return y
     return _reference(x, weight, bias, eps, dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
-    """fp32 (..., C) → bf16 (..., C)."""
+    """fp32 (..., C) → bf16 or fp32 (..., C)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
         x = x.contiguous()
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        y = torch.empty_like(x, dtype=torch.bfloat16)
+        y = torch.empty_like(x, dtype=dtype)
         stats = torch.empty(rows, 2)
-        native.run("layer_norm", x, weight, bias, rows, width, eps, y, stats)
+        native.run("layer_norm", dtype, x, weight, bias, rows, width, eps, y, stats)
         ctx.save_for_backward(x, weight, stats)
         ctx.has_bias = bias is not None
         return y
@@ -63,9 +65,10 @@ class _LayerNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         total = torch.empty(2, width)
         upstream = grad_outputs[0].contiguous()
-        native.run("layer_norm_backward", x, weight, stats, upstream, rows, width, grad_x, total)
+        arguments = x, weight, stats, upstream, rows, width, grad_x, total
+        native.run("layer_norm_backward", upstream.dtype, *arguments)
         grad_weight, grad_bias = total
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
 
 
 _layer_norm = register(

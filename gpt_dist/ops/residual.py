@@ -22,7 +22,7 @@ def _reference(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _cpu(x: Tensor, y: Tensor) -> Tensor:
-    if native.takes(y) and native.takes(x, torch.float32):
+    if native.takes(y, torch.bfloat16) and native.takes(x, torch.float32):
         total: Tensor = _Add.apply(x, y)  # type: ignore[no-untyped-call]
         return total
     return x + y
@@ -35,7 +35,7 @@ class _Add(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         x, y = x.contiguous(), y.contiguous()
         total = torch.empty_like(x)
-        native.run("add", x, y, total, x.numel())
+        native.run("add", y.dtype, x, y, total, x.numel())
         return total
 
     @staticmethod

@@ -19,6 +19,9 @@ if native_training.kernels() is None:
     missing("no CPU kernels")
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
 def errors(
     function: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -48,10 +51,11 @@ def plain_attention(heads: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("time", [1, 2, 31, 64, 65, 150, 257])
 @pytest.mark.parametrize(("heads", "depth"), [(1, 64), (3, 16), (2, 80)])
 @pytest.mark.parametrize("size", [0.5, 2.0])
-def test_attention(time: int, heads: int, depth: int, size: float) -> None:
+@DTYPES
+def test_attention(dtype: torch.dtype, time: int, heads: int, depth: int, size: float) -> None:
     torch.manual_seed(time)
-    qkv = (torch.randn(2, time, 3 * heads * depth) * size).bfloat16()
-    upstream = torch.randn(2, time, heads * depth).bfloat16().double()
+    qkv = (torch.randn(2, time, 3 * heads * depth) * size).to(dtype)
+    upstream = torch.randn(2, time, heads * depth).to(dtype).double()
     assert native_training.takes(qkv)
     own = errors(lambda x: attention(x, heads), qkv, upstream)
     plain = errors(plain_attention(heads), qkv, upstream)
@@ -60,10 +64,11 @@ def test_attention(time: int, heads: int, depth: int, size: float) -> None:
     check(own, plain, exact, slack=1.1)
 
 
-def test_attention_of_large_scores() -> None:
+@DTYPES
+def test_attention_of_large_scores(dtype: torch.dtype) -> None:
     """Scores of hundreds leave one key its whole weight, and nothing overflows."""
     torch.manual_seed(0)
-    qkv = (torch.randn(1, 40, 3 * 32) * 40).bfloat16()
+    qkv = (torch.randn(1, 40, 3 * 32) * 40).to(dtype)
     upstream = torch.ones(1, 40, 32, dtype=torch.float64)
     own = errors(lambda x: attention(x, 2), qkv, upstream)
     exact = errors(plain_attention(2), qkv.double(), upstream)
@@ -71,9 +76,10 @@ def test_attention_of_large_scores() -> None:
     assert (own[0] - exact[0]).norm() < 0.01 * exact[0].norm()
 
 
-def test_gelu() -> None:
+@DTYPES
+def test_gelu(dtype: torch.dtype) -> None:
     x = torch.cat([torch.randn(1003) * 3, torch.tensor([0.0, -0.0, 40.0, -40.0, 1e4, -1e4])])
-    x, upstream = x.bfloat16(), torch.randn(1009).bfloat16().double()
+    x, upstream = x.to(dtype), torch.randn(1009).to(dtype).double()
     own = errors(gelu, x, upstream)
     plain = errors(lambda v: F.gelu(v, approximate="tanh"), x, upstream)
     exact = errors(lambda v: F.gelu(v, approximate="tanh"), x.double(), upstream)
@@ -82,22 +88,23 @@ def test_gelu() -> None:
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 5), (63, 16), (130, 40), (300, 768)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_layer_norm(rows: int, width: int, bias: bool) -> None:
+@DTYPES
+def test_layer_norm(dtype: torch.dtype, rows: int, width: int, bias: bool) -> None:
     """Output and all gradients; rows far from zero, where a naive variance would cancel."""
     torch.manual_seed(rows)
     x = torch.randn(rows, width) * 3 + 50
     weight, shift = torch.randn(width), torch.randn(width) if bias else None
-    upstream = torch.randn(rows, width).bfloat16()
+    upstream = torch.randn(rows, width).to(dtype)
 
-    def results(dtype: torch.dtype, own: bool) -> list[Tensor]:
-        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, shift) if t is not None]
+    def results(inner: torch.dtype, own: bool) -> list[Tensor]:
+        inputs = [t.to(inner).requires_grad_() for t in (x, weight, shift) if t is not None]
         if own:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = layer_norm(*inputs, *[None] * (not bias))
-            assert y.dtype == torch.bfloat16
+            assert y.dtype == dtype
         else:
             y = F.layer_norm(inputs[0], (width,), *inputs[1:], eps=1e-5)
-            y = y if dtype == torch.float64 else y.bfloat16()
+            y = y if inner == torch.float64 else y.to(dtype)
         gradients = torch.autograd.grad(y, inputs, upstream.to(y.dtype))
         return [y.detach().double(), *(g.double() for g in gradients)]
 
@@ -105,7 +112,7 @@ def test_layer_norm(rows: int, width: int, bias: bool) -> None:
     for mine, right in zip(results(torch.float32, True), exact, strict=True):
         assert mine.shape == right.shape
     own, plain = results(torch.float32, True), results(torch.float32, False)
-    check(own[:1], plain[:1], exact[:1])  # bf16
+    check(own[:1], plain[:1], exact[:1])
     for mine, right in zip(own[1:], exact[1:], strict=True):
         assert (mine - right).norm() < 1e-5 * right.norm()
 
@@ -120,23 +127,28 @@ def test_add_keeps_the_residual_stream_in_fp32() -> None:
     assert torch.equal(for_y, upstream.bfloat16())
 
 
-def test_gelu_once_more() -> None:
+@DTYPES
+def test_gelu_once_more(dtype: torch.dtype) -> None:
     """What the backward pass computes again is what the forward pass had, bit for bit."""
-    x = (torch.randn(5000) * 4).bfloat16()
+    x = (torch.randn(5000) * 4).to(dtype)
     again = torch.empty_like(x)
     gelu_backward(x, torch.ones_like(x), again)
     assert torch.equal(again, gelu_forward(x))
 
 
-def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of a bf16 model against its float64 twin, with the kernels and without."""
+@DTYPES
+def test_whole_model_is_as_exact_without_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of a model against its float64 twin, with the kernels and without."""
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=96, vocab_size=300)
     ids, targets = torch.randint(300, (2, 4, 96))
 
-    def gradients(dtype: torch.dtype) -> Tensor:
+    def gradients(weights: torch.dtype) -> Tensor:
         torch.manual_seed(0)
-        model = GPT(config).to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        model = GPT(config).to(weights)
+        bf16 = dtype == torch.bfloat16 and weights == torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(ids, targets) / ids.numel()
         loss.backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])  # type: ignore[union-attr]
@@ -150,15 +162,16 @@ def test_whole_model_is_as_exact_without_them(monkeypatch: pytest.MonkeyPatch) -
     assert (fast - exact).norm() < 1.05 * (plain - exact).norm() < 0.02 * exact.norm()
 
 
-def test_results_do_not_depend_on_the_threads() -> None:
-    qkv = torch.randn(2, 70, 3 * 64).bfloat16()
+@DTYPES
+def test_results_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, 70, 3 * 64).to(dtype)
     rows = torch.randn(2048, 768, requires_grad=True)
     weight = torch.randn(768, requires_grad=True)
     threads = torch.get_num_threads()
-    upstream, slopes = torch.randn(2, 70, 64), torch.randn(2048, 768).bfloat16()
+    upstream, slopes = torch.randn(2, 70, 64), torch.randn(2048, 768).to(dtype)
 
     def results() -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = layer_norm(rows, weight, None)
         gradients = torch.autograd.grad(y, (rows, weight), slopes)
         return [*errors(lambda x: attention(x, 4), qkv, upstream), y, *gradients]

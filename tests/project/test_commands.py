@@ -192,10 +192,11 @@ def take_for_granted(arguments: list[str], granted: Path, cwd: Path) -> None:
 def running(module: str, arguments: list[str], cwd: Path) -> Iterator[None]:
     """A command that serves until it is stopped."""
     log = cwd / f"{module}.log"
+    log.touch()
     process = warm.Command(module, arguments, (log, log), cwd)
     try:
         wait_until(
-            lambda: process.poll() is not None or "ready" in log.read_text(encoding="utf-8"),
+            lambda: process.poll() is not None or "ready" in log.read_text(),
             f"{module} {arguments}",
         )
         assert process.poll() is None, log.read_text(encoding="utf-8")

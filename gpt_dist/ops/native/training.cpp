@@ -1,53 +1,55 @@
-// Operations of a bf16 training step on CPUs: causal self-attention, layer norm, GELU and
-// cross-entropy, forward and backward. Matrices are row-major. ops/native_training.py binds this.
+// Operations of a training step on CPUs, in bf16 and in fp32: causal self-attention, layer norm, GELU
+// and cross-entropy, forward and backward. Matrices are row-major. ops/native_training.py binds this.
 
 #include "training_attention.h"
 
-extern "C" {
+namespace {
 
 // qkv (batch, tokens, 3, heads, width) → out (batch, tokens, heads, width) and the log-sum-exp of
 // each row of scores (batch, heads, tokens). The width is a multiple of 16.
-void attention(const Bf16* qkv, int batch, int tokens, int heads, int width, Bf16* out,
-               float* log_sums, int threads) {
+template <class T>
+void attention(const T* qkv, int batch, int tokens, int heads, int width, T* out, float* log_sums,
+               int threads) {
     int64_t all = (int64_t)heads * width;
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch(tokens, width, false);
+        Scratch<T> scratch(tokens, width, false);
 #pragma omp for schedule(dynamic)
         for (int item = 0; item < batch * heads; item++) {
             int b = item / heads, h = item % heads;
-            const Bf16* base = qkv + b * tokens * 3 * all + h * width;
-            attend({base, base + all, base + 2 * all, 3 * all}, tokens, 1 / std::sqrt((float)width),
-                   out + b * tokens * all + h * width, all, log_sums + (int64_t)item * tokens,
+            const T* base = qkv + b * tokens * 3 * all + h * width;
+            attend<T>({base, base + all, base + 2 * all, 3 * all}, tokens,
+                      1 / std::sqrt((float)width), out + b * tokens * all + h * width, all, log_sums + (int64_t)item * tokens,
                    scratch);
         }
     }
 }
 
-void attention_backward(const Bf16* qkv, int batch, int tokens, int heads, int width,
-                        const Bf16* out, const float* log_sums, const Bf16* grad, Bf16* grad_qkv,
-                        int threads) {
+template <class T>
+void attention_backward(const T* qkv, int batch, int tokens, int heads, int width, const T* out,
+                        const float* log_sums, const T* grad, T* grad_qkv, int threads) {
     int64_t all = (int64_t)heads * width;
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch(tokens, width, true);
+        Scratch<T> scratch(tokens, width, true);
 #pragma omp for schedule(dynamic)
         for (int item = 0; item < batch * heads; item++) {
             int b = item / heads, h = item % heads;
             int64_t start = b * tokens * 3 * all + h * width, place = b * tokens * all + h * width;
-            const Bf16* base = qkv + start;
-            Bf16* to = grad_qkv + start;
-            attend_backward({base, base + all, base + 2 * all, 3 * all}, tokens,
+            const T* base = qkv + start;
+            T* to = grad_qkv + start;
+            attend_backward<T>({base, base + all, base + 2 * all, 3 * all}, tokens,
                             1 / std::sqrt((float)width), out + place, grad + place, all,
                             log_sums + (int64_t)item * tokens, to, to + all, to + 2 * all, scratch);
         }
     }
 }
 
-// Layer norm: fp32 (rows, width) → bf16 (rows, width), and `stats` (rows, 2): each row's mean and
+// Layer norm: fp32 (rows, width) → (rows, width), and `stats` (rows, 2): each row's mean and
 // inverse standard deviation. The bias may be null.
+template <class T>
 void layer_norm(const float* x, const float* weight, const float* bias, int rows, int width,
-                float eps, Bf16* y, float* stats, int threads) {
+                float eps, T* y, float* stats, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int r = 0; r < rows; r++) {
         const float* row = x + (int64_t)r * width;
@@ -76,7 +78,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, int rows
 
 // Gradients of the outputs → gradients of the inputs, and `total` (2, width), those of weight and
 // bias. Rows are summed block by block, so that results do not depend on the number of threads.
-void layer_norm_backward(const float* x, const float* weight, const float* stats, const Bf16* grad,
+template <class T>
+void layer_norm_backward(const float* x, const float* weight, const float* stats, const T* grad,
                          int rows, int width, float* grad_x, float* total, int threads) {
     constexpr int block = 64;
     std::vector<float> sums((int64_t)(rows + block - 1) / block * 2 * width);
@@ -118,8 +121,8 @@ void layer_norm_backward(const float* x, const float* weight, const float* stats
         for (int j = 0; j < 2 * width; j++) total[j] += sums[(int64_t)(first / block) * 2 * width + j];
 }
 
-// tanh GELU of bf16 numbers.
-void gelu(const Bf16* x, Bf16* y, int64_t count, int threads) {
+// tanh GELU.
+template <class T> void gelu(const T* x, T* y, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
         Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
@@ -128,8 +131,8 @@ void gelu(const Bf16* x, Bf16* y, int64_t count, int threads) {
 }
 
 // Gradients of the outputs → gradients of the inputs. Writes the outputs to `y` unless it is null.
-void gelu_backward(const Bf16* x, const Bf16* grad, Bf16* grad_x, Bf16* y, int64_t count,
-                   int threads) {
+template <class T>
+void gelu_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads) {
     const Vec one = splat(1.f), slope = splat(2 * 0.7978845608f);
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
@@ -146,13 +149,14 @@ void gelu_backward(const Bf16* x, const Bf16* grad, Bf16* grad_x, Bf16* y, int64
 
 // Cross-entropies of logits (rows, columns), of which the first `classes` columns count. A row with
 // a negative target has none. The logits become the gradients of the sum of the losses.
-void cross_entropy(Bf16* logits, const int64_t* targets, int rows, int columns, int classes,
+template <class T>
+void cross_entropy(T* logits, const int64_t* targets, int rows, int columns, int classes,
                    float* losses, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int r = 0; r < rows; r++) {
-        Bf16* row = logits + (int64_t)r * columns;
+        T* row = logits + (int64_t)r * columns;
         if (targets[r] < 0) {
-            std::fill_n(row, columns, 0);
+            std::fill_n(row, columns, T(0));
             losses[r] = 0;
             continue;
         }
@@ -168,20 +172,21 @@ void cross_entropy(Bf16* logits, const int64_t* targets, int rows, int columns, 
             sum = select(mask, sum + exp(load(row + j, mask) - shift), sum);
         }
         float log_sum = largest + std::log(reduce_add(sum));
-        float target = to_float(row[targets[r]]);
+        float target = get(row + targets[r]);
         losses[r] = log_sum - target;
         shift = splat(log_sum);
         for (int j = 0; j < classes; j += LANES) {
             Mask mask = tail(classes - j);
             store(row + j, exp(load(row + j, mask) - shift), mask);
         }
-        row[targets[r]] = to_bf16(std::exp(target - log_sum) - 1);
-        std::fill_n(row + classes, columns - classes, 0);
+        put(row + targets[r], std::exp(target - log_sum) - 1);
+        std::fill_n(row + classes, columns - classes, T(0));
     }
 }
 
-// sum (fp32) = start (fp32) + addend (bf16); `sum` may be `start`.
-void add(const float* start, const Bf16* addend, float* sum, int64_t count, int threads) {
+// sum (fp32) = start (fp32) + addend; `sum` may be `start`.
+template <class T>
+void add(const float* start, const T* addend, float* sum, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
         Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
@@ -189,4 +194,19 @@ void add(const float* start, const Bf16* addend, float* sum, int64_t count, int 
         store(sum + i, total, mask);
     }
 }
-}
+
+}  // namespace
+
+// Function pointers by name and type: attention_bf16, attention_fp32, …
+#define EXPORT(operation)                                     \
+    extern "C" const auto operation##_bf16 = operation<Bf16>; \
+    extern "C" const auto operation##_fp32 = operation<float>;
+
+EXPORT(attention)
+EXPORT(attention_backward)
+EXPORT(layer_norm)
+EXPORT(layer_norm_backward)
+EXPORT(gelu)
+EXPORT(gelu_backward)
+EXPORT(cross_entropy)
+EXPORT(add)

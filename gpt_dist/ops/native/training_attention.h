@@ -8,11 +8,31 @@
 
 namespace {
 
-using Pair = uint32_t;  // two bf16 numbers, which `dot_pairs` multiplies and adds
+// What a matrix product takes at once along its depth: a number, or a pair of bf16 numbers.
+template <class T> struct Product;
 
-// C (rows, columns) (+)= A (rows, 2 depth) B (2 depth, columns), both as pairs along the depth.
-template <int ROWS, int VECTORS>
-void tile(int depth, const Pair* a, int lda, const Pair* b, int ldb, float* c, int ldc, bool add) {
+template <> struct Product<Bf16> {
+    using Step = uint32_t;
+    static constexpr int DEPTH = 2;
+    static auto spread(Step pair) { return splat_pair(pair); }
+    template <class Inputs> static Vec add(Inputs left, Vec right, Vec sum) {
+        return dot_pairs(left, right, sum);
+    }
+};
+
+template <> struct Product<float> {
+    using Step = float;
+    static constexpr int DEPTH = 1;
+    static Vec spread(float x) { return splat(x); }
+    static Vec add(Vec left, Vec right, Vec sum) { return fma(left, right, sum); }
+};
+
+template <class T> using Step = typename Product<T>::Step;
+
+// C (rows, columns) (+)= A (rows, depth) B (depth, columns), the depth in steps.
+template <class T, int ROWS, int VECTORS>
+void tile(int depth, const Step<T>* a, int lda, const Step<T>* b, int ldb, float* c, int ldc,
+          bool add) {
     Vec sum[ROWS][VECTORS];
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < VECTORS; j++)
@@ -21,108 +41,124 @@ void tile(int depth, const Pair* a, int lda, const Pair* b, int ldb, float* c, i
         Vec right[VECTORS];
         for (int j = 0; j < VECTORS; j++) right[j] = load((const float*)b + k * ldb + j * LANES);
         for (int i = 0; i < ROWS; i++) {
-            auto left = splat_pair(a[i * lda + k]);
-            for (int j = 0; j < VECTORS; j++) sum[i][j] = dot_pairs(left, right[j], sum[i][j]);
+            auto left = Product<T>::spread(a[i * lda + k]);
+            for (int j = 0; j < VECTORS; j++)
+                sum[i][j] = Product<T>::add(left, right[j], sum[i][j]);
         }
     }
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < VECTORS; j++) store(c + i * ldc + j * LANES, sum[i][j]);
 }
 
-template <int VECTORS>
-void strip(int rows, int depth, const Pair* a, int lda, const Pair* b, int ldb, float* c, int ldc,
-           bool add) {
+template <class T, int VECTORS>
+void strip(int rows, int depth, const Step<T>* a, int lda, const Step<T>* b, int ldb, float* c,
+           int ldc, bool add) {
     int i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
-        tile<TILE_ROWS, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+        tile<T, TILE_ROWS, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
     for (; i < rows; i++)
-        tile<1, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+        tile<T, 1, VECTORS>(depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
 }
 
-void multiply(int rows, int columns, int depth, const Pair* a, int lda, const Pair* b, int ldb,
-              float* c, int ldc, bool add = false) {
+template <class T>
+void multiply(int rows, int columns, int depth, const Step<T>* a, int lda, const Step<T>* b,
+              int ldb, float* c, int ldc, bool add = false) {
     int j = 0;
     for (; j + PANEL <= columns; j += PANEL)
-        strip<PANEL / LANES>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
-    for (; j < columns; j += LANES) strip<1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
+        strip<T, PANEL / LANES>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
+    for (; j < columns; j += LANES)
+        strip<T, 1>(rows, depth, a, lda, b + j, ldb, c + j, ldc, add);
 }
 
 constexpr int QUERIES = 64;  // of a block
 
 // Buffers of one thread.
-struct Scratch {
+template <class T> struct Scratch {
+    static constexpr int DEPTH = Product<T>::DEPTH;
     int time, width;  // number of keys, rounded up; channels of a head
-    std::vector<Pair> keys_across, values_across, keys, values;
-    std::vector<Pair> weights, slopes, queries_across, grads_across;
+    std::vector<Step<T>> keys_across, values_across, keys, values;
+    std::vector<Step<T>> weights, slopes, queries_across, grads_across;
     std::vector<float> scores, products, block, grad_keys, grad_values;
 
     Scratch(int tokens, int width, bool backward)
-        : time(padded(tokens, 2 * LANES)), width(width), keys_across(time * width / 2),
-          values(time * width / 2), weights(QUERIES * time / 2), scores(QUERIES * time),
+        : time(padded(tokens, 2 * LANES)), width(width), keys_across(time * width / DEPTH),
+          values(time * width / DEPTH), weights(QUERIES * time / DEPTH), scores(QUERIES * time),
           block(QUERIES * width) {
         if (!backward) return;
-        values_across.resize(time * width / 2);
-        keys.resize(time * width / 2);
-        slopes.resize(QUERIES * time / 2);
-        queries_across.resize(QUERIES * width / 2);
-        grads_across.resize(QUERIES * width / 2);
+        values_across.resize(time * width / DEPTH);
+        keys.resize(time * width / DEPTH);
+        slopes.resize(QUERIES * time / DEPTH);
+        queries_across.resize(QUERIES * width / DEPTH);
+        grads_across.resize(QUERIES * width / DEPTH);
         products.resize(QUERIES * time);
         grad_keys.resize(time * width);
         grad_values.resize(time * width);
     }
 };
 
-// (tokens, width) → pairs of neighbouring channels, transposed: (width / 2, tokens).
-void across_width(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int ldt) {
+// (tokens, width) → steps of neighbouring channels, transposed: (width / DEPTH, tokens).
+template <class T>
+void across_width(const T* from, int64_t stride, int tokens, int width, Step<T>* to, int ldt) {
     for (int t = 0; t < ldt; t++)
-        for (int d = 0; d < width / 2; d++)
-            to[d * ldt + t] = t < tokens ? ((const Pair*)(from + t * stride))[d] : 0;
+        for (int d = 0; d < width / Product<T>::DEPTH; d++)
+            to[d * ldt + t] = t < tokens ? ((const Step<T>*)(from + t * stride))[d] : 0;
 }
 
-// (tokens, width) → pairs of neighbouring tokens: (tokens / 2, width).
-void across_tokens(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int padded) {
-    for (int t = 0; t < padded; t += 2)
-        for (int d = 0; d < width; d++) {
-            Pair low = t < tokens ? from[t * stride + d] : 0;
-            Pair high = t + 1 < tokens ? from[(t + 1) * stride + d] : 0;
-            to[t / 2 * width + d] = low | high << 16;
-        }
+// Steps of neighbouring tokens at one channel, from token t on.
+inline uint32_t step_at(const Bf16* from, int64_t stride, int t, int tokens) {
+    uint32_t low = t < tokens ? from[t * stride] : 0;
+    uint32_t high = t + 1 < tokens ? from[(t + 1) * stride] : 0;
+    return low | high << 16;
+}
+inline float step_at(const float* from, int64_t stride, int t, int tokens) {
+    return t < tokens ? from[t * stride] : 0;
 }
 
-// (tokens, width) → pairs of neighbouring tokens, transposed: (width, count / 2).
-void transposed(const Bf16* from, int64_t stride, int tokens, int width, Pair* to, int count) {
-    for (int t = 0; t < count; t += 2)
-        for (int d = 0; d < width; d++) {
-            Pair low = t < tokens ? from[t * stride + d] : 0;
-            Pair high = t + 1 < tokens ? from[(t + 1) * stride + d] : 0;
-            to[d * (count / 2) + t / 2] = low | high << 16;
-        }
+// (tokens, width) → steps of neighbouring tokens: (count / DEPTH, width).
+template <class T>
+void across_tokens(const T* from, int64_t stride, int tokens, int width, Step<T>* to, int count) {
+    for (int i = 0; i < count / Product<T>::DEPTH; i++)
+        for (int d = 0; d < width; d++)
+            to[i * width + d] = step_at(from + d, stride, i * Product<T>::DEPTH, tokens);
 }
 
-// (count, columns) → pairs from rows i and i + 1: (count / 2, columns).
-void interleave(const Bf16* rows, int count, int columns, Pair* to) {
+// (tokens, width) → steps of neighbouring tokens, transposed: (width, count / DEPTH).
+template <class T>
+void transposed(const T* from, int64_t stride, int tokens, int width, Step<T>* to, int count) {
+    int steps = count / Product<T>::DEPTH;
+    for (int i = 0; i < steps; i++)
+        for (int d = 0; d < width; d++)
+            to[d * steps + i] = step_at(from + d, stride, i * Product<T>::DEPTH, tokens);
+}
+
+// (count, columns) → steps from neighbouring rows: (count / DEPTH, columns). Uses `to` or `rows`.
+const uint32_t* interleave(const Bf16* rows, int count, int columns, float* to) {
     for (int i = 0; i < count; i += 2)
         for (int j = 0; j < columns; j += LANES) {
             const Bf16* row = rows + i * columns + j;
-            store((float*)to + i / 2 * columns + j, pairs(row, row + columns));
+            store(to + i / 2 * columns + j, pairs(row, row + columns));
         }
+    return (const uint32_t*)to;
 }
+const float* interleave(const float* rows, int, int, float*) { return rows; }
 
-struct Head {
-    const Bf16 *query, *key, *value;
+template <class T> struct Head {
+    const T *query, *key, *value;
     int64_t stride;  // between tokens
 };
 
-void attend(const Head& head, int tokens, float scale, Bf16* out, int64_t out_stride,
-            float* log_sums, Scratch& s) {
+template <class T>
+void attend(const Head<T>& head, int tokens, float scale, T* out, int64_t out_stride,
+            float* log_sums, Scratch<T>& s) {
+    constexpr int DEPTH = Product<T>::DEPTH;
     int width = s.width;
     across_width(head.key, head.stride, tokens, width, s.keys_across.data(), s.time);
     across_tokens(head.value, head.stride, tokens, width, s.values.data(), s.time);
     for (int first = 0; first < tokens; first += QUERIES) {
         int rows = std::min(QUERIES, tokens - first), seen = padded(first + rows, 2 * LANES);
-        multiply(rows, seen, width / 2, (const Pair*)(head.query + first * head.stride),
-                 head.stride / 2, s.keys_across.data(), s.time, s.scores.data(), seen);
-        Bf16* weights = (Bf16*)s.weights.data();
+        multiply<T>(rows, seen, width / DEPTH, (const Step<T>*)(head.query + first * head.stride),
+                 head.stride / DEPTH, s.keys_across.data(), s.time, s.scores.data(), seen);
+        T* weights = (T*)s.weights.data();
         float inverse[QUERIES];
         for (int i = 0; i < rows; i++) {
             float* row = s.scores.data() + i * seen;
@@ -142,7 +178,7 @@ void attend(const Head& head, int tokens, float scale, Bf16* out, int64_t out_st
             inverse[i] = 1 / total;
             log_sums[first + i] = largest + std::log(total);
         }
-        multiply(rows, width, seen / 2, s.weights.data(), seen / 2, s.values.data(), width,
+        multiply<T>(rows, width, seen / DEPTH, s.weights.data(), seen / DEPTH, s.values.data(), width,
                  s.block.data(), width);
         for (int i = 0; i < rows; i++)
             for (int d = 0; d < width; d += LANES)
@@ -151,8 +187,8 @@ void attend(const Head& head, int tokens, float scale, Bf16* out, int64_t out_st
     }
 }
 
-void store_transposed(const float* from, int ldf, int tokens, int width, Bf16* to,
-                      int64_t stride) {
+template <class T>
+void store_transposed(const float* from, int ldf, int tokens, int width, T* to, int64_t stride) {
     alignas(64) float row[LANES];
     for (int t = 0; t < tokens; t++)
         for (int d = 0; d < width; d += LANES) {
@@ -161,25 +197,27 @@ void store_transposed(const float* from, int ldf, int tokens, int width, Bf16* t
         }
 }
 
-void attend_backward(const Head& head, int tokens, float scale, const Bf16* out,
-                     const Bf16* grad, int64_t out_stride, const float* log_sums, Bf16* grad_query,
-                     Bf16* grad_key, Bf16* grad_value, Scratch& s) {
+template <class T>
+void attend_backward(const Head<T>& head, int tokens, float scale, const T* out, const T* grad,
+                     int64_t out_stride, const float* log_sums, T* grad_query, T* grad_key,
+                     T* grad_value, Scratch<T>& s) {
+    constexpr int DEPTH = Product<T>::DEPTH;
     int width = s.width, time = s.time;
     across_width(head.key, head.stride, tokens, width, s.keys_across.data(), time);
     across_width(head.value, head.stride, tokens, width, s.values_across.data(), time);
     across_tokens(head.key, head.stride, tokens, width, s.keys.data(), time);
     std::fill(s.grad_keys.begin(), s.grad_keys.end(), 0.0f);
     std::fill(s.grad_values.begin(), s.grad_values.end(), 0.0f);
-    Bf16* weights = (Bf16*)s.weights.data();
-    Bf16* slopes = (Bf16*)s.slopes.data();
+    T* weights = (T*)s.weights.data();
+    T* slopes = (T*)s.slopes.data();
     for (int first = 0; first < tokens; first += QUERIES) {
         int rows = std::min(QUERIES, tokens - first), seen = padded(first + rows, 2 * LANES);
         int even = padded(rows, 2);
-        const Bf16* grads = grad + first * out_stride;
-        const Bf16* queries = head.query + first * head.stride;
-        multiply(rows, seen, width / 2, (const Pair*)queries, head.stride / 2,
+        const T* grads = grad + first * out_stride;
+        const T* queries = head.query + first * head.stride;
+        multiply<T>(rows, seen, width / DEPTH, (const Step<T>*)queries, head.stride / DEPTH,
                  s.keys_across.data(), time, s.scores.data(), seen);
-        multiply(rows, seen, width / 2, (const Pair*)grads, out_stride / 2,
+        multiply<T>(rows, seen, width / DEPTH, (const Step<T>*)grads, out_stride / DEPTH,
                  s.values_across.data(), time, s.products.data(), seen);
         for (int i = 0; i < rows; i++) {
             Vec inner = Vec{};  // sum(weights * their gradients)
@@ -198,10 +236,10 @@ void attend_backward(const Head& head, int tokens, float scale, const Bf16* out,
             }
         }
         if (even > rows) {
-            std::fill_n(weights + rows * seen, seen, 0);
-            std::fill_n(slopes + rows * seen, seen, 0);
+            std::fill_n(weights + rows * seen, seen, T(0));
+            std::fill_n(slopes + rows * seen, seen, T(0));
         }
-        multiply(rows, width, seen / 2, s.slopes.data(), seen / 2, s.keys.data(), width,
+        multiply<T>(rows, width, seen / DEPTH, s.slopes.data(), seen / DEPTH, s.keys.data(), width,
                  s.block.data(), width);
         for (int i = 0; i < rows; i++)
             for (int d = 0; d < width; d += LANES)
@@ -210,12 +248,11 @@ void attend_backward(const Head& head, int tokens, float scale, const Bf16* out,
         // Transposed: the gradients of keys and values as (width, keys), summed over the blocks.
         transposed(queries, head.stride, rows, width, s.queries_across.data(), even);
         transposed(grads, out_stride, rows, width, s.grads_across.data(), even);
-        Pair* packed = (Pair*)s.scores.data();
-        interleave(weights, even, seen, packed);
-        multiply(width, seen, even / 2, s.grads_across.data(), even / 2, packed, seen,
+        auto packed = interleave(weights, even, seen, s.scores.data());
+        multiply<T>(width, seen, even / DEPTH, s.grads_across.data(), even / DEPTH, packed, seen,
                  s.grad_values.data(), time, true);
-        interleave(slopes, even, seen, packed);
-        multiply(width, seen, even / 2, s.queries_across.data(), even / 2, packed, seen,
+        packed = interleave(slopes, even, seen, s.scores.data());
+        multiply<T>(width, seen, even / DEPTH, s.queries_across.data(), even / DEPTH, packed, seen,
                  s.grad_keys.data(), time, true);
     }
     store_transposed(s.grad_keys.data(), time, tokens, width, grad_key, head.stride);

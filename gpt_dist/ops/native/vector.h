@@ -37,6 +37,12 @@ inline Bf16 to_bf16(float x) {  // to nearest, ties to even
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
 
+// One number in memory, of either type.
+inline float get(const float* from) { return *from; }
+inline float get(const Bf16* from) { return to_float(*from); }
+inline void put(float* to, float x) { *to = x; }
+inline void put(Bf16* to, float x) { *to = to_bf16(x); }
+
 // e^x to about 1 ulp, for x up to 88: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (coefficients:
 // Cephes expf).
 inline Vec exp(Vec x) {
