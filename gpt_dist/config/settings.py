@@ -88,7 +88,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (matrices by Muon, the rest by AdamW)."""
     lr: Positive = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate. Muon's best is several times AdamW's: 5e-3 is a good start."""
     min_lr: NonNegative = 6e-5
     """Learning rate at the end of the schedule."""
     warmup_steps: CountOrZero = 715
