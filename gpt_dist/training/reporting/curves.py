@@ -153,8 +153,9 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def smoothed(values: list[float]) -> list[float]:
     """Each value on the straight line fitted to its neighbours, about 4 % of all values.
 
-    The window is centred, so the curve does not lag. At both ends it is the first or the last full
-    window; there a fitted line still follows a slope, which a mean would not.
+    The window is centred, so the curve does not lag. It is narrower at the start, where losses fall
+    steeply. At the end it is the last full window; there a fitted line still follows a slope, which
+    a mean would not.
     """
     import numpy as np
 
@@ -164,8 +165,10 @@ def smoothed(values: list[float]) -> list[float]:
         return list(values)
     y = np.asarray(values)
     x = np.arange(count) - count / 2
-    left = np.clip(np.arange(count) - half, 0, count - 2 * half - 1)
-    right = left + 2 * half + 1
+    place = np.arange(count)
+    reach = np.clip(place // 4, 1, half)
+    left = np.clip(place - reach, 0, count - 2 * half - 1)
+    right = np.clip(place + reach + 1, 3, count)
 
     def mean(series: Any) -> Any:
         sums = np.concatenate([[0.0], np.cumsum(series)])
