@@ -21,11 +21,14 @@ from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.export import export_hf
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
-from serve import playground
+from serve.playground.__main__ import main
+from serve.playground.replies import GROWING, Reply, ended, panels
 from tests.components import require, require_module
 from tests.serve.conftest import PATIENCE, wait_until
 
 LONG = 3000
+ALPHABET = "abcdefghijklmnopqrstuvwxyz éß\n<>&\"'"
+VOCABULARY = len(ALPHABET)
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def gradio() -> None:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose replies are long enough to be stopped."""
     torch.manual_seed(10)
-    tokenizer = CharTokenizer("abcdefghijklmnopqrstuvwxyz éß\n<>&\"'")
+    tokenizer = CharTokenizer(ALPHABET)
     shape = {"n_layer": 24, "n_head": 4, "n_embd": 128, "context_length": LONG + 100}
     config = ModelConfig.model_validate(shape | {"vocab_size": tokenizer.vocab_size})
     directory = tmp_path_factory.mktemp("playground") / "model"
@@ -79,7 +82,18 @@ def running(*command: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[tuple[str, str]]:
     """Target and metrics address of a server."""
-    options = ["--port", "0", "--metrics-port", "0", "--threads", "1", "--grace", "1"]
+    options = [
+        "--model-name",
+        "mine",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--threads",
+        "1",
+        "--grace",
+        "1",
+    ]
     with running("serve", "--checkpoint", str(model_dir), *options) as line:
         target, metrics = re.findall(r"([\d.]+:\d+)|metrics on (\d+)", line)
         yield target[0], f"http://127.0.0.1:{metrics[1]}/metrics"
@@ -119,15 +133,30 @@ def test_streaming_and_stopping_in_a_browser(
     with running("serve.playground", "--target", target, "--port", str(port)):
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(f"http://127.0.0.1:{port}")
+        # The page says what it talks to, and offers no more than the model can do.
+        assert page.locator("#model h1").inner_text() == "mine"
+        facts = page.locator("#model").inner_text()
+        assert "weights model" in facts
+        assert f"context of {LONG + 100:,} tokens" in facts
+        assert page.title() == "mine · gpt_dist playground"
+        for label, most in (("Tokens", LONG + 99), ("Samples", 8), ("Top k", VOCABULARY)):
+            slider = page.get_by_label(f"range slider for {label}")
+            assert slider.get_attribute("max") == str(most), label
+        assert page.locator(".legend").count() == 0  # there is nothing to explain yet
         # A short reply.
         ask(page, "a <b> & é", 20)
         replies = page.locator(".reply")
-        page.get_by_text("20 tokens · length").nth(1).wait_for(timeout=1000 * PATIENCE)
+        page.get_by_text("20 tokens · limit of 20 tokens").nth(1).wait_for(timeout=1000 * PATIENCE)
         assert replies.count() == 2
         texts = [reply.locator("pre").inner_text() for reply in replies.all()]
         assert all(text.startswith("a <b> & é") and len(text) == 29 for text in texts)
         title = replies.first.locator("i").first.get_attribute("data-hint")
         assert re.match(r"'.+'  \d+\.\d%\n\n( *\d+\.\d%  '.+'\n?){5}", title), title
+        assert page.locator(".legend i").count() == 10
+        # What the server refuses leaves no panel of the replies before.
+        ask(page, "a" * (LONG + 200), 20)
+        page.locator("#status").get_by_text("INVALID_ARGUMENT").wait_for(timeout=1000 * PATIENCE)
+        assert replies.count() == 0
         # A long reply grows, and stopping it frees the slots.
         ask(page, "a", 1024)
         grown = [0]
@@ -143,6 +172,8 @@ def test_streaming_and_stopping_in_a_browser(
         page.locator("#stop").click()
         wait_until(lambda: gauge(metrics, "gpt_dist_running") == 0)
         wait_until(lambda: gauge(metrics, "gpt_dist_cancelled_total") == 2)
+        page.get_by_text("tokens · stopped").nth(1).wait_for(timeout=1000 * PATIENCE)
+        assert page.get_by_text(f"tokens · {GROWING}").count() == 0
         # So does leaving the page.
         ask(page, "a", 1024)
         wait_until(lambda: gauge(metrics, "gpt_dist_running") == 2)
@@ -158,8 +189,9 @@ def test_engine_in_process(model_dir: Path, browser: Any) -> None:
     with running("serve.playground", "--checkpoint", str(model_dir), "--port", str(port)):
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}")
+        assert page.locator("#model h1").inner_text() == str(model_dir)
         ask(page, "abc", 10)
-        page.get_by_text("10 tokens · length").first.wait_for(timeout=1000 * PATIENCE)
+        page.get_by_text("10 tokens · limit of 10 tokens").first.wait_for(timeout=1000 * PATIENCE)
         page.get_by_role("tab", name="Model card").click()
         # the exported model's README
         page.locator("#card").get_by_text("GPT2LMHeadModel").first.wait_for(timeout=1000 * PATIENCE)
@@ -172,7 +204,7 @@ def test_replies_show_whole_characters() -> None:
     from gpt_dist.v1.generation_service_pb2 import GenerateStreamResponse
 
     tokenizer = load_tokenizer("gpt2")
-    reply = playground.Reply()
+    reply = Reply(64)
     for token in tokenizer.encode("a🙃<"):
         message = GenerateStreamResponse(token_ids=[token])
         message.logprobs.add(token_id=token, token=tokenizer.token_bytes(token), logprob=-1.0)
@@ -186,11 +218,21 @@ def test_replies_show_whole_characters() -> None:
     assert "🙃</i>" not in reply.html("p")
 
 
+def test_replies_that_grew_have_ended() -> None:
+    done, growing = Reply(64), Reply(64)
+    done.end = "length"
+    shown = ended(panels([done, growing], f"p {GROWING}"), "<error>")
+    assert f"<b>p {GROWING}</b>" in shown
+    assert re.findall("· (.*?)</footer>", shown) == ["length", "&lt;error&gt;"]
+    assert shown.count("legend") == 1
+    assert panels([], "p") == ""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("gradio")
 def test_bad_input(tmp_path: Path) -> None:
     nobody = f"127.0.0.1:{free_port()}"
     with pytest.raises(GptDistError, match=f"no server answers at {nobody}"):
-        playground.main(["--target", nobody])
+        main(["--target", nobody])
     with pytest.raises(UsageError, match="no such run"):
-        playground.main(["--checkpoint", str(tmp_path / "none")])
+        main(["--checkpoint", str(tmp_path / "none")])
