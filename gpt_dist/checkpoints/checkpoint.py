@@ -6,11 +6,14 @@ such a name is complete: it gets the name by a rename after everything in it is 
 loses it by a rename before anything in it is removed. Nothing is ever unpickled.
 
 Where a step is saved a second time, the older checkpoint is called ``step-00000100.replaced`` for
-a moment. It stands for the step as long as there is no ``step-00000100``.
+a moment. It stands for the step as long as there is no ``step-00000100``. A checkpoint whose files
+are damaged is renamed to ``step-00000100.damaged`` when the run continues from an earlier one.
+Nothing reads or removes it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -24,7 +27,13 @@ from gpt_dist.files import file_sha256
 FORMAT_VERSION = 1
 REPLACED = ".replaced"
 """Ends the name of a checkpoint while another of the same step takes its place."""
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that was set aside."""
 STEP_DIRECTORY = re.compile(rf"step-(\d{{8}})({re.escape(REPLACED)})?")
+
+
+class DamagedError(GptDistError):
+    """A file of a checkpoint is missing or not as it was written."""
 
 
 def step_name(step: int) -> str:
@@ -46,13 +55,16 @@ def step_of(checkpoint: Path) -> int:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoint of each step, oldest first."""
+    # Of two checkpoints of a step the one that bears its own name comes last here, and stays.
+    return list({step_of(path): path for path in reversed(candidates(directory))}.values())
+
+
+def candidates(directory: Path) -> list[Path]:
+    """All complete checkpoints, newest first: of a step that was replaced, both."""
     if not directory.is_dir():
         return []
-    found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()):  # a step's own name sorts before the replaced one
-        if STEP_DIRECTORY.fullmatch(path.name):
-            found.setdefault(step_of(path), path)
-    return [found[step] for step in sorted(found)]
+    paths = [path for path in directory.iterdir() if STEP_DIRECTORY.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (-step_of(path), path.name))
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -92,7 +104,8 @@ def read_state(directory: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint.
 
     Raises:
-        GptDistError: it is missing, not JSON, or of a later format.
+        DamagedError: it is missing, not JSON, or incomplete.
+        GptDistError: it cannot be read, or is of a later format.
     """
     path = directory / "state.json"
     try:
@@ -100,10 +113,12 @@ def read_state(directory: Path) -> dict[str, Any]:
         version = state["format_version"]
         state["config"], _ = migrate(state["config"])
         ModelConfig.model_validate(state["config"]["model"])
+        dict(state["files"])
     except OSError as error:
-        raise GptDistError(describe(error)) from None
+        raise unreadable(error) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise GptDistError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())
+        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason})") from None
     if version != FORMAT_VERSION:
         raise GptDistError(f"{path}: format_version {version}; this version reads {FORMAT_VERSION}")
     return state
@@ -118,13 +133,28 @@ def verify(directory: Path, state: dict[str, Any], *, optimizer: bool = True) ->
         optimizer: whether to read ``optimizer.safetensors`` too, the largest file.
 
     Raises:
-        GptDistError: a file is missing or changed; the message names it.
+        DamagedError: a file is missing or changed; the message names it.
+        GptDistError: a file cannot be read.
     """
     for name, expected in state["files"].items():
         if name == "optimizer.safetensors" and not optimizer:
             continue
         path = directory / name
         if not path.is_file():
-            raise GptDistError(f"{path}: missing from the checkpoint")
-        if file_sha256(path) != expected:
-            raise GptDistError(f"{path}: does not match its checksum; the file is damaged")
+            raise DamagedError(f"{path}: missing from the checkpoint")
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise unreadable(error) from None
+        if digest != expected:
+            raise DamagedError(f"{path}: does not match its checksum; the file is damaged")
+
+
+def unreadable(error: OSError) -> GptDistError:
+    """The error for a checkpoint's file that cannot be read.
+
+    A missing file and a bad sector are damage. Missing rights and a network file system that does
+    not answer are not: the checkpoint may be whole.
+    """
+    damage = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+    return (DamagedError if damage else GptDistError)(describe(error))

@@ -7,13 +7,16 @@ rest away.
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt_dist.checkpoints.checkpoint import (
+    DAMAGED,
     REPLACED,
+    DamagedError,
     complete_checkpoints,
     read_state,
     step_name,
@@ -47,12 +50,20 @@ class CheckpointDirectory:
         for path in self.path.glob(f"step-*{REPLACED}"):
             self._end_replacing(path.with_name(path.name.removesuffix(REPLACED)))
         (self.path / ".best").unlink(missing_ok=True)
-        # Losses fall from one best checkpoint to the next, so the newest that was one is the best.
-        for path in reversed(complete_checkpoints(self.path)):
-            if read_state(path).get("best"):
-                if (self.path / "best").resolve() != path.resolve():
-                    self.point_best_at(step_of(path))
-                break
+        self._find_best()
+
+    def set_aside(self, damaged: Iterable[Path]) -> None:
+        """Rename damaged checkpoints, so that the earlier ones are the newest.
+
+        They keep all their files. Nothing reads or removes them afterwards.
+
+        Raises:
+            OSError: a directory cannot be renamed.
+        """
+        for path in damaged:
+            path.rename(aside(path))
+            sync_directory(self.path)
+            self._find_best()
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
@@ -77,11 +88,11 @@ class CheckpointDirectory:
         sync_directory(self.path)
         self._end_replacing(final)
 
-    def point_best_at(self, step: int) -> None:
-        """Let the link ``best`` point to the checkpoint of a step."""
+    def point_best_at(self, checkpoint: Path) -> None:
+        """Let the link ``best`` point to a checkpoint here."""
         link = self.path / ".best"
         link.unlink(missing_ok=True)
-        link.symlink_to(step_name(step))
+        link.symlink_to(checkpoint.name)
         link.rename(self.path / "best")
         sync_directory(self.path)
 
@@ -93,6 +104,19 @@ class CheckpointDirectory:
             forever = self.keep_every and step_of(old) % self.keep_every == 0
             if not forever and old.resolve() != spared:
                 self._remove(old)
+
+    def _find_best(self) -> None:
+        """Let ``best`` point to the best of the checkpoints that are there."""
+        # Losses fall from one best checkpoint to the next, so the newest that was one is the best.
+        for path in reversed(complete_checkpoints(self.path)):
+            with suppress(DamagedError):  # of an older checkpoint, which the run does not need
+                if read_state(path).get("best"):
+                    if (self.path / "best").resolve() != path.resolve():
+                        self.point_best_at(path)
+                    return
+        best = self.path / "best"
+        if best.is_symlink() and not best.exists():
+            best.unlink()
 
     def _end_replacing(self, final: Path) -> None:
         """Settle which of two checkpoints of the same step stays: the new one if it is there."""
@@ -109,3 +133,10 @@ class CheckpointDirectory:
         path.rename(doomed)
         sync_directory(self.path)
         shutil.rmtree(doomed)
+
+
+def aside(checkpoint: Path) -> Path:
+    """A free name for a damaged checkpoint: ``step-00000100.damaged``, ``….damaged-2``, …"""
+    plain = checkpoint.with_name(step_name(step_of(checkpoint)) + DAMAGED)
+    names = (plain.with_name(f"{plain.name}-{count}") for count in itertools.count(2))
+    return next(path for path in itertools.chain([plain], names) if not path.exists())

@@ -90,6 +90,21 @@ def load_weights(model: GPT, tensors: Iterable[tuple[str, Tensor]], source: obje
         raise GptDistError(f"{source}: lacks the tensor {min(wanted)}")
 
 
+def describe_model(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
+    """The shape and the tokenizer of what ``load_model`` would load, without its matrices.
+
+    Raises:
+        UsageError: there is nothing to load.
+        GptDistError: a file is missing or damaged.
+    """
+    directory = resolve(path)
+    if (directory / "config.json").is_file():
+        config, _, tokenizer = load_pretrained(directory)
+        return config, tokenizer
+    model = ModelConfig.model_validate(read_state(directory)["config"]["model"])
+    return model, load_tokenizer(directory)
+
+
 def load_model(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:

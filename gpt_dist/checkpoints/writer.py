@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_dist.checkpoints.checkpoint import FORMAT_VERSION, newest_checkpoint
+from gpt_dist.checkpoints.checkpoint import FORMAT_VERSION, newest_checkpoint, step_name
 from gpt_dist.checkpoints.directory import CheckpointDirectory
 from gpt_dist.checkpoints.reader import is_vocabulary
 from gpt_dist.checkpoints.tensor_files import safetensors_chunks, write_file
@@ -158,7 +158,7 @@ class CheckpointWriter:
         with directory.writing(step) as temporary:
             write_checkpoint(temporary, snapshot, state | {"best": best}, tokenizer)
         if best:
-            directory.point_best_at(step)
+            directory.point_best_at(directory.path / step_name(step))
         directory.rotate()
 
 

@@ -1,6 +1,6 @@
 """From presets, YAML files and the command line to one validated configuration.
 
-    config, dry_run = load(["--config", "shakespeare-char", "--train.steps", "500"])
+    command = parse(["--config", "shakespeare-char", "--train.steps", "500"])
 
 reads the preset or YAML file, applies the dotted overrides and validates the result. All problems
 are reported together, each with the key, the value and what would be valid.
@@ -10,20 +10,29 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import os
 import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from gpt_dist.config.migrations import former_names, get, has, migrate, put
-from gpt_dist.config.settings import Config, combination_problems
+from gpt_dist.config.migrations import former_names, get, has, migrate, put, remove
+from gpt_dist.config.planning import HELP, PARSERS, PlanOptions, plan_options
+from gpt_dist.config.settings import (
+    DEFAULT_TOKENIZER,
+    Config,
+    ModelConfig,
+    combination_problems,
+    flags,
+)
+from gpt_dist.config.unheard import COMMAND_LINE, FILE, unheard
 from gpt_dist.errors import UsageError
 
 
@@ -93,6 +102,11 @@ def presets() -> list[str]:
     return sorted(path.stem for path in preset_directory().glob("*.yaml"))
 
 
+def is_file(name: str) -> bool:
+    """Whether ``--config`` names a file, which comes before a preset of that name."""
+    return Path(name).is_file()
+
+
 def read_config_file(name: str) -> dict[str, Any]:
     """Settings of a preset or a YAML file, as nested dictionaries under today's names.
 
@@ -101,9 +115,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     Raises:
         UsageError: no such preset or file, or the file is not a mapping in YAML.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = preset_directory() / f"{name}.yaml"
+    path = Path(name) if is_file(name) else preset_directory() / f"{name}.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(name, presets(), n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; presets: {', '.join(presets())}"
@@ -137,19 +149,6 @@ def migrated(data: dict[str, Any], source: str) -> dict[str, Any]:
     return data
 
 
-@functools.cache
-def flags(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted flag → pydantic field, for every leaf setting."""
-    found: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= flags(kind, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = field
-    return found
-
-
 def choices(annotation: Any) -> str:
     """What a field accepts, in words: ``pre | post``, ``a whole number``, …"""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -171,7 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="gpt_dist.train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="[torchrun --nproc_per_node=N -m | python -m] gpt_dist.train "
-        "[--config NAME|FILE] [--dry-run] [--section.key value ...]",
+        "[--config NAME|FILE] [--dry-run [--ranks N] [--mfu SHARE] [--device-memory SIZE]] "
+        "[--section.key value ...]",
         description="Train GPT-2. Without flags: the gpt2-124m preset.\n\n"
         "  python -m gpt_dist.train --config shakespeare-char-cpu\n"
         "  torchrun --nproc_per_node=8 -m gpt_dist.train --train.micro_batch_size 32\n\n"
@@ -187,8 +187,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print parameters, memory, steps and tokens, and exit",
+        help="print what the run would need (memory, time, disk) and what is wrong, and exit",
     )
+    planning = parser.add_argument_group("with --dry-run")
+    for flag, (metavar, text) in HELP.items():
+        planning.add_argument(f"--{flag}", metavar=metavar, help=text)
     groups: dict[str, Any] = {}
     for flag, field in flags().items():
         section = flag.split(".")[0] if "." in flag else "run"
@@ -205,11 +208,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load(argv: list[str]) -> tuple[Config, bool]:
-    """Parse a command line into a validated configuration.
+@dataclass(frozen=True)
+class Command:
+    """What a command line of ``gpt_dist.train`` says."""
 
-    Returns:
-        The configuration and whether ``--dry-run`` was given.
+    config: Config
+    given: dict[str, str]
+    """Setting → ``file`` or ``command line``, for the settings that the user gave."""
+    dry_run: bool
+    plan: PlanOptions
+
+
+def load(argv: list[str]) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether ``--dry-run`` was given; see ``parse``."""
+    command = parse(argv)
+    return command.config, command.dry_run
+
+
+def parse(argv: list[str]) -> Command:
+    """Parse a command line into a validated configuration. Rank 0 prints warnings.
 
     Raises:
         UsageError: with every problem found, a line each.
@@ -217,11 +234,11 @@ def load(argv: list[str]) -> tuple[Config, bool]:
     """
     if "-h" in argv or "--help" in argv:
         make_parser().parse_args(["--help"])
-    known = flags()
-    former = former_names()
+    known, former = flags(), former_names()
     overrides: dict[str, Any] = {}
     problems: list[str] = []
     special: dict[str, str] = {"config": "gpt2-124m"}
+    planned: dict[str, str] = {}
     dry_run = False
     rest = list(argv)
     while rest:
@@ -240,20 +257,39 @@ def load(argv: list[str]) -> tuple[Config, bool]:
             value = rest.pop(0)
         if name in special:
             special[name] = value
+        elif name in PARSERS:
+            planned[name] = value
         elif name in known or name in former:
             now = former.get(name, name)
             put(overrides, name, parse_value(value, known[now].annotation if now else None))
         else:
-            problems.append(unknown_key(f"--{name}", name, [*known, "config", "dry-run"]))
+            problems.append(unknown_key(f"--{name}", name, [*known, "config", "dry-run", *PARSERS]))
+    plan = PlanOptions()
+    try:
+        plan = plan_options(planned, dry_run=dry_run)
+    except UsageError as error:
+        problems.append(str(error))
     try:
         data = read_config_file(special["config"])
         overrides = migrated(overrides, "command line")
     except UsageError as error:
         raise UsageError("\n".join([str(error), *problems])) from None
+    # A preset's settings are not the user's.
+    given = {name: FILE for name in known if has(data, name)} if is_file(special["config"]) else {}
     for name in known:
         if has(overrides, name):
             put(data, name, get(overrides, name))
-    return build(data, problems), dry_run
+            given[name] = COMMAND_LINE
+    if has(data, "train.init_from") and get(data, "train.init_from") is not None:
+        # The weights have a shape; what a preset says about it does not count.
+        for key in ModelConfig().shape:
+            if f"model.{key}" not in given and has(data, f"model.{key}"):
+                remove(data, f"model.{key}")
+    # A file that sets the default may be a resolved one; then the user has named no tokenizer.
+    if given.get("data.tokenizer") == FILE and get(data, "data.tokenizer") == DEFAULT_TOKENIZER:
+        remove(data, "data.tokenizer")
+    config = build(data, problems, given, plan.ranks)
+    return Command(config, given, dry_run, plan)
 
 
 def parse_value(text: str, annotation: Any) -> Any:
@@ -268,22 +304,39 @@ def parse_value(text: str, annotation: Any) -> Any:
     return value
 
 
-def build(data: dict[str, Any], problems: list[str] | None = None) -> Config:
-    """Validate nested dictionaries.
+def build(
+    data: dict[str, Any],
+    problems: list[str] | None = None,
+    given: Mapping[str, str] | None = None,
+    ranks: int | None = None,
+) -> Config:
+    """Validate nested dictionaries. Rank 0 prints warnings.
+
+    Args:
+        data: settings as a YAML file holds them.
+        problems: found earlier.
+        given: the settings that the user gave, and where.
+        ranks: of the run; those that torchrun started by default.
 
     Raises:
         UsageError: listing every problem, and those in ``problems``.
     """
     problems = list(problems or [])
+    warnings: list[str] = []
     config = None
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         problems += explain(error)
     if config is not None:
-        problems += combination_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+        world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        refusals, warnings = unheard(config, given or {})
+        problems += combination_problems(config, world) + refusals
     if problems or config is None:
         raise UsageError("\n".join(dict.fromkeys(problems)))
+    if int(os.environ.get("RANK", "0")) == 0:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     return config
 
 

@@ -5,6 +5,7 @@ A field's name is the YAML key and the command-line flag; its docstring is the h
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+DEFAULT_TOKENIZER = "gpt2"
 
 
 class Section(BaseModel):
@@ -72,11 +76,27 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What decides which weights the model has, without nulls that mean another setting."""
+        return {
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_embd": self.n_embd,
+            "mlp_hidden": self.mlp_hidden or 4 * self.n_embd,
+            "context_length": self.context_length,
+            "vocab_size": self.vocab_size,
+            "bias": self.bias,
+            "qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
+            "tie_embeddings": self.tie_embeddings,
+            "norm": self.norm,
+        }
+
 
 class DataConfig(Section):
     path: Mixture = Field(default={"data/fineweb-edu-sample-10BT": 1.0}, validate_default=True)
     """Prepared data set: DIR, or several with weights as DIR:0.7,DIR2:0.3."""
-    tokenizer: str = "gpt2"
+    tokenizer: str = DEFAULT_TOKENIZER
     """Tokenizer of shards that have no dataset.json: gpt2, or the path of a tokenizer.json."""
     shuffle: Literal["full", "blocks", "none"] = "full"
     """full: over the whole data set; blocks: block by block, for network file systems; none."""
@@ -119,7 +139,8 @@ class TrainConfig(Section):
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the blocks; auto tries it on CUDA and falls back, saying why."""
     init_from: str | None = None
-    """Start from the weights of this checkpoint, run or Hugging Face directory."""
+    """Start from the weights of this checkpoint, run or Hugging Face directory. The model gets its
+    shape, so flags for the shape can be left out."""
     eval_every: CountOrZero = 250
     """Steps between validations; also before the first step and after the last. 0 = never."""
     eval_tokens: Count | None = 10485760
@@ -184,6 +205,13 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
 
     @property
+    def unset_shape(self) -> list[str]:
+        """Settings of the model's shape that ``train.init_from`` is to fill in."""
+        if self.train.init_from is None:
+            return []
+        return [key for key in self.model.shape if key not in self.model.model_fields_set]
+
+    @property
     def stride(self) -> int:
         return self.data.stride or self.model.context_length
 
@@ -201,15 +229,66 @@ class Config(Section):
         return size, per_rank // size
 
 
-def combination_problems(config: Config, world_size: int = 1) -> list[str]:
-    """Conflicts between settings that are each valid alone, one line each."""
+@functools.cache
+def flags(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted flag → pydantic field, for every leaf setting."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= flags(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def setting(config: Config, flag: str) -> Any:
+    """The value of a dotted setting."""
+    value: Any = config
+    for part in flag.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def show(value: Any) -> str:
+    """A value as one would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        parts = [k if w == 1 else f"{k}:{w:g}" for k, w in value.items()]
+        return ",".join(parts)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def shape_problems(config: Config, world_size: int = 1) -> list[str]:
+    """Conflicts between the model's shape and other settings, one line each."""
     problems = []
-    model, train, optim = config.model, config.train, config.optim
+    model, batch = config.model, config.train.batch_tokens
     if model.n_embd % model.n_head:
         problems.append(f"model.n_head = {model.n_head}: must divide model.n_embd = {model.n_embd}")
     if model.n_layer == 0 and model.norm == "post":
         problems.append("model.norm = post: needs at least one layer, but model.n_layer = 0")
-    if optim.min_lr > optim.lr:
+    quantum = model.context_length * world_size
+    if batch % quantum:
+        near = max(1, round(batch / quantum)) * quantum
+        problems.append(
+            f"train.batch_tokens = {batch}: must be a multiple of "
+            f"model.context_length * ranks = {model.context_length} * {world_size} = {quantum}, "
+            f"for example {near}"
+        )
+    return problems
+
+
+def combination_problems(config: Config, world_size: int = 1) -> list[str]:
+    """Conflicts between settings that are each valid alone, one line each.
+
+    Where ``train.init_from`` is yet to fill in the model's shape, that is left out.
+    """
+    problems = [] if config.unset_shape else shape_problems(config, world_size)
+    train, optim = config.train, config.optim
+    if optim.schedule != "constant" and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr = {optim.min_lr:g}: must be at most optim.lr = {optim.lr:g}")
     if train.steps is None and train.epochs is None:
         problems.append("train.steps = null: set train.steps or train.epochs")
@@ -217,14 +296,6 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
         problems.append(
             f"optim.warmup_steps = {optim.warmup_steps}: "
             f"must be at most train.steps = {train.steps}"
-        )
-    quantum = model.context_length * world_size
-    if train.batch_tokens % quantum:
-        near = max(1, round(train.batch_tokens / quantum)) * quantum
-        problems.append(
-            f"train.batch_tokens = {train.batch_tokens}: must be a multiple of "
-            f"model.context_length * ranks = {model.context_length} * {world_size} = {quantum}, "
-            f"for example {near}"
         )
     parallel = config.parallel
     if optim.name == "muon" and parallel.strategy == "deepspeed":

@@ -2,7 +2,9 @@
 
 A pre-LN model is a ``gpt2`` there. A post-LN model is an ``openai-gpt`` (GPT-1), whose MLP is
 always 4 * n_embd wide. Both store matrices as (in, out) and have all biases, so biases that our
-model lacks become zeros. This module does not import transformers, and nothing is ever unpickled.
+model lacks become zeros. ``config.json`` says which they are, under ``gpt_dist``; read back, they
+are left out again if they are still zeros. This module does not import transformers, and nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 GELU_TANH = {"gelu_new", "gelu_pytorch_tanh"}
+OURS = "gpt_dist"
+"""Key of ``config.json`` for what the format itself cannot say."""
 EPSILON = 1e-5
 """In every layer norm: the default of PyTorch and of GPT-2."""
 
@@ -89,6 +93,7 @@ def to_hf_config(config: ModelConfig, eot_id: int | None, dtype: torch.dtype) ->
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        OURS: {key: config.shape[key] for key in ("bias", "qkv_bias")},
     }
     if not gpt1:
         data |= {"scale_attn_weights": True, "use_cache": True}
@@ -149,7 +154,8 @@ def load_pretrained(
         GptDistError: a file is damaged or a tensor is missing. The iterator raises it too.
     """
     directory = Path(directory)
-    config = from_hf_config(_read_json(directory / "config.json"), directory / "config.json")
+    data = _read_json(directory / "config.json")
+    config = from_hf_config(data, directory / "config.json")
     tokenizer = read_tokenizer(directory, config.vocab_size)
     if tokenizer.vocab_size > (config.vocab_size or 0):
         raise GptDistError(
@@ -159,6 +165,7 @@ def load_pretrained(
     files = weight_files(directory)
     stored_rows = config.vocab_size or 0
     config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    config = without_zeros(config, data.get(OURS), files)
     return config, _read_weights(config, files, stored_rows), tokenizer
 
 
@@ -215,6 +222,27 @@ def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
     return config
 
 
+def without_zeros(config: ModelConfig, ours: Any, files: dict[str, Path]) -> ModelConfig:
+    """The configuration without the biases that our export added as zeros.
+
+    Args:
+        config: with all biases.
+        ours: what our export wrote into ``config.json``; anything else where it did not.
+        files: tensor name → file. Biases that were trained since are not zeros, and stay.
+    """
+    try:
+        lacking = ModelConfig(bias=ours["bias"], qkv_bias=ours["qkv_bias"])
+    except (TypeError, KeyError, ValidationError):
+        return config
+    smaller = config.model_copy(update={"bias": lacking.bias, "qkv_bias": lacking.qkv_bias})
+    opened = {file: open_safetensors(file) for file in set(files.values())}
+    for name in parameter_shapes(config).keys() - parameter_shapes(smaller).keys():
+        key = _stored_name(config, name, files)
+        if key is None or opened[files[key]].get_tensor(key).any():
+            return config
+    return smaller
+
+
 def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name → safetensors file, from ``model.safetensors.index.json`` if there is one.
 
@@ -257,12 +285,10 @@ def _read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     opened = {file: open_safetensors(file) for file in set(files.values())}
     for name, shape in parameter_shapes(config).items():
-        full = hf_name(config, name)
-        # The hub's gpt2 uses the names of GPT2Model, which has no prefix and no head.
-        key = next((k for k in (full, full.removeprefix("transformer.")) if k in files), None)
+        key = _stored_name(config, name, files)
         if key is None:
             where = next(iter(files.values())).parent
-            raise GptDistError(f"{where}: the weights lack the tensor {full}")
+            raise GptDistError(f"{where}: the weights lack the tensor {hf_name(config, name)}")
         tensor: Tensor = opened[files[key]].get_tensor(key)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise GptDistError(f"{files[key]}: {key} is {tensor.dtype}; valid are fp32, bf16, fp16")
@@ -276,6 +302,13 @@ def _read_weights(
                 f"but config.json implies {shape}"
             )
         yield name, tensor.to(torch.float32).contiguous()
+
+
+def _stored_name(config: ModelConfig, name: str, files: dict[str, Path]) -> str | None:
+    """The name of a parameter among stored tensors; None where it is not there."""
+    full = hf_name(config, name)
+    # The hub's gpt2 uses the names of GPT2Model, which has no prefix and no head.
+    return next((k for k in (full, full.removeprefix("transformer.")) if k in files), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

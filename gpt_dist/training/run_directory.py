@@ -10,46 +10,18 @@ import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, Self, TextIO
 
-from pydantic import ValidationError
-
-from gpt_dist.checkpoints.checkpoint import (
-    complete_checkpoints,
-    newest_checkpoint,
-    read_state,
-    resolve,
-    step_of,
-    verify,
-)
-from gpt_dist.config.command_line import explain, flags
+from gpt_dist.checkpoints.directory import CheckpointDirectory
 from gpt_dist.config.settings import Config, to_yaml
-from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.errors import GptDistError
 from gpt_dist.files import needing_directory, write_atomically
 from gpt_dist.parallel.watchdog import agent_id
 from gpt_dist.parallel.world import World
-
-FREE_ON_RESUME = {
-    "out_dir", "device", "resume", "data.path", "data.tokenizer", "train.steps", "train.epochs",
-    "train.batch_tokens", "train.micro_batch_size", "train.precision", "train.compile",
-    "train.init_from", "train.eval_every", "train.eval_tokens", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_every", "train.best_every", "train.sample_every",
-    "train.profile", "eval.hellaswag_every", "eval.hellaswag_path",
-    "parallel.strategy", "parallel.zero_stage", "parallel.offload", "parallel.deepspeed_config",
-    "parallel.timeout",
-}  # fmt: skip
-"""Settings that a continued run may change. Data sets are compared by fingerprint, not by path."""
+from gpt_dist.training.starting_point import Start, find_start
 
 LOCK_WAIT = 5.0
 """Seconds to wait for the lock of a process that is about to end, and for a slow file system."""
-
-
-class Start(NamedTuple):
-    """The checkpoint that a run continues."""
-
-    path: Path
-    state: dict[str, Any]
-    """Its ``state.json``."""
 
 
 class RunDirectory:
@@ -62,6 +34,7 @@ class RunDirectory:
         self.path = path
         self._held = ExitStack()
         self._launch: dict[str, Any] = {}
+        self._damaged: tuple[Path, ...] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -82,19 +55,28 @@ class RunDirectory:
 
         Raises:
             UsageError: ``resume`` or a setting contradicts what the directory holds.
-            GptDistError: another run is writing there, a rank does not see the directory, or the
-                checkpoint is damaged.
+            GptDistError: another run is writing there, a rank does not see the directory, or no
+                checkpoint is whole.
         """
         self._launch = launch(world.gather(agent_id()))
         token = world.broadcast(world.decide(self._lock))
         world.together(lambda: check_shared(self.path, token))
         start: Start | None = world.broadcast(
-            world.decide(lambda: self._find_start(config, fingerprint))
+            world.decide(
+                lambda: find_start(self.path, config, fingerprint, restarted=self._is_restart())
+            )
         )
+        self._damaged = start.damaged if start else ()
         return start
 
     def write_config(self, config: Config) -> None:
-        """Write the resolved ``config.yaml``, and which launch writes here from now on."""
+        """Write the resolved ``config.yaml``, and which launch writes here from now on.
+
+        Later checkpoints that are damaged are renamed now, because only now the run can go on
+        without them.
+        """
+        checkpoints = self.path / "checkpoints"
+        CheckpointDirectory(checkpoints, config.train.keep_checkpoints).set_aside(self._damaged)
         write_if_changed(self.path / "config.yaml", to_yaml(config).encode())
         write_if_changed(self.path / ".launch", json.dumps(self._launch).encode())
 
@@ -109,41 +91,6 @@ class RunDirectory:
         lock.flush()
         os.fsync(lock.fileno())
         return token
-
-    def _find_start(self, config: Config, fingerprint: str) -> Start | None:
-        path = self._choose(config.resume)
-        if path is None:
-            return None
-        state = read_state(path) if (path / "state.json").is_file() else {}
-        if "sequences" not in state:  # imported, or exported
-            raise UsageError(
-                f"resume = {path}: these are weights without a run's state; start a new run "
-                f"from them with --train.init_from {path}"
-            )
-        found = complete_checkpoints(self.path / "checkpoints")
-        later = [checkpoint for checkpoint in found if step_of(checkpoint) > state["step"]]
-        if later:
-            raise UsageError(
-                f"resume = {config.resume}: {self.path} holds later checkpoints "
-                f"({later[-1].name}); choose another out_dir to branch off"
-            )
-        check_same_run(config, state, fingerprint, path)
-        verify(path, state)
-        return Start(path, state)
-
-    def _choose(self, resume: str) -> Path | None:
-        """The checkpoint that ``resume`` means."""
-        newest = newest_checkpoint(self.path / "checkpoints")
-        if resume == "auto" or (newest and self._is_restart()):
-            return newest
-        if resume == "never":
-            if newest:
-                raise UsageError(
-                    f"resume = never: {self.path} already holds a run ({newest.name}); choose "
-                    "another out_dir, or resume = auto to continue it"
-                )
-            return None
-        return resolve(resume)
 
     def _is_restart(self) -> bool:
         """Whether this launch has written here before, so that it continues its own run."""
@@ -231,43 +178,6 @@ def check_shared(path: Path, token: str) -> None:
                 "out_dir must be on a file system that all nodes share"
             )
         time.sleep(0.2)
-
-
-def check_same_run(config: Config, state: dict[str, Any], fingerprint: str, source: Path) -> None:
-    """Check that a checkpoint belongs to this configuration.
-
-    Raises:
-        UsageError: naming every setting that differs, with both values.
-        GptDistError: the checkpoint's configuration cannot be read.
-    """
-    try:
-        # Each setting alone: whether they fit together depends on the ranks, which may change.
-        saved = Config.model_validate(state["config"])
-    except ValidationError as error:
-        raise GptDistError(f"{source}/state.json: {'; '.join(explain(error))}") from None
-    problems = []
-    for flag in flags():
-        if flag in FREE_ON_RESUME:
-            continue
-        before, now = setting(saved, flag), setting(config, flag)
-        if before != now:
-            problems.append(f"{flag} = {now}: the run in {source} has {before}")
-    if not problems and state["fingerprint"] != fingerprint:
-        problems.append(
-            f"data.path = {', '.join(config.data.path)}: not the data of the run in {source} "
-            f"(fingerprint {fingerprint[:12]}, there {state['fingerprint'][:12]})"
-        )
-    if problems:
-        problems[-1] += "; choose another out_dir for a new run"
-        raise UsageError("\n".join(problems))
-
-
-def setting(config: Config, flag: str) -> Any:
-    """The value of a dotted setting."""
-    value: Any = config
-    for part in flag.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def write_if_changed(path: Path, data: bytes) -> None:

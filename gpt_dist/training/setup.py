@@ -7,20 +7,22 @@ from pathlib import Path
 
 import torch
 
-from gpt_dist.checkpoints.reader import CheckpointReader, load_model, load_weights
+from gpt_dist.checkpoints.reader import CheckpointReader, load_weights
 from gpt_dist.config.settings import Config
+from gpt_dist.data.dataset import Dataset
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData
 from gpt_dist.errors import UsageError
 from gpt_dist.evaluation.validation import ValidationSplit
 from gpt_dist.model.empty import empty_model
-from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.compiling import compile_blocks
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.engine import Engine, pick_dtype
 from gpt_dist.parallel.world import World
-from gpt_dist.text.tokenizers import Tokenizer
+from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
 from gpt_dist.training.memory import keep_freed_memory
+from gpt_dist.training.pretrained import pretrained, with_source_shape
 from gpt_dist.training.progress import Progress
 from gpt_dist.training.reporting.formatting import counted, human, short_names
 from gpt_dist.training.run_directory import RunDirectory
@@ -47,6 +49,8 @@ class Run:
     total_steps: int
     start: Path | None
     """The checkpoint that the run continues; None for a new run."""
+    notes: tuple[str, ...]
+    """Lines about that start: damaged checkpoints, and settings that changed."""
 
     @property
     def micro_batch(self) -> int:
@@ -92,7 +96,7 @@ class Run:
             )
             if len(weights) == 1:
                 lines.append(f"         and the run shows it {epochs * times:.3g} times")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def say(self, text: str) -> None:
         """Print on world rank 0."""
@@ -118,16 +122,17 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         UsageError: the configuration cannot be run here.
         GptDistError: the data or the checkpoint is damaged, or the directory is in use.
     """
-    datasets = world.together(lambda: open_datasets(config))
+    datasets = world.together(lambda: open_data(config))
     tokenizer = datasets[0].tokenizer
-    config = world.together(lambda: with_vocabulary(config, tokenizer))
+    shaped = world.together(lambda: with_source_shape(config, tokenizer, world.size))
+    config = world.together(lambda: with_vocabulary(shaped, tokenizer))
     data = world.together(lambda: TrainingData(config, datasets))
     start = directory.claim(config, data.fingerprint, world) if directory else None
     dtype = pick_dtype(config.train.precision, world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
 
-    model = world.together(lambda: initial_model(config, tokenizer, start.path if start else None))
+    model = world.together(lambda: initial_model(config, start.path if start else None))
 
     def build() -> tuple[Engine, str]:
         if not config.parallel.shards_weights:  # which move one at a time, to be partitioned
@@ -169,7 +174,29 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         progress=progress,
         total_steps=count_steps(config, data.windows),
         start=start.path if start else None,
+        notes=start.notes if start else (),
     )
+
+
+def open_data(config: Config) -> list[Dataset]:
+    """Open the data sets, and check that ``data.tokenizer`` is theirs where the user named one.
+
+    Raises:
+        UsageError: there is no such data set, or its ``dataset.json`` names another tokenizer.
+        GptDistError: a data set is damaged, or the tokenizers of a mixture differ.
+    """
+    datasets = open_datasets(config)
+    if "tokenizer" in config.data.model_fields_set:
+        named = load_tokenizer(config.data.tokenizer).to_dict()
+        for dataset in datasets:
+            if dataset.info and dataset.tokenizer.to_dict() != named:
+                raise UsageError(
+                    f"data.tokenizer = {config.data.tokenizer}: has no effect, because "
+                    f"{dataset.directory} has a tokenizer of its own ({dataset.tokenizer.name}, "
+                    f"{dataset.tokenizer.vocab_size} tokens); leave it out, or prepare the data "
+                    "with this one"
+                )
+    return datasets
 
 
 def count_steps(config: Config, windows: int) -> int:
@@ -195,11 +222,11 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def initial_model(config: Config, tokenizer: Tokenizer, start: Path | None) -> GPT:
+def initial_model(config: Config, start: Path | None) -> GPT:
     """The model with the weights to start from, on the CPU.
 
     Raises:
-        UsageError: ``train.init_from`` does not fit the data.
+        UsageError: ``train.init_from`` does not fit the model.
         GptDistError: a checkpoint has another shape, or is damaged.
     """
     if start:
@@ -207,33 +234,9 @@ def initial_model(config: Config, tokenizer: Tokenizer, start: Path | None) -> G
         load_weights(model, CheckpointReader(start, model).weights(), start)
         return model
     if config.train.init_from:
-        return pretrained(config, tokenizer)
+        return pretrained(config)
     torch.manual_seed(config.seed)
     return GPT(config.model)
-
-
-def pretrained(config: Config, tokenizer: Tokenizer) -> GPT:
-    """A model of the configured shape with the weights of ``train.init_from``.
-
-    Raises:
-        UsageError: the checkpoint has another tokenizer.
-        GptDistError: it has another shape, or is damaged.
-    """
-    source, other, _ = load_model(config.train.init_from or "")
-    if other.to_dict() != tokenizer.to_dict():
-        raise UsageError(
-            f"train.init_from = {config.train.init_from}: its tokenizer ({other.name}, "
-            f"{other.vocab_size} tokens) is not the data's ({tokenizer.name}, "
-            f"{tokenizer.vocab_size}); prepare the data with "
-            f"--tokenizer {config.train.init_from}"
-        )
-    model = empty_model(config.model)
-    weights = (
-        (name, parameter[: source.vocab_size] if name in VOCAB_PARAMETERS else parameter)
-        for name, parameter in source.named_parameters()
-    )
-    load_weights(model, weights, config.train.init_from)
-    return model
 
 
 def make_engine(model: GPT, world: World, config: Config, dtype: torch.dtype) -> Engine:

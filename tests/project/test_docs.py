@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from gpt_dist.config import resuming, unheard
 from gpt_dist.config.command_line import load, presets
 from gpt_dist.model.gpt import GPT
 from gpt_dist.training.dry_run import activation_bytes
@@ -53,6 +55,12 @@ def hardware_rows() -> list[str]:
 def test_hardware_table_is_computed() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert "\n".join(hardware_rows()) in page, "\n".join(hardware_rows())
+
+
+@pytest.mark.parametrize("rules", [resuming, unheard], ids=["resuming", "unheard"])
+def test_tables_of_settings_are_the_rules(rules: ModuleType) -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert rules.table() in page, rules.table()
 
 
 def test_each_step_from_bigram_to_transformer_buys_something() -> None:

@@ -20,45 +20,12 @@ from gpt_dist.data.loader import open_datasets
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.parallel.world import World
 from gpt_dist.training import run_directory
-from gpt_dist.training.run_directory import RunDirectory, Start, check_same_run, lock_file
+from gpt_dist.training.run_directory import RunDirectory, lock_file
 from gpt_dist.training.setup import with_vocabulary
-from gpt_dist.training.trainer import train_here
+from gpt_dist.training.starting_point import Start, check_same_run
+from tests.training.conftest import ALONE, changed
 
 WriteConfig = Callable[..., Path]
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-LAUNCH = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
-
-
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither Slurm nor torchrun."""
-    for name in LAUNCH:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def config(tiny_config: WriteConfig, tmp_path: Path) -> Config:
-    flags = ["--config", str(tiny_config()), "--out_dir", str(tmp_path / "run")]
-    return load(flags)[0]
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this module's only training run goes."""
-    return tmp_path_factory.mktemp("template") / "run"
-
-
-@pytest.fixture
-def finished(config: Config, template: Path) -> Config:
-    """The configuration of a finished run, with checkpoints of steps 10 and 20."""
-    if not template.exists():
-        train_here(changed(config, out_dir=str(template)), ALONE, lambda: False)
-    shutil.copytree(template, config.out_dir, symlinks=True)
-    return config
-
-
-def changed(config: Config, **values: Any) -> Config:
-    return config.model_copy(update=values)
 
 
 def fingerprint_of(config: Config) -> str:
