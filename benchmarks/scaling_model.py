@@ -17,8 +17,8 @@ import torch
 from gpt_dist.config.command_line import build, presets, read_config_file
 from gpt_dist.config.settings import Config
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops.cross_entropy import CHUNK_BYTES
-from gpt_dist.training.dry_run import activation_bytes
+from gpt_dist.training.plan.fitting import with_zero
+from gpt_dist.training.plan.memory import device_bytes, memory_parts, pass_parts
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,10 @@ def memory_report(ranks: int = 8) -> str:
     models = {name: gpt2(name) for name in presets() if name.startswith("gpt2-")}
     for name, model in sorted(models.items(), key=lambda item: item[1].num_parameters()):
         config: Config = build(read_config_file(name))
-        parameters = model.num_parameters()
-        micro_batch, _ = config.micro_batch(ranks)
-        # The output head holds one chunk of logits at a time.
-        activations = activation_bytes(config, micro_batch) + CHUNK_BYTES
-        cells = [f"{parameters / 1e6:,.0f}M", f"{activations / 1e9:.1f}"]
-        for weights, gradients, optimizer in (
-            (1, 1, 1), (1, 1, ranks), (1, ranks, ranks), (ranks, ranks, ranks),
-        ):  # fmt: skip
-            state = parameters * (4 / weights + 4 / gradients + 8 / optimizer)
-            cells.append(f"{(state + activations) / 1e9:.1f}")
+        activations = sum(p.size for p in pass_parts(model, config, ranks, low_precision=True))
+        cells = [f"{model.num_parameters() / 1e6:,.0f}M", f"{activations / 1e9:.1f}"]
+        for shared in (config, *(with_zero(config, stage) for stage in (1, 2, 3))):
+            parts = memory_parts(model, shared, ranks, low_precision=True, gpu=True)
+            cells.append(f"{device_bytes(parts) / 1e9:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

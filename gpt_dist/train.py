@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from gpt_dist.config.command_line import load
+from gpt_dist.config.command_line import parse
 from gpt_dist.errors import run_main
 from gpt_dist.parallel.watchdog import die_with_agent, stop_agent
 
 
 def main() -> None:
-    config, dry_run = load(sys.argv[1:])
-    if dry_run:
+    command = parse(sys.argv[1:])
+    if command.dry_run:
         from gpt_dist.training.dry_run import report
 
-        print(report(config))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(report(command))
         return
     from gpt_dist.training.trainer import train  # imports torch, which --help does without
 
-    train(config)
+    train(command.config)
 
 
 if __name__ == "__main__":

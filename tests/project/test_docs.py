@@ -14,7 +14,7 @@ import torch
 from gpt_dist.config import resuming, unheard
 from gpt_dist.config.command_line import load, presets
 from gpt_dist.model.gpt import GPT
-from gpt_dist.training.dry_run import activation_bytes
+from gpt_dist.training.plan.memory import activation_bytes
 from gpt_dist.training.reporting.formatting import human
 from gpt_dist.training.reporting.metrics import whole_lines
 from tests.components import require_module

@@ -1,0 +1,124 @@
+"""The model, the data, the steps and the time they take."""
+
+from __future__ import annotations
+
+import torch
+
+from gpt_dist.parallel.engine import pick_dtype
+from gpt_dist.training.plan.facts import Plan
+from gpt_dist.training.plan.rows import Row, plural
+from gpt_dist.training.reporting.formatting import human
+from gpt_dist.training.reporting.throughput import PEAK_TFLOPS, peak_flops
+
+DEFAULT_MFU = 0.4
+"""What well-tuned trainers of this size reach on one node."""
+
+USUAL = ("H100", "A100")
+"""GPUs to tell the time for where there is none."""
+
+
+def model_rows(plan: Plan) -> list[Row]:
+    """Parameters and shape."""
+    model = plan.config.model
+    shape = (
+        f"{plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, width {model.n_embd}, "
+        f"context {model.context_length:,}, vocabulary {model.vocab_size:,} ({plan.vocabulary})"
+    )
+    without = plan.model.num_parameters(embeddings=False)
+    return [
+        Row("parameters", f"N = {plan.parameters:,} ({without:,} without positions)"),
+        Row("model", shape),
+    ]
+
+
+def data_rows(plan: Plan) -> list[Row]:
+    """Each data set: its share of the mixture, its size, and what the run takes of it."""
+    context, stride = plan.config.model.context_length, plan.config.stride
+    rows = [Row("data", f"{'weight':>6}{'train':>7}{'val':>7}{'taken':>7}{'epochs':>7}  tokens")]
+    for part in plan.parts:
+        taken = epochs = None
+        if plan.steps is not None:
+            sequences = plan.steps * plan.config.batch_sequences * part.share
+            taken = sequences * context
+            epochs = sequences / part.windows if part.windows else None
+        cells = [count(number) for number in (part.tokens, part.validation, taken)]
+        cells.append("-" if epochs is None else f"{epochs:.2f}")
+        text = "".join(f"{cell:>7}" for cell in cells)
+        rows.append(Row("", f"{part.share:>6.1%}{text}  {part.directory}"))
+    if stride < context:
+        rows.append(
+            Row(
+                "",
+                f"windows of {plural(context, 'token')} start every {plural(stride, 'token')}, so "
+                f"an epoch reads each token {context / stride:.3g} times",
+            )
+        )
+    if plan.windows and not any(part.validation for part in plan.parts):
+        rows.append(Row("", "no validation data: no validation loss, and no best checkpoint by it"))
+    return rows
+
+
+def count(number: float | None) -> str:
+    """Tokens for a column."""
+    return "-" if number is None else human(number)
+
+
+def step_rows(plan: Plan) -> list[Row]:
+    """Steps, tokens and arithmetic."""
+    config = plan.config
+    micro_batch, accumulation = config.micro_batch(plan.ranks)
+    one = (
+        f"{config.train.batch_tokens:,} tokens = {plural(plan.ranks, 'rank')} × "
+        f"{plural(accumulation, 'micro-batch')} × {plural(micro_batch, 'sequence')} × "
+        f"{config.model.context_length:,}"
+    )
+    if plan.steps is None:
+        length = f"{config.train.epochs:g} times its length"
+        return [Row("step", one), Row("steps", f"unknown without the data: {length}")]
+    tokens = plan.steps * config.train.batch_tokens
+    return [
+        Row("step", one),
+        Row("steps", f"{plan.steps:,} ({human(tokens)} tokens)"),
+        Row("compute", f"{tokens * plan.model.flops_per_token():.3g} FLOPs"),
+    ]
+
+
+def time_rows(plan: Plan) -> list[Row]:
+    """How long the steps that are left take, by device."""
+    if plan.steps is None:
+        return []
+    done = plan.start.state["step"] if plan.start else 0
+    flops = (
+        max(0, plan.steps - done) * plan.config.train.batch_tokens * plan.model.flops_per_token()
+    )
+    mfu = plan.options.mfu or DEFAULT_MFU
+    devices = [
+        f"{duration(flops / (peak * mfu * count))} on {plural(count, name)}"
+        for name, peak, count in peaks(plan)
+    ]
+    if not devices:
+        return []
+    assumed = "" if plan.options.mfu else " (see --mfu)"
+    return [Row("time", f"{', '.join(devices)} at {mfu * 100:.3g}% of peak{assumed}")]
+
+
+def peaks(plan: Plan) -> list[tuple[str, float, int]]:
+    """Devices that the run may have: name, peak FLOP/s, how many of them."""
+    if plan.device.type == "cpu":  # the ranks share it
+        dtype = pick_dtype(plan.config.train.precision, plan.device)
+        peak = peak_flops(plan.device, dtype)
+        return [("CPU", peak, 1)] if peak else []
+    if plan.device.type != "cuda":
+        return []
+    if torch.cuda.is_available() and not plan.options.device_memory:
+        peak = peak_flops(plan.device, torch.bfloat16)
+        return [(torch.cuda.get_device_name(plan.device), peak, plan.ranks)] if peak else []
+    return [(name, PEAK_TFLOPS[name] * 1e12, plan.ranks) for name in USUAL]
+
+
+def duration(seconds: float) -> str:
+    """5400 → ``1.5 h``."""
+    for unit, size in (("days", 86400 * 2), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / (86400 if unit == 'days' else size):.3g} {unit}"
+    return f"{seconds:.2g} s"
