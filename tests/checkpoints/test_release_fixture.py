@@ -108,6 +108,7 @@ def test_weights_and_text(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert tokenizer.decode(tokenizer.encode("THE")) == "THE"
 
     ask = ["--checkpoint", name, "--prompt", "THE", "--dtype", "fp32", "--device", "cpu"]
+    ask.append("--stop-at-context")  # as the release did
     generate([*ask, "--temperature", "0"])
     assert capsys.readouterr().out == Path(name, "greedy.txt").read_text()
     generate([*ask, "--temperature", "0.8", "--top-k", "20", "--seed", "5"])

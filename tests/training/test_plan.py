@@ -24,7 +24,7 @@ from gpt_dist.training.dry_run import report
 from gpt_dist.training.plan import disk, fitting, work
 from gpt_dist.training.plan.facts import make_plan
 from gpt_dist.training.plan.memory import device_bytes, state_parts
-from gpt_dist.training.plan.rows import WIDTH, plural
+from gpt_dist.training.plan.rows import WIDTH
 from gpt_dist.training.plan.work import duration
 from gpt_dist.training.setup import make_engine
 from tests.conftest import make_dataset, run_train, words
@@ -118,7 +118,6 @@ def test_work_and_time() -> None:
         "1.5 h",
         "3 days",
     ]
-    assert plural(1, "rank") == "1 rank"
 
 
 def test_the_time_of_a_cpu_is_measured_here(monkeypatch: pytest.MonkeyPatch) -> None:

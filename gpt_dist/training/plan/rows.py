@@ -35,9 +35,3 @@ def render(rows: Iterable[Row]) -> str:
 def gigabytes(size: float) -> str:
     """Bytes as ``6.23 GB``, small ones in MB; for columns."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
-def plural(count: int, name: str) -> str:
-    """``1 rank``, ``8 ranks``, ``1 micro-batch``, ``2 micro-batches``."""
-    ending = "" if count == 1 else "es" if name.endswith("ch") else "s"
-    return f"{count:,} {name}{ending}"

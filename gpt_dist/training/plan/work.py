@@ -6,8 +6,8 @@ import torch
 
 from gpt_dist.parallel.engine import pick_dtype
 from gpt_dist.training.plan.facts import Plan
-from gpt_dist.training.plan.rows import Row, plural
-from gpt_dist.training.reporting.formatting import human
+from gpt_dist.training.plan.rows import Row
+from gpt_dist.training.reporting.formatting import counted, human
 from gpt_dist.training.reporting.throughput import PEAK_TFLOPS, peak_flops
 
 DEFAULT_MFU = 0.4
@@ -21,8 +21,9 @@ def model_rows(plan: Plan) -> list[Row]:
     """Parameters and shape."""
     model = plan.config.model
     shape = (
-        f"{plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, width {model.n_embd}, "
-        f"context {model.context_length:,}, vocabulary {model.vocab_size:,} ({plan.vocabulary})"
+        f"{counted(model.n_layer, 'layer')}, {counted(model.n_head, 'head')}, "
+        f"width {model.n_embd}, context {model.context_length:,}, "
+        f"vocabulary {model.vocab_size:,} ({plan.vocabulary})"
     )
     without = plan.model.num_parameters(embeddings=False)
     return [
@@ -49,8 +50,8 @@ def data_rows(plan: Plan) -> list[Row]:
         rows.append(
             Row(
                 "",
-                f"windows of {plural(context, 'token')} start every {plural(stride, 'token')}, so "
-                f"an epoch reads each token {context / stride:.3g} times",
+                f"windows of {counted(context, 'token')} start every {counted(stride, 'token')}, "
+                f"so an epoch reads each token {context / stride:.3g} times",
             )
         )
     if plan.windows and not any(part.validation for part in plan.parts):
@@ -68,8 +69,8 @@ def step_rows(plan: Plan) -> list[Row]:
     config = plan.config
     micro_batch, accumulation = config.micro_batch(plan.ranks)
     one = (
-        f"{config.train.batch_tokens:,} tokens = {plural(plan.ranks, 'rank')} × "
-        f"{plural(accumulation, 'micro-batch')} × {plural(micro_batch, 'sequence')} × "
+        f"{config.train.batch_tokens:,} tokens = {counted(plan.ranks, 'rank')} × "
+        f"{counted(accumulation, 'micro-batch')} × {counted(micro_batch, 'sequence')} × "
         f"{config.model.context_length:,}"
     )
     if plan.steps is None:
@@ -93,7 +94,7 @@ def time_rows(plan: Plan) -> list[Row]:
     )
     mfu = plan.options.mfu or DEFAULT_MFU
     devices = [
-        f"{duration(flops / (peak * mfu * count))} on {plural(count, name)}"
+        f"{duration(flops / (peak * mfu * count))} on {counted(count, name)}"
         for name, peak, count in peaks(plan)
     ]
     if not devices:
