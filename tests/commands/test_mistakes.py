@@ -28,11 +28,23 @@ from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import load_tokenizer
 from serve.client import connection
 from serve.options import Options
-from tests.commands.mistakes import MISTAKES
 from tests.conftest import words
 from tests.serve.conftest import LiveServer, tiny_model
 from tests.serve.test_security import Authority
 
+
+def read_table() -> list[tuple[str, int, str]]:
+    """The rows of ``mistakes.txt``: what was typed, exit status, regular expression."""
+    text = Path(__file__).with_name("mistakes.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    answers = (line.split(maxsplit=1) for line in lines[1::2])
+    return [
+        (typed, int(status), sense)
+        for typed, (status, sense) in zip(lines[::2], answers, strict=True)
+    ]
+
+
+MISTAKES = read_table()
 TINY = {
     "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "context_length": 32},
     "data": {"path": "data/mine"},
