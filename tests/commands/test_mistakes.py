@@ -81,10 +81,12 @@ def make_workspace(place: Path) -> None:
         command = "prepare text texts/good.txt --tokenizer char --val-fraction 0.1 --out data/mine"
         patch.setattr(sys, "argv", command.split())
         prepare.main()
-    for name in ("broken", "unfinished"):
+    for name in ("broken", "foreign", "unfinished"):
         shutil.copytree(place / "data/mine", place / "data" / name)
     shard = place / "data/broken/text_train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-7])
+    shard = place / "data/foreign/text_train_000000.bin"
+    shard.write_bytes(b"\0\0\0\0" + shard.read_bytes()[4:])
     (place / "data/unfinished/dataset.json").rename(place / "data/unfinished/prepare.journal")
     (place / "data/good").mkdir()
     (place / "data/good/notes").write_text("mine")

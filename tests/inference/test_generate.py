@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import Config, ModelConfig
-from gpt_dist.errors import UsageError
 from gpt_dist.generate import main
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import CharTokenizer, Tokenizer
@@ -128,31 +125,3 @@ def test_without_a_prompt_a_document_begins_and_ends(
     for short, long in zip(ended.split("--------\n"), on.split("--------\n"), strict=True):
         assert long.startswith(short[:-1])
     assert len(ended) < len(on)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--prompt", "a" * 97, "--stop-at-context"], "97 tokens exceed the model's context of 96"),
-        (["--prompt", "A"], "'A'"),
-        ([], "--prompt: must not be empty"),
-        (["--prompt", "a", "--num-samples", "0"], "--num-samples 0"),
-        (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens -1"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature = -1"),
-        (["--prompt", "a", "--top-p", "0"], "top_p = 0"),
-        (["--prompt", "a", "--seed", "-1"], "seed = -1"),
-    ],
-)
-def test_bad_input_is_named(checkpoint: tuple[Path, GPT], flags: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
-        main(["--checkpoint", str(checkpoint[0]), *flags])
-
-
-@pytest.mark.slow
-def test_bad_input_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gpt_dist.generate", "--checkpoint", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1

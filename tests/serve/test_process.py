@@ -26,7 +26,6 @@ from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
-from serve.__main__ import main
 from serve.client import Client
 from serve.engine.loading import load
 from serve.options import Options, parse
@@ -172,28 +171,6 @@ def test_a_pickle_is_one_clear_line_and_never_healthy(
     assert "Traceback" not in errors
     assert "ready" not in errors
     assert not (path / "unpickled").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ([], "--checkpoint is required"),
-        (["--checkpoint", "nowhere"], "nowhere: no such run"),
-        (["--checkpoint", "x", "--host", "0.0.0.0"], "--allow-insecure"),
-        (["--checkpoint", "x", "--tls-cert", "x"], "--tls-key"),
-        (["--checkpoint", "x", "--tls-ca", "x"], "--tls-ca requires"),
-        (["--checkpoint", "RUN", "--max-context", "9999"], "max_context"),
-        (["--checkpoint", "RUN", "--device", "tpu"], "--device"),
-    ],
-)
-def test_wrong_usage(
-    run: Path, arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
-    monkeypatch.setattr("sys.argv", ["serve", *arguments, "--port", "0"])
-    monkeypatch.setattr("serve.__main__.set_up", lambda *_: None)
-    with pytest.raises(UsageError, match=word):
-        main()
 
 
 @pytest.mark.slow
