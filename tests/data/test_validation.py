@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt_dist.data.dataset import open_dataset
-from gpt_dist.data.preparation import inputs
+from gpt_dist.data.preparation import inputs, tokenize_pool
 from gpt_dist.data.preparation import run as preparation
 from gpt_dist.errors import GptDistError
 from gpt_dist.text.tokenizers import END_OF_TEXT
@@ -125,8 +125,12 @@ def test_a_share_far_from_the_wanted_one_is_told(
 
 @pytest.mark.parametrize("mode", ["files", "lines", "eot"])
 def test_separators_in_plain_text_are_told_once(
-    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tokenize_pool, "CHUNK_CHARACTERS", 100)
     text = f"a story\n{END_OF_TEXT}\nanother story\n{END_OF_TEXT}\n" * 50
     (tmp_path / "x.txt").write_text(text)
     (tmp_path / "y.txt").write_text(text)

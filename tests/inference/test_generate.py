@@ -76,6 +76,8 @@ def test_text_goes_on_past_the_context_and_says_so_once(
     out, err = capsys.readouterr()
     assert out == tokenizer.decode(ids[:97]) + "\n"
     assert err == "ended: the model's context of 96 tokens is full\n"
+    main([*flags, "8"])
+    assert "note: the text passed" in capsys.readouterr().err
     for more in (["7"], ["7", "--stop-at-context"]):  # ends just there, by the limit
         main([*flags, *more])
         assert capsys.readouterr() == (tokenizer.decode(ids[:97]) + "\n", "")
