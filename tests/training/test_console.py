@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from gpt_dist.checkpoints.checkpoint import complete_checkpoints
-from gpt_dist.training.reporting.console import ConsoleSink, fitting
+from gpt_dist.training.reporting.console import ConsoleSink, fitting, new_console
 from gpt_dist.training.reporting.metrics import Row
 from tests.conftest import step_count, train_command, wait_until
 from tests.terminal import CTRL_C, Session, Terminal
@@ -54,17 +53,13 @@ def row(step: int, **changes: float) -> Row:
 
 def on_a_terminal(columns: int, step: int = 0) -> tuple[ConsoleSink, Terminal, Clock]:
     file, clock = Shown(columns), Clock()
-    console = Console(
-        file=file, force_terminal=True, force_interactive=True, width=columns,
-        highlight=False, emoji=False, soft_wrap=True,
-    )  # fmt: skip
+    console = new_console(file=file, force_terminal=True, force_interactive=True, width=columns)
     return ConsoleSink(step, STEPS, console, clock), file.terminal, clock
 
 
 def in_a_file(step: int = 0, steps: int = STEPS) -> tuple[ConsoleSink, io.StringIO, Clock]:
     file, clock = io.StringIO(), Clock()
-    console = Console(file=file, highlight=False, soft_wrap=True)
-    return ConsoleSink(step, steps, console, clock), file, clock
+    return ConsoleSink(step, steps, new_console(file=file), clock), file, clock
 
 
 def advance(sink: ConsoleSink, clock: Clock, steps: range) -> None:

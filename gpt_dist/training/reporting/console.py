@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -29,6 +30,11 @@ MEMORY = 0.8
 """The share that earlier steps keep at least, so that long steps are averaged too."""
 
 
+def new_console(**options: Any) -> Console:
+    """A console that prints text as it is: no colours for numbers, no ``:cat:``, no line breaks."""
+    return Console(highlight=False, emoji=False, soft_wrap=True, **options)
+
+
 class ConsoleSink:
     """Prints lines, fewer as time goes on, and keeps a bar below them if there is a terminal.
 
@@ -47,7 +53,7 @@ class ConsoleSink:
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self._first, self._step, self._steps = step, step, steps
-        self._console = console or Console(highlight=False, emoji=False, soft_wrap=True)
+        self._console = console or new_console()
         self._timer, self._started = timer, timer()
         self._began: float | None = None
         """When the first step began."""
