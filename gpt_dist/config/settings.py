@@ -129,7 +129,8 @@ class TrainConfig(Section):
     steps: Count | None = 19073
     """Optimizer steps; ignored where train.epochs is set."""
     epochs: Positive | None = None
-    """Passes over the data set, in place of train.steps."""
+    """Passes over the data set's windows, in place of train.steps. Where windows overlap
+    (data.stride), a pass shows each token several times."""
     batch_tokens: Count = 524288
     """Tokens of one optimizer step over all ranks; gradient accumulation follows from it."""
     micro_batch_size: Count = 16
