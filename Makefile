@@ -26,8 +26,9 @@ demo: install  ## Prepare text, train on 2 ranks, sample, serve, call
 quick: install  ## Run the tests that need no process of their own: under 90 seconds
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not cluster and not node"
 
+# More workers than cores, because the longest tests mostly wait.
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
-	$(BIN)/pytest -n 4 --dist worksteal    # twice two cores: the longest ones mostly wait
+	$(BIN)/pytest -n 4 --dist worksteal
 
 test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
 	bash tests/cluster/setup.sh

@@ -145,6 +145,7 @@ def check_next_start(directory: Path) -> None:
     check_readers(directory)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("best", [False, True])
 def test_killed_at_every_operation_of_writing_and_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: bool

@@ -44,6 +44,7 @@ def losses(run: str) -> list[dict[str, Any]]:
     return read_rows(Path(run), timing=False)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_continues(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorded run, the continued one and one that today's code makes from the start.

@@ -121,6 +121,7 @@ def stream(
     return np.concatenate(rows)
 
 
+@pytest.mark.slow(2)
 def test_the_order_does_not_depend_on_ranks_or_micro_batch(tiny_data: Path) -> None:
     config = make_config(str(tiny_data))
     reference = stream(config, 1, 24, 5)

@@ -150,6 +150,7 @@ def test_tinystories_has_its_own_validation(suffix: str, tmp_path: Path) -> None
     assert found == encoding().encode_ordinary_batch(val)
 
 
+@pytest.mark.slow(2)
 def test_shakespeare_is_split_as_in_nanogpt() -> None:
     """By characters, 90 to 10; with gpt2 both parts begin with the end-of-text token."""
     asset = Path(prepare.__file__).parent / "text" / "assets" / "shakespeare.txt.gz"

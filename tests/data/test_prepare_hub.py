@@ -120,6 +120,7 @@ def test_an_unfinished_data_set_resumes_from_its_own_url_only(
 # --- the hub -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(2)
 def test_fineweb_from_a_mirror_of_the_hub(tmp_path: Path) -> None:
     """Fetched over a breaking connection and tokenised; found again without a connection."""
     documents = stories(300)

@@ -139,6 +139,7 @@ def test_fifty_prompts_of_mixed_length_join_and_leave(backend: str) -> None:
         assert_greedy(model, prompt, continued)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_sequence_is_the_same_alone_and_among_31_others(dtype: Any, backend: str) -> None:
     model = small_model()

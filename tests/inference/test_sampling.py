@@ -90,6 +90,7 @@ def random_params(dice: random.Random, vocab_size: int) -> SamplingParams:
     )
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_are_those_of_transformers_processors(
     backend: str, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +140,7 @@ def check_logprobs(logits, token, logprob, top, params) -> None:
     assert [entry[1] for entry in top] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_draws_follow_the_distribution(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """20,000 first tokens of different seeds: chi-square against the softmax."""

@@ -29,6 +29,7 @@ def kept_weights(query: Tensor, key: Tensor, dropout: float, seed: int) -> Tenso
 
 
 # 150 keys: more than one block of queries, and the last one shorter.
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(("batch", "heads", "time"), [(2, 3, 16), (1, 2, 150), (90, 1, 150)])
 def test_attention_with_dropout_equals_float64(batch: int, heads: int, time: int) -> None:
     torch.manual_seed(0)

@@ -32,6 +32,7 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     }[name]  # fmt: skip
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(registry.names))
 def test_opcheck(name: str, dtype: torch.dtype) -> None:

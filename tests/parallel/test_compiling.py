@@ -84,6 +84,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Counter], Counter]:
     return apply
 
 
+@pytest.mark.slow(2)
 def test_every_graph_is_there_before_the_first_step(use: Callable[[Counter], Counter]) -> None:
     """One graph for training and one for validation serve all blocks, with constant shapes."""
     counter, config = use(Counter()), settings()
@@ -117,6 +118,7 @@ def test_every_graph_is_there_before_the_first_step(use: Callable[[Counter], Cou
     assert set(model.state_dict()) == set(eager.model.state_dict())
 
 
+@pytest.mark.slow(2)
 def test_other_shapes_are_not_compiled(use: Callable[[Counter], Counter]) -> None:
     counter, config = use(Counter()), settings()
     model = make(config)

@@ -27,6 +27,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     return server
 
 
+@pytest.mark.slow(2)
 def test_the_silent_rank_is_named_and_one_rank_speaks(store: Any) -> None:
     store.set("life/roll-call/host/0", "host-a")  # arrived, then died
     first, second = RollCall(1, 3, "life"), RollCall(2, 3, "life")
@@ -47,6 +48,7 @@ def test_where_everybody_is_when_all_answer(store: Any) -> None:
     )
 
 
+@pytest.mark.slow(2)
 def test_a_store_that_is_gone_is_named(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     roll_call = RollCall(0, 2, "life")
     monkeypatch.setattr(peers, "connect", threading.Event().wait)  # as behind a cut cable

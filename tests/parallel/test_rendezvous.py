@@ -46,6 +46,7 @@ def test_a_problem_on_one_rank_is_everybodys(store: Any) -> None:
     assert len(set(life(3))) == 1  # and the next start has no problem
 
 
+@pytest.mark.slow(2)
 def test_missing_ranks_are_not_waited_for_forever(store: Any) -> None:
     with pytest.raises(GptDistError, match="only 0 of 1 other ranks came in 1 s"):
         meet(connect(timeout=20), 0, 2, patience=1)

@@ -306,6 +306,7 @@ def test_calls_that_outlast_the_grace_are_cut_off(start: StartServer, model: GPT
     assert drain.result(PATIENCE) is False
 
 
+@pytest.mark.slow(2)
 def test_overload(start: StartServer, model: GPT) -> None:
     """Ten times the capacity: immediate refusals, correct answers, constant memory."""
     decoder = HeldDecoder(Decoder(model, max_slots=4, dtype="fp32"))

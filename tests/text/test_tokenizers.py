@@ -103,6 +103,7 @@ def test_special_tokens_in_a_text_are_text() -> None:
     assert bpe.decode(ids) == f"a{END_OF_TEXT}<|padding|>"
 
 
+@pytest.mark.slow(2)
 @given(TEXTS)
 @settings(deadline=None, max_examples=100)
 def test_round_trip_and_byte_lengths(text: str) -> None:
@@ -207,6 +208,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow(2)
 def test_bpe_does_not_depend_on_threads() -> None:
     code = (
         "import random, hashlib; from gpt_dist.text.tokenizers import BpeTokenizer\n"

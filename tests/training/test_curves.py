@@ -82,6 +82,7 @@ def test_validation_begins_at_the_first_trained_step(tmp_path: Path) -> None:
     assert max(curve.shown) < 3.5  # the fall of the first steps leaves the picture
 
 
+@pytest.mark.slow(2)
 def test_labels_name_the_runs_and_their_best(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", validation={200: 1.25, 300: 1.15, 400: 1.35})
     two = write_run(tmp_path / "two", validation={})

@@ -39,6 +39,7 @@ def cut(text: str, stops: list[str], ignored: int = 0) -> tuple[str, str | None]
     return text, None
 
 
+@pytest.mark.slow(2)
 @given(tokens)
 @settings(max_examples=EXAMPLES)
 def test_pieces_are_whole_characters_and_sum_to_the_text(ids: list[int]) -> None:
