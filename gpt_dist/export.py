@@ -141,8 +141,9 @@ def export_hf(
         "bos_token_id": tokenizer.eot_id,
         "eos_token_id": tokenizer.eot_id,
         "pad_token_id": data["pad_token_id"] if pad_token else tokenizer.eot_id,
-        # Without it a pipeline generates 256 tokens, even beyond the context.
-        "max_length": config.context_length,
+        # Without it a pipeline generates 256 tokens, even beyond the context. `max_length` would
+        # make transformers warn wherever a caller sets `max_new_tokens`.
+        "max_new_tokens": max(1, config.context_length // 2),
     }
     texts["config.json"] = json.dumps(data, indent=2) + "\n"
     texts["generation_config.json"] = json.dumps(generation, indent=2) + "\n"

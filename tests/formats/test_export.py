@@ -142,8 +142,9 @@ def assert_close(theirs: Tensor, ours: Tensor, tolerance: float = 1e-4) -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_greedy_text_by_every_way_of_loading(
-    tmp_path: Path, tokenizer: Tokenizer, norm: str
+    tmp_path: Path, tokenizer: Tokenizer, norm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    transformers.utils.logging.enable_propagation()  # to caplog: nothing may be warned of
     model = make_model(tokenizer, norm=norm)
     out = exported(tmp_path, model, tokenizer)
     prompt = "It's we'll"
@@ -163,6 +164,7 @@ def test_greedy_text_by_every_way_of_loading(
     text = pipe(prompt, max_new_tokens=20, do_sample=False)[0]["generated_text"]
     assert text == tokenizer.decode(i for i in reply if i != tokenizer.eot_id)
     assert pipe(prompt)[0]["generated_text"].startswith(prompt)  # no option at all
+    assert caplog.messages == []
 
 
 def test_tokenizers_agree_on_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
