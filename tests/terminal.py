@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import pyte
 
 LINES = 500
-"""So tall that nothing scrolls out of the screen."""
+"""Enough that nothing scrolls off the screen."""
 
 CTRL_C = b"\x03"
 
@@ -28,7 +28,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 class Terminal:
-    """A screen of so many columns; bytes that are fed to it move the cursor, wrap and erase."""
+    """A screen with a number of columns that follows control sequences, as a terminal does."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns

@@ -15,11 +15,11 @@ from gpt_dist.parallel.world import World
 from gpt_dist.text.tokenizers import Tokenizer
 
 POSITIONS = 2048
-"""Most positions that are scored in one forward pass, because their logits exist together."""
+"""Maximum number of positions scored in one forward pass, which bounds the memory of logits."""
 
 
 class Request(NamedTuple):
-    """Token ids that are given, and those that are scored; neither is empty."""
+    """The token ids that are given and those to be scored; neither is empty."""
 
     context: list[int]
     continuation: list[int]
@@ -85,7 +85,7 @@ def score(
         torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
     ):
         for first in range(0, len(batches), size):
-            # A forward pass can be collective: a rank without a batch makes one of nothing.
+            # A forward pass can be collective: a rank without a batch runs an empty one.
             mine = batches[first + rank] if first + rank < len(batches) else []
             found[:, mine] = _score_batch(model, [requests[i] for i in mine])
             done += sum(map(len, batches[first : first + size]))

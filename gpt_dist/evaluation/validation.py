@@ -32,7 +32,7 @@ class Validation(NamedTuple):
     loss: float
     """Nats per token."""
     bits_per_byte: float
-    """Of text, so that tokenizers compare."""
+    """Bits per byte of text, which is comparable between tokenizers."""
     losses: dict[str, float]
     """``loss`` of each data set by its name; empty where there is only one."""
 
@@ -104,7 +104,7 @@ def _validate_one(
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     lengths = torch.from_numpy(byte_lengths.astype(np.int32)).to(world.device)
     totals = torch.zeros(2, dtype=exact, device=world.device)
-    for batch in batches:  # as many on every rank, so that all ranks ask
+    for batch in batches:  # the same number on every rank, so that all ranks ask
         if world.any(stop()):
             return None
         totals[0] += engine.evaluate(batch)

@@ -34,7 +34,7 @@ SAMPLE_TOKENS = 128
 """Length of a sample in tokens."""
 
 BEST_SHARE = 20
-"""Parts of a run in each of which a lower validation loss may write one checkpoint of its own."""
+"""Number of equal parts of a run; in each, a lower validation loss may write one checkpoint."""
 
 HEARTBEAT = 0.5
 """Seconds between two collectives while world rank 0 waits for its disk."""
@@ -52,7 +52,7 @@ class Callback(Protocol):
         ...
 
     def __call__(self, trainer: Trainer) -> None:
-        """Do it."""
+        """Run the callback."""
         ...
 
 
@@ -135,7 +135,7 @@ class HellaSwag:
 
 
 class WriteScores:
-    """Writes what the callbacks before it scored as one row."""
+    """Writes the scores of the callbacks before it as one row."""
 
     def due(self, trainer: Trainer) -> bool:
         return trainer.scores is not None and not trainer.stopping

@@ -38,7 +38,7 @@ from gpt_dist.training.setup import Run, setup
 from gpt_dist.training.signals import StopSignal
 
 MAX_SKIPPED = 10
-"""Updates in a row that may be skipped because the gradient norm is not finite."""
+"""Number of updates in a row that may be skipped because the gradient norm is not finite."""
 
 SETTLED_STEPS = 3
 """Steps after which a collective must answer within ``parallel.timeout``."""
@@ -49,7 +49,7 @@ def train(config: Config) -> None:
 
     Raises:
         UsageError: the configuration cannot be run here.
-        GptDistError: the run failed; what it wrote is whole.
+        GptDistError: the run failed; every file it wrote is complete.
     """
     with StopSignal() as stop, distributed.start(config.device) as world:
         last_words = train_here(config, world, stop)
@@ -63,7 +63,7 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> str:
     """``train`` with the ranks of ``world``, until the end or until ``stop`` is true on any.
 
     Returns:
-        What came of it, in words, on world rank 0.
+        What to print last, on world rank 0; elsewhere nothing.
     """
     started = time.monotonic()
     out_dir = Path(config.out_dir)
@@ -128,7 +128,7 @@ class Trainer:
         self.stopping = False
         """Whether any rank was asked to stop; the same on all ranks."""
         self.scores: Row | None = None
-        """What the callbacks scored at this step; None where nothing was due."""
+        """Scores of this step from the callbacks; None where none was due."""
         self.skipped = 0
         self.pending: PendingStep | None = None
         self.lap = time.perf_counter()
@@ -139,7 +139,7 @@ class Trainer:
         return self.run.progress.step >= self.run.total_steps
 
     def on_schedule(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0 = never) happens at this step."""
+        """Whether something due every ``every`` steps (0 = never) and at the end is due now."""
         return every > 0 and (self.is_last or self.run.progress.step % every == 0)
 
     def add_scores(self, scores: Row) -> None:

@@ -128,7 +128,7 @@ metric_list:
 def harness(
     gpt2_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
-    """What lm-eval says of the exported model, on the same files."""
+    """Scores of the exported model by lm-eval, on the same files."""
     lm_eval = require_module("lm_eval", "lm-eval is not installed: pip install 'gpt_dist[dev]'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -223,7 +223,7 @@ def test_hellaswag_completion_style(model_dir: Path, data: Path) -> None:
 
 @pytest.mark.parametrize("stride", [1, 7, CONTEXT])
 def test_sliding_windows(model_dir: Path, data: Path, stride: int) -> None:
-    """Each token's loss, given as much before it as its window has."""
+    """Each token's loss, given the tokens before it in its window."""
     model, tokenizer, _ = load_model(model_dir)
     text = (data / "text.txt").read_text(encoding="utf-8")[:500]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir)

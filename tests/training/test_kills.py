@@ -34,7 +34,7 @@ def is_agent(process: psutil.Process) -> bool:
 
 
 def endless(config: Callable[..., Path]) -> Path:
-    """The kills decide how far the run comes, so that no machine is too fast for them."""
+    """A run that ends only by being killed, however fast the machine is."""
     return config(
         model={"dropout": 0.2},
         optim={"schedule": "constant"},

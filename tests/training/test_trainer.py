@@ -30,7 +30,7 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 
 
 class Recorder:
-    """A sink, and a writer of checkpoints, that only remember what they were given."""
+    """A sink and a checkpoint writer that only record what they are given."""
 
     def __init__(self) -> None:
         self.steps: list[Row] = []

@@ -24,10 +24,10 @@ GAP = "  "
 SHORTEST_BAR, LONGEST_BAR = 10, 30
 
 HALF_LIFE = 5.0
-"""Seconds after which a step counts half in the tokens per second that are shown."""
+"""Seconds in which the weight of a step in the tokens per second shown falls by half."""
 
 MEMORY = 0.8
-"""The share that earlier steps keep at least, so that long steps are averaged too."""
+"""Minimum weight that earlier steps keep, so that long steps are averaged too."""
 
 
 def new_console(**options: Any) -> Console:

@@ -16,11 +16,11 @@ FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#2563eb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#846358", "#495057")
 GREY = "#495057"
 UNSEEN = 0.1
-"""The share of a run, at its start, that may leave the picture at the top."""
+"""Share of a run, at its start, whose losses may lie above the picture."""
 
 Points = list[tuple[int, float]]
 Label = tuple[float, str, str]
-"""The loss at whose height it stands, text and colour."""
+"""Loss (its height in the picture), text and colour."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ def plot_runs(runs: list[Path], out: Path) -> None:
         out: picture to write; the ending chooses png, pdf or svg.
 
     Raises:
-        UsageError: a run has no metrics yet, or the ending is another.
+        UsageError: a run has no metrics yet, or the file name has another ending.
     """
     if out.suffix not in FORMATS:
         raise UsageError(f"{out}: the picture's name must end in {', '.join(FORMATS)}")
@@ -133,7 +133,7 @@ def settings(run: Path) -> dict[str, Any]:
 
 
 def differing_settings(configs: list[dict[str, Any]]) -> list[str]:
-    """Keys whose values are not the same in all configurations; ``out_dir`` aside."""
+    """Keys whose values are not the same in all configurations, except ``out_dir``."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [
         key

@@ -1,4 +1,4 @@
-"""One place that a run's numbers go to: it passes them to every sink. And torch's profiler."""
+"""Passes a run's numbers to every sink; also the picture at the end and torch's profiler."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def draw(out_dir: Path) -> None:
 
 
 class Trace(Protocol):
-    """Told after each step; torch's profiler is one."""
+    """What records a trace, such as torch's profiler; ``step`` follows each optimizer step."""
 
     def step(self) -> None: ...
 
