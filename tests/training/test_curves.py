@@ -13,11 +13,13 @@ import pytest
 
 from gpt_dist.training.reporting.curves import (
     differing_settings,
+    names_of,
     plot_runs,
     read_curve,
     settings,
     smoothed,
     spread,
+    title,
 )
 
 
@@ -127,6 +129,16 @@ def test_the_title_says_what_differs(tmp_path: Path) -> None:
     assert "Loss by optim.lr on a" in found
     assert "slow (0.0001)" in found
     assert "fast (0.001)" in found
+
+
+def test_runs_on_different_data_are_named_by_it(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, validation={}, config=f"data: {{path: {{data/{data}: 1.0}}}}")
+        for name, data in (("one", "books"), ("two", "web"))
+    ]
+    configs = [settings(run) for run in runs]
+    assert names_of(runs, configs) == ["one (books)", "two (web)"]
+    assert title(["one", "two"], configs) == "Loss by data.path"
 
 
 def test_labels_keep_their_distance() -> None:

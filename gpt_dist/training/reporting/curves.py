@@ -111,7 +111,9 @@ def names_of(runs: list[Path], configs: list[dict[str, Any]]) -> list[str]:
     names, differing = short_names(runs), differing_settings(configs)
     if len(differing) != 1:
         return names
-    return [f"{n} ({c.get(differing[0])})" for n, c in zip(names, configs, strict=True)]
+    values = [config.get(differing[0]) for config in configs]
+    shown = [", ".join(short_names(v)) if isinstance(v, dict) else v for v in values]
+    return [f"{name} ({value})" for name, value in zip(names, shown, strict=True)]
 
 
 def title(names: list[str], configs: list[dict[str, Any]]) -> str:
