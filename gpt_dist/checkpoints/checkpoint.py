@@ -55,7 +55,7 @@ def step_of(checkpoint: Path) -> int:
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoint of each step, oldest first."""
-    # Of two checkpoints of a step the one that bears its own name comes last here, and stays.
+    # Oldest first. A replaced checkpoint comes before the one that took its name, which wins.
     return list({step_of(path): path for path in reversed(candidates(directory))}.values())
 
 

@@ -1,15 +1,14 @@
-"""The names in ``OUT_DIR/checkpoints``: complete checkpoints appear, stay or go, and ``best``.
+"""The entries of ``OUT_DIR/checkpoints``: adding, replacing and removing checkpoints, and ``best``.
 
-The process may be killed between any two operations here. Whatever it leaves, readers find a
-complete checkpoint of every step that had one and was not due to go, and ``recover`` clears the
-rest away.
+The process may be killed between any two operations here. Readers then still find a complete
+checkpoint of every step that had one and was not to be removed, and ``recover`` cleans up.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from gpt_dist.checkpoints.checkpoint import (
     DAMAGED,
     REPLACED,
     DamagedError,
+    candidates,
     complete_checkpoints,
     read_state,
     step_name,
@@ -26,10 +26,10 @@ from gpt_dist.files import sync_directory
 
 
 class CheckpointDirectory:
-    """``OUT_DIR/checkpoints``, to one process that writes there.
+    """``OUT_DIR/checkpoints``, as the one process that writes there uses it.
 
     Args:
-        path: the directory; it is made when it is needed.
+        path: the directory; ``recover`` makes it.
         keep: how many of the newest checkpoints stay beside the best.
         keep_every: checkpoints whose step is a multiple of this stay for good; 0 = none.
     """
@@ -38,7 +38,7 @@ class CheckpointDirectory:
         self.path, self.keep, self.keep_every = path, keep, keep_every
 
     def recover(self) -> None:
-        """Finish or clear away what a killed process left half done.
+        """Finish or remove what a killed process left incomplete.
 
         Raises:
             OSError: the directory cannot be written.
@@ -60,10 +60,13 @@ class CheckpointDirectory:
         Raises:
             OSError: a directory cannot be renamed.
         """
+        damaged = list(damaged)
+        if not damaged:
+            return
+        self._find_best(damaged)  # first, so that the link always leads somewhere
         for path in damaged:
             path.rename(aside(path))
-            sync_directory(self.path)
-            self._find_best()
+        sync_directory(self.path)
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
@@ -105,21 +108,26 @@ class CheckpointDirectory:
             if not forever and old.resolve() != spared:
                 self._remove(old)
 
-    def _find_best(self) -> None:
-        """Let ``best`` point to the best of the checkpoints that are there."""
+    def _find_best(self, leaving_out: Collection[Path] = ()) -> None:
+        """Let ``best`` point to the best of the checkpoints; remove the link if none was the best.
+
+        Args:
+            leaving_out: checkpoints that are about to be renamed.
+        """
+        staying = [path for path in candidates(self.path) if path not in leaving_out]
         # Losses fall from one best checkpoint to the next, so the newest that was one is the best.
-        for path in reversed(complete_checkpoints(self.path)):
+        for path in staying:
             with suppress(DamagedError):  # of an older checkpoint, which the run does not need
                 if read_state(path).get("best"):
                     if (self.path / "best").resolve() != path.resolve():
                         self.point_best_at(path)
                     return
         best = self.path / "best"
-        if best.is_symlink() and not best.exists():
+        if best.is_symlink() and best.resolve() not in [path.resolve() for path in staying]:
             best.unlink()
 
     def _end_replacing(self, final: Path) -> None:
-        """Settle which of two checkpoints of the same step stays: the new one if it is there."""
+        """Keep one of two checkpoints of the same step: the new one if it is complete."""
         replaced = final.with_name(final.name + REPLACED)
         if not replaced.exists():
             return

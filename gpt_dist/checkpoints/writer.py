@@ -22,9 +22,9 @@ from gpt_dist.files import file_sha256, sync_directory
 from gpt_dist.text.tokenizers import Tokenizer
 
 NICENESS = 10
-"""Of a thread that writes much: it gets at least a ninth of a core, and all that is idle."""
+"""Of the thread that writes a large checkpoint: a ninth of a busy core, or an idle one."""
 LARGE = 100_000_000
-"""Bytes of a checkpoint that takes longer to write than a step lasts. Smaller ones are written at
+"""Bytes above which writing a checkpoint takes longer than a step. Smaller ones are written at
 normal priority."""
 
 
@@ -56,7 +56,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy the state to host memory now and write it in the background.
 
-        Waits first for the write before; where that can take long, ask ``busy`` before.
+        Waits until the previous checkpoint is written. Call ``busy`` first if that may take long.
 
         Args:
             tensors: ``Engine.full_state()``; gathering it is collective.
@@ -67,7 +67,7 @@ class CheckpointWriter:
             write: False on ranks that only take part in gathering.
 
         Raises:
-            GptDistError: the checkpoint before could not be written.
+            GptDistError: the previous checkpoint could not be written.
         """
         self.wait()
         if not write:
@@ -112,7 +112,7 @@ class CheckpointWriter:
         self.check()
 
     def close(self) -> None:
-        """Let the write that is under way finish, whatever else went wrong."""
+        """Wait for the write that is under way, and ignore whether it fails."""
         if self._thread is not None:
             self._thread.join()
 

@@ -72,8 +72,8 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Write the resolved ``config.yaml``, and which launch writes here from now on.
 
-        Later checkpoints that are damaged are renamed now, because only now the run can go on
-        without them.
+        Damaged checkpoints are renamed here and not in ``claim``, so that a run that fails to start
+        changes nothing.
         """
         checkpoints = self.path / "checkpoints"
         CheckpointDirectory(checkpoints, config.train.keep_checkpoints).set_aside(self._damaged)

@@ -1,6 +1,6 @@
 """Where a run continues: the newest checkpoint that is whole, or the one that was asked for.
 
-Everything here only reads. The caller holds the directory's lock, or only wants to know.
+Nothing here writes. A run calls this under its directory's lock, a dry run without.
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ from gpt_dist.checkpoints.checkpoint import (
     newest_checkpoint,
     read_state,
     resolve,
+    step_name,
     verify,
 )
+from gpt_dist.checkpoints.directory import CheckpointDirectory
 from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.checkpoints.tensor_files import TensorFile
 from gpt_dist.checkpoints.writer import CheckpointWriter, write_checkpoint
@@ -206,6 +208,42 @@ def test_a_step_that_cannot_be_replaced_stays(
         save(writer, 2)
     assert read_state(tmp_path / "best")["files"] == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000002"]
+
+
+def test_killed_at_every_operation_of_setting_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is lost, and what was not renamed yet is renamed by the next start."""
+    base = tmp_path / "base"
+    writer = CheckpointWriter(base, keep=3)
+    for step in (1, 2, 3):
+        save(writer, step, best=True)
+    weights = {n: (base / step_name(n) / "model.safetensors").read_bytes() for n in (1, 2, 3)}
+    number, status = 0, 77
+    while status:
+        number += 1
+        directory = tmp_path / f"killed-{number}"
+        shutil.copytree(base, directory, symlinks=True)
+        child = os.fork()
+        if child == 0:
+            die_at(monkeypatch, number)
+            try:
+                CheckpointDirectory(directory, 3).set_aside(
+                    directory / step_name(step) for step in (3, 2)
+                )
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 77)
+        for step, expected in weights.items():
+            names = [step_name(step), f"{step_name(step)}.damaged"]
+            (kept,) = [directory / name for name in names if (directory / name).exists()]
+            assert (kept / "model.safetensors").read_bytes() == expected
+        CheckpointDirectory(directory, 3).set_aside(complete_checkpoints(directory)[1:])
+        assert complete_checkpoints(directory) == [directory / step_name(1)]
+        assert resolve(directory / "best").name == step_name(1)
+    assert number > 6
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "remove"])

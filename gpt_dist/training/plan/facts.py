@@ -133,7 +133,7 @@ def make_plan(command: Command) -> Plan:
 
 
 def planned_device(command: Command, unchecked: list[str]) -> torch.device:
-    """The device of a rank: that of this machine, or a GPU elsewhere that the options are about."""
+    """The device of a rank: the one here, or a GPU if the options describe a cluster."""
     name, options = command.config.device, command.plan
     try:
         device = pick_device(name)
