@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class GptDistError(Exception):
@@ -48,6 +48,20 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 for parser in set(action.choices.values()):
                     yield from parser._options()
+
+
+def at_least(least: float, kind: type, most: float = float("inf")) -> Callable[[str], Any]:
+    """The type of an option that is a number from ``least`` to ``most``, for argparse."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (least <= value <= most and value < float("inf")):
+            wanted = f"{least} or more" if most == float("inf") else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
 
 
 def run_main(

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from gpt_dist.errors import Parser, UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from serve.client import AsyncClient, Prompt
 from serve.client.connection import DEFAULT_TARGET, TOKEN
 from serve.client.words import failure
@@ -227,17 +227,24 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--timeout",
-        type=float,
+        type=at_least(0.001, float),
         default=300,
         metavar="SECONDS",
         help="deadline of a request, default %(default)g",
     )
     shape = made.add_mutually_exclusive_group()
-    shape.add_argument("--concurrency", type=int, metavar="N", help="requests in flight; default 8")
     shape.add_argument(
-        "--rate", type=float, metavar="N", help="requests per second, as a Poisson process"
+        "--concurrency", type=at_least(1, int), metavar="N", help="requests in flight; default 8"
     )
-    made.add_argument("--requests", type=int, default=64, metavar="N", help="default %(default)s")
+    shape.add_argument(
+        "--rate",
+        type=at_least(0.001, float),
+        metavar="N",
+        help="requests per second, as a Poisson process",
+    )
+    made.add_argument(
+        "--requests", type=at_least(1, int), default=64, metavar="N", help="default %(default)s"
+    )
     made.add_argument(
         "--prompt-tokens", type=lengths, default=lengths("64"), metavar="LENGTHS",
         help="length of random prompts: 64, uniform:16,128 or normal:64,20; default 64",
@@ -260,7 +267,12 @@ def parser() -> argparse.ArgumentParser:
 def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
     draw = random.Random(arguments.seed)
     if arguments.prompts is not None:
-        text = arguments.prompts.read_text(encoding="utf-8")
+        try:
+            text = arguments.prompts.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--prompts {arguments.prompts}: not UTF-8: byte {error.start:,}"
+            ) from None
         prompts: list[Prompt] = [line for line in text.splitlines() if line]
         if not prompts:
             raise UsageError(f"--prompts {arguments.prompts}: contains no line of text")
@@ -283,8 +295,9 @@ def main() -> int:
     """Run the load, print the results and write them."""
     made = parser()
     arguments = made.parse_args()
-    if arguments.requests < 1 or (arguments.concurrency or 1) < 1 or (arguments.rate or 1) <= 0:
-        raise UsageError("--requests, --concurrency and --rate must be above 0")
+    for flag, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{flag} {path}: no such directory: {path.parent}")
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table

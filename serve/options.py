@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_dist.errors import Parser, UsageError
+from gpt_dist.errors import Parser, UsageError, at_least
 
 PREFIX = "GPT_DIST_SERVE_"
 
@@ -48,19 +48,7 @@ class Options:
     log_level: str = "info"
 
 
-def _at_least(least: float, kind: type, most: float = float("inf")) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (least <= value <= most and value < float("inf")):
-            wanted = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-_PORT = _at_least(0, int, 65535)
+PORT = at_least(0, int, 65535)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,8 +73,8 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         group.add_argument(f"--{name}", help=f"{text} ({variable}{shown})", default=None, **options)
 
     on = {"action": argparse.BooleanOptionalAction}
-    count = {"type": _at_least(1, int), "metavar": "N"}
-    seconds = {"type": _at_least(0, float), "metavar": "SECONDS"}
+    count = {"type": at_least(1, int), "metavar": "N"}
+    seconds = {"type": at_least(0, float), "metavar": "SECONDS"}
     path = {"type": Path, "metavar": "FILE"}
 
     model = made.add_argument_group("model")
@@ -108,7 +96,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         engine,
         "max-queue",
         "maximum number of waiting sequences",
-        type=_at_least(0, int),
+        type=at_least(0, int),
         metavar="N",
     )
     add(engine, "max-context", "maximum tokens of prompt and output; default: the model's", **count)
@@ -118,7 +106,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
 
     network = made.add_argument_group("network")
     add(network, "host", "address to listen on", metavar="ADDRESS")
-    add(network, "port", "0 picks a free one", type=_PORT, metavar="N")
+    add(network, "port", "0 picks a free one", type=PORT, metavar="N")
     add(network, "allow-insecure", "allow --host beyond this machine without TLS", **on)
     add(network, "tls-cert", "certificate chain (PEM)", **path)
     add(network, "tls-key", "its private key (PEM)", **path)
@@ -137,7 +125,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(running, "grace", "on SIGTERM, time for accepted calls to finish", **seconds)
     add(running, "stall-seconds", "report NOT_SERVING after this long without progress", **seconds)
     add(running, "metrics-port", "serve Prometheus metrics; 0 picks a free port; default: off",
-        type=_PORT, metavar="N")  # fmt: skip
+        type=PORT, metavar="N")  # fmt: skip
     add(running, "metrics-host", "address for the metrics", metavar="ADDRESS")
     add(running, "log-format", "format of the log on stderr", choices=("plain", "json"))
     add(running, "log-level", "lowest level to log", choices=("debug", "info", "warning", "error"))

@@ -23,7 +23,9 @@ DEFAULT_TOKENIZER = "gpt2"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False
+    )
 
 
 def _mixture(value: Any) -> Any:

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 
-from gpt_dist.errors import Parser, UsageError, run_main
+from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from gpt_dist.v1 import generation_pb2 as pb
 from serve.client import Client
 from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, TOKEN
@@ -23,9 +23,10 @@ from serve.client.words import ending, failure
 
 TYPES: dict[int, Callable[[str], Any]] = {
     FieldDescriptor.TYPE_FLOAT: float,
-    FieldDescriptor.TYPE_UINT32: int,
-    FieldDescriptor.TYPE_UINT64: int,
+    FieldDescriptor.TYPE_UINT32: at_least(0, int, (1 << 32) - 1),
+    FieldDescriptor.TYPE_UINT64: at_least(0, int, (1 << 64) - 1),
 }
+TOKEN_ID = TYPES[FieldDescriptor.TYPE_UINT32]
 CONNECTION = ("target", "timeout", "token", "tls", "tls_ca", "tls_cert", "tls_key", "request_id")
 """Flags that are arguments of `Client`."""
 HELP = {
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     connection = shared.add_argument_group("connection")
     connection.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
     connection.add_argument(
-        "--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS",
+        "--timeout", type=at_least(0.001, float), default=DEFAULT_TIMEOUT, metavar="SECONDS",
         help="deadline, default %(default)g",
     )  # fmt: skip
     connection.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
@@ -88,12 +89,12 @@ def parser() -> argparse.ArgumentParser:
     _parameters(generate.add_argument_group("parameters"))
     score = command("score", "Print the log-probabilities of a text.")
     score.add_argument("prompt", nargs="?", help="text; default: stdin")
-    score.add_argument("--top-logprobs", type=int, default=0, metavar="N")
+    score.add_argument("--top-logprobs", type=TOKEN_ID, default=0, metavar="N")
     score.add_argument("--prepend-end-of-text", action="store_true")
     tokenize = command("tokenize", "Convert a text to token ids.")
     tokenize.add_argument("prompt", nargs="?", help="text; default: stdin")
     detokenize = command("detokenize", "Convert token ids to text.")
-    detokenize.add_argument("ids", nargs="+", type=int, metavar="ID")
+    detokenize.add_argument("ids", nargs="+", type=TOKEN_ID, metavar="ID")
     command("info", "Describe the served model.")
     command("health", "Exit with status 0 if the server accepts requests, else 1.")
     return made
@@ -119,7 +120,7 @@ def _parameters(group: Any) -> None:
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="stop sequence; repeatable")
     group.add_argument(
-        "--stop-token-ids", type=int, nargs="+", metavar="ID", help="tokens that end the text"
+        "--stop-token-ids", type=TOKEN_ID, nargs="+", metavar="ID", help="tokens that end the text"
     )
     group.add_argument(
         "--time-budget",

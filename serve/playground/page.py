@@ -119,8 +119,8 @@ def build(target: str, info: Any, card: str) -> gradio.Blocks:
     """
     import gradio as gr
 
-    longest = max(1, info.max_context - 1)
-    most = max(1, min(MAX_SAMPLES, info.max_slots))
+    longest = max(2, info.max_context - 1)  # a slider needs two values
+    most = max(2, min(MAX_SAMPLES, info.max_slots))  # beyond the slots they wait for their turn
     top_k = min(MAX_TOP_K, info.vocab_size)
     page: gradio.Blocks
     with gr.Blocks(title=f"{info.name} · gpt_dist playground", analytics_enabled=False) as page:
@@ -136,7 +136,14 @@ def build(target: str, info: Any, card: str) -> gradio.Blocks:
                 halt = gr.Button("Stop", variant="stop", elem_id="stop")
             with gr.Accordion("Sampling", open=True), gr.Row():
                 controls = [
-                    gr.Slider(1, most, min(2, most), step=1, label="Samples", info="side by side"),
+                    gr.Slider(
+                        1,
+                        most,
+                        min(2, info.max_slots),
+                        step=1,
+                        label="Samples",
+                        info="side by side",
+                    ),
                     gr.Slider(
                         1, longest, min(200, longest), step=1, label="Tokens", info="per reply"
                     ),

@@ -63,6 +63,8 @@ def make_workspace(place: Path) -> None:
     (texts / "good.txt").write_text(words(400))
     (texts / "empty.txt").write_text("\n")
     (texts / "latin1.txt").write_bytes("café\n".encode("latin-1") * 20)
+    (texts / "utf16.txt").write_bytes("hello there".encode("utf-16"))
+    (texts / "fake.txt.gz").write_bytes(b"not compressed")
     (texts / "bad.jsonl").write_text('{"text": "fine"}\n{"id": 2, "url": "x" "text": "y"}\n')
     (texts / "number.jsonl").write_text('{"text": 3}\n')
     (texts / "good.jsonl").write_text('{"id": 1, "text": "fine"}\n')
@@ -162,7 +164,7 @@ def is_slow(typed: str) -> bool:
     return typed.startswith("fresh: ") or "playground" in typed
 
 
-def type_here(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def type_here(command: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run ``MODULE ARGUMENTS`` in this process as ``python -m`` would; status and stderr."""
     name, *arguments = shlex.split(command)
     spec = importlib.import_module(name)
@@ -176,7 +178,7 @@ def type_here(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
             run_main(module.main)
     status = ended.value.code
     assert isinstance(status, int)
-    return status, capsys.readouterr().err
+    return status, capfd.readouterr().err
 
 
 def type_fresh(command: str) -> tuple[int, str]:
@@ -198,7 +200,7 @@ def test_a_mistake_is_answered_in_one_line(
     status: int,
     sense: str,
     places: dict[str, object],
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here = Path(str(places["here"]))
@@ -209,7 +211,7 @@ def test_a_mistake_is_answered_in_one_line(
     if typed.startswith("fresh: "):
         found, errors = type_fresh(command.removeprefix("fresh: "))
     else:
-        found, errors = type_here(command, capsys)
+        found, errors = type_here(command, capfd)
     lines = errors.splitlines()
     assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")

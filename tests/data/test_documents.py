@@ -179,6 +179,12 @@ def test_json_lines(suffix: str, tmp_path: Path) -> None:
         resumes_after_every_piece(lambda at, field=field: read_jsonl(path, field, at))  # type: ignore[misc]
 
 
+def test_a_byte_order_mark_before_json_is_not_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert whole(read_jsonl(path, "text", START)) == ["one", "two"]
+
+
 def test_lone_surrogates_become_what_tiktoken_makes_of_them(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a\\ud800b"}\n')

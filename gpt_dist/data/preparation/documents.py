@@ -193,11 +193,12 @@ class ByteWindow:
                 codecs.getincrementaldecoder("utf-8")().decode(data) if partial else data.decode()
             )
         except UnicodeDecodeError as error:
+            guess = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
             unpacked = " of the decompressed file" if self._compression else ""
             raise GptDistError(
                 f"{self.path}: not UTF-8: byte {self.position + error.start:,}{unpacked} is "
-                f"0x{data[error.start]:02x} ({error.reason}); if it is Latin-1, convert it: "
-                "iconv -f LATIN1 -t UTF-8"
+                f"0x{data[error.start]:02x} ({error.reason}); if it is {guess}, convert it: "
+                f"iconv -f {guess} -t UTF-8"
             ) from None
 
     @property

@@ -5,6 +5,7 @@ Each reader can resume at the ``next`` position of any of its pieces.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -122,6 +123,7 @@ def read_jsonl(path: Path, field: str, at: Position, cut: Cut = gpt2_cut) -> Ite
                     continue
                 length, ended = len(window), True
             line = window.text(length).strip()
+            line = line if window.position else line.removeprefix("\ufeff")
             try:
                 text = _field(json.loads(line), field) if line else ""
             except (ValueError, RecursionError) as error:
@@ -146,7 +148,7 @@ def _field(row: Any, field: str) -> str:
     for key in [field] if isinstance(row, dict) and field in row else field.split("."):
         if not isinstance(value, dict) or key not in value:
             keys = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-            raise ValueError(f"no field {field!r}{keys}; name the field with --field")
+            raise ValueError(f"no field {field!r}{keys}; --field NAME reads another")
         value = value[key]
     if value is None:
         return ""
@@ -215,7 +217,7 @@ def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
     if column not in schema.names:
         raise GptDistError(
             f"{path}: no column {column!r}; it has {', '.join(schema.names)}; "
-            "name the column with --column"
+            "prepare parquet --column NAME reads another"
         )
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -234,12 +236,17 @@ def read_hub(
         total: rows in all, where known.
 
     Raises:
-        GptDistError: a row has no such text.
+        GptDistError: a row cannot be read, or has no such text.
     """
-    for row, value in enumerate(rows.skip(at.offset) if at.offset else rows, at.offset + 1):
+    values = iter(rows.skip(at.offset) if at.offset else rows)
+    for row in itertools.count(at.offset + 1):
         try:
+            value = next(values)
             text = _field(value, field)
-        except ValueError as error:
-            raise GptDistError(f"{name}: row {row:,}: {error}") from None
+        except StopIteration:
+            return
+        except Exception as error:  # the library raises errors of many kinds
+            reason = " ".join(str(error).split())
+            raise GptDistError(f"{name}: row {row:,}: {reason[:300]}") from None
         done = row / total if total else 0.0
         yield from whole_document(text, f"{name}: row {row:,}", cut, row, done)
