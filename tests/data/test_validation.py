@@ -55,6 +55,8 @@ def test_of_few_files_the_last_part_of_each_is_for_validation(
     assert f"({fraction:.2%} wanted): the last part of each document" in said.out
     assert said.err == ""
     assert open_dataset("o").info["validation"] == "parts"
+    assert run("inspect", "o") == 0
+    assert "validation   the last part of each document" in capsys.readouterr().out
 
 
 def test_the_best_boundary_near_the_wanted_place(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class RemoteFile:
                 reached = reached or not isinstance(error, _Unreachable)
                 if failures >= ATTEMPTS or not reached:
                     raise GptDistError(
-                        f"{self.url}: {error}; run again to resume, or bring the file here and "
+                        f"{self.url}: {error}; run again to resume, or copy the file here and "
                         "name it with --source"
                     ) from None
                 pause = BACKOFF_SECONDS * 2 ** (failures - 1)

@@ -75,7 +75,7 @@ def essential_arguments(
 
 
 def found_complete(out: Path, arguments: dict[str, Any]) -> bool:
-    """Whether the data set is there already, complete; prints so.
+    """Whether the complete data set is there already; says so on standard output.
 
     Raises:
         UsageError: another data set is there.
@@ -123,8 +123,7 @@ FILES = ("content", "urls")
 
 def _differences(made: dict[str, Any], wanted: dict[str, Any]) -> str:
     """``val_fraction = 0.1, not 0.05``; empty where all is the same."""
-    # A record of an older release may say nothing of the files; nor do we know those of the hub
-    # before we have asked it.
+    # Older releases did not record the files, and those of the hub are unknown before it is asked.
     files_known = all(any(name in side for name in FILES) for side in (made, wanted))
     found = []
     for name in dict.fromkeys([*made, *wanted]):

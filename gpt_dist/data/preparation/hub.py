@@ -28,7 +28,7 @@ def token_for(endpoint: str | None) -> Literal[False] | None:
 
 
 def resolve_commit(repository: str, revision: str | None, endpoint: str | None = None) -> str:
-    """The commit that a branch or tag of a data set stands at now.
+    """The commit that a branch or tag of a data set points to now.
 
     Args:
         repository: such as ``HuggingFaceFW/fineweb-edu``.
@@ -45,7 +45,7 @@ def resolve_commit(repository: str, revision: str | None, endpoint: str | None =
         lambda api: api.dataset_info(repository, revision=revision).sha,
     )
     if not commit:
-        raise GptDistError(f"{repository}: the server does not say at which commit it is")
+        raise GptDistError(f"{repository}: the server does not name its commit")
     return commit
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from gpt_dist.data.dataset import Dataset, open_dataset
 from gpt_dist.data.preparation.shard_writing import fingerprint
+from gpt_dist.data.preparation.validation import RULES
 from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError
 from gpt_dist.files import file_sha256
@@ -37,6 +38,8 @@ def inspect(directory: Path) -> int:
     print(f"  fingerprint  {dataset.fingerprint}")
     if dataset.info:
         print(f"  source       {_origin(dataset.info)}")
+    if rule := dataset.info.get("validation"):
+        print(f"  validation   {RULES.get(rule, rule)}")
     problems = _checksum_problems(dataset) if dataset.info else []
     for split in ("train", "val"):
         stream = dataset.split(split)  # type: ignore[arg-type]
