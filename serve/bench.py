@@ -222,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
     made.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
+    made.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
     made.add_argument(
         "--tls-ca", type=Path, metavar="FILE", help="certificate authorities to trust (PEM)"
     )
@@ -302,7 +303,9 @@ def main() -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    options = {name: getattr(arguments, name) for name in ("token", "tls_ca", "timeout")}
+    options = {
+        name: getattr(arguments, name) for name in ("token", "token_file", "tls_ca", "timeout")
+    }
 
     async def whole() -> tuple[list[Record], float, Any]:
         async with AsyncClient(arguments.target, **options) as client:
@@ -319,7 +322,10 @@ def main() -> int:
     try:
         records, seconds, info = asyncio.run(whole())
     except grpc.aio.AioRpcError as error:
-        tls, token = bool(arguments.tls_ca), bool(arguments.token or os.environ.get(TOKEN))
+        tls, token = (
+            bool(arguments.tls_ca),
+            bool(arguments.token or arguments.token_file or os.environ.get(TOKEN)),
+        )
         raise failure(error, arguments.target, tls=tls, token=token) from None
     figures = report(records, seconds)
     table = Table("ms", *(f"p{percent}" for percent in PERCENTILES), "mean")

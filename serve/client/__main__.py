@@ -27,7 +27,10 @@ TYPES: dict[int, Callable[[str], Any]] = {
     FieldDescriptor.TYPE_UINT64: at_least(0, int, (1 << 64) - 1),
 }
 TOKEN_ID = TYPES[FieldDescriptor.TYPE_UINT32]
-CONNECTION = ("target", "timeout", "token", "tls", "tls_ca", "tls_cert", "tls_key", "request_id")
+CONNECTION = (
+    "target", "timeout", "request_id", "token", "token_file",
+    "tls", "tls_ca", "tls_cert", "tls_key",
+)  # fmt: skip
 """Flags that are arguments of `Client`."""
 HELP = {
     "temperature": "divides the logits; 0 is greedy; default 1",
@@ -70,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     connection.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
     connection.add_argument("--tls", action="store_true", help="encrypt")
     for name, text in (
+        ("token-file", "file with the bearer token, which --token shows to other users"),
         ("tls-ca", "certificate authorities to trust (PEM)"),
         ("tls-cert", "certificate of this client (PEM)"),
         ("tls-key", "its private key (PEM)"),
@@ -257,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments)
     except grpc.RpcError as error:
         tls = bool(arguments.tls or arguments.tls_ca or arguments.tls_cert)
-        token = bool(arguments.token or os.environ.get(TOKEN))
+        token = bool(arguments.token or arguments.token_file or os.environ.get(TOKEN))
         raise failure(error, arguments.target, tls=tls, token=token) from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None

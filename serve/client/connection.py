@@ -54,7 +54,8 @@ class Connection:
     Args:
         target: ``host:port``, or ``dns:///name:port`` to spread calls over all addresses of a name.
         timeout: deadline of each call, in seconds. Every method can override it.
-        token: bearer token. Default: the environment's GPT_DIST_TOKEN.
+        token: bearer token. Default: that of ``token_file``, or the environment's GPT_DIST_TOKEN.
+        token_file: file whose first line is the token, as the server's file has it.
         tls: encrypt, and trust the system's certificate authorities.
         tls_ca: trust these certificate authorities instead (PEM). Implies ``tls``.
         tls_cert: certificate of this client (PEM), with ``tls_key``.
@@ -62,8 +63,8 @@ class Connection:
         request_id: sent with every call, for the server's log.
 
     Raises:
-        OSError: a TLS file cannot be read.
-        UsageError: the target is not HOST:PORT, or a TLS file is not what it should be.
+        OSError: a file cannot be read.
+        UsageError: the target is not HOST:PORT, or a file is not what it should be.
     """
 
     _channels: Any
@@ -75,6 +76,7 @@ class Connection:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         token: str | None = None,
+        token_file: Path | None = None,
         tls: bool = False,
         tls_ca: Path | None = None,
         tls_cert: Path | None = None,
@@ -83,7 +85,7 @@ class Connection:
     ) -> None:
         check_target(target)
         self.timeout = timeout
-        self.metadata = _metadata(token, request_id)
+        self.metadata = _metadata(token or read_token(token_file), request_id)
         if tls or tls_ca or tls_cert or tls_key:
             check_files(tls_cert, tls_key, tls_ca)
             credentials = grpc.ssl_channel_credentials(
@@ -112,7 +114,22 @@ def check_target(target: str) -> None:
         raise UsageError(f"--target {target}: must be HOST:PORT, such as {DEFAULT_TARGET}")
 
 
+def read_token(path: Path | None) -> str | None:
+    """The first token of a file; without one, that of the environment.
+
+    Raises:
+        UsageError: the file contains none.
+        OSError: it cannot be read.
+    """
+    if path is None:
+        return os.environ.get(TOKEN)
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    token = next((line for line in lines if line and not line.startswith("#")), None)
+    if token is None:
+        raise UsageError(f"--token-file {path}: contains no token")
+    return token
+
+
 def _metadata(token: str | None, request_id: str | None) -> list[tuple[str, str]]:
-    token = token or os.environ.get(TOKEN)
     made = [("authorization", f"Bearer {token}")] if token else []
     return [*made, ("x-request-id", request_id)] if request_id else made

@@ -52,9 +52,9 @@ def failure(error: Any, target: str, *, tls: bool = False, token: bool = False) 
     kind = UsageError if code in USAGE_CODES else GptDistError
     if code == grpc.StatusCode.UNAUTHENTICATED:
         details = (
-            "the server does not accept this token; give another --token"
+            "the server does not accept this token; give another --token or --token-file"
             if token
-            else "the server requires a token; give --token TOKEN, or set GPT_DIST_TOKEN"
+            else "the server requires a token; give --token TOKEN or --token-file FILE"
         )
     elif code == grpc.StatusCode.UNAVAILABLE:
         from_server = any(key == STATUS_DETAILS for key, _ in error.trailing_metadata() or ())

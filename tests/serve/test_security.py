@@ -160,6 +160,7 @@ def test_tokens(start: StartServer, decoder: Decoder, tmp_path: Path) -> None:
     assert [status(token) for token in ("alpha", "beta")] == ["OK", "OK"]
     for wrong in (None, "", "alph", "alphaa", "# two of them", "Alpha"):
         assert status(wrong) == "UNAUTHENTICATED"
+    assert code(Client(server.target, token_file=path)) == "OK"  # sends the first one
     client = Client(server.target)
     client.metadata = [("authorization", "alpha")]  # no scheme
     assert code(client) == "UNAUTHENTICATED"
