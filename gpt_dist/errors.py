@@ -1,5 +1,7 @@
 """The two ways a command fails, and how it says so: one line on standard error, no traceback.
 
+`Parser` and `at_least` let argparse do the same.
+
 ``GPT_DIST_TRACEBACK=1`` prints the traceback as well.
 """
 

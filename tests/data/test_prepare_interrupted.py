@@ -168,7 +168,8 @@ def test_what_is_done_is_kept_when_a_later_file_is_bad(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "3.txt: not UTF-8: byte 2,000,000 is 0xff" in errors
-    assert "documents are done and kept; the same command resumes after them" in errors
+    assert "documents are done and kept; run the same command to resume" in errors
+    assert errors.count("\n") == 1
     assert refused(tmp_path / "out")
     (place / "3.txt").write_bytes(good)
     run("text", place, *FLAGS, "--out", "out")

@@ -100,7 +100,7 @@ def _write(
     except BaseException as error:
         kept = _give_up(writer, journal)
         if kept and isinstance(error, (GptDistError, OSError)):
-            wrapped = GptDistError(f"{describe(error)}\n{kept}")
+            wrapped = GptDistError(f"{describe(error)}; {kept}")
             wrapped.exit_status = getattr(error, "exit_status", 1)
             raise wrapped from None
         if kept and isinstance(error, KeyboardInterrupt):
@@ -189,7 +189,7 @@ def _give_up(writer: DatasetWriter | None, journal: dict[str, Any] | None) -> st
         return ""
     return (
         f"{writer.directory}: {writer.cursor.documents:,} documents are done and kept; "
-        "the same command resumes after them, --overwrite starts over"
+        "run the same command to resume, or add --overwrite to start over"
     )
 
 
