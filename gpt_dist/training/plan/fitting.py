@@ -10,7 +10,7 @@ import torch
 from gpt_dist.config.settings import Config
 from gpt_dist.training.plan.facts import Plan
 from gpt_dist.training.plan.memory import Part, device_bytes, memory_parts
-from gpt_dist.training.plan.rows import Row, gigabytes
+from gpt_dist.training.plan.rows import Row, column
 from gpt_dist.training.reporting.formatting import file_size
 
 
@@ -38,10 +38,12 @@ def strategy(config: Config) -> str:
 
 def table(parts: list[Part]) -> list[Row]:
     """A row for each part, and their sum."""
+    sizes = [part.size for part in parts]
+    *shown, total = column([*sizes, sum(sizes)])
     rows = [
-        Row("", f"  {part.name:<17}{gigabytes(part.size):>10}   {part.formula}") for part in parts
+        Row("", f"  {part.name:<17}{size:>10}   {part.formula}")
+        for part, size in zip(parts, shown, strict=True)
     ]
-    total = gigabytes(sum(part.size for part in parts))
     return [*rows, Row("", f"  {'in all':<17}{total:>10}")]
 
 

@@ -32,6 +32,7 @@ def render(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def gigabytes(size: float) -> str:
-    """Bytes as ``6.23 GB``, small ones in MB; for columns."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def column(sizes: list[float]) -> list[str]:
+    """Numbers of bytes in one unit, GB or MB, as their sum asks for."""
+    unit, name = (1e9, "GB") if sum(sizes) >= 5e8 else (1e6, "MB")
+    return [f"{size / unit:.2f} {name}" for size in sizes]

@@ -105,21 +105,26 @@ def time_rows(plan: Plan) -> list[Row]:
 
 def peaks(plan: Plan) -> list[tuple[str, float, int]]:
     """Devices that the run may have: name, peak FLOP/s, how many of them."""
+    gpus = [(name, PEAK_TFLOPS[name] * 1e12, plan.ranks) for name in USUAL]
     if plan.device.type == "cpu":  # the ranks share it
         dtype = pick_dtype(plan.config.train.precision, plan.device)
         peak = peak_flops(plan.device, dtype)
-        return [("CPU", peak, 1)] if peak else []
+        here = [("CPU", peak, 1)] if peak else []
+        return here if plan.config.device == "cpu" else here + gpus
     if plan.device.type != "cuda":
         return []
     if torch.cuda.is_available() and not plan.options.device_memory:
         peak = peak_flops(plan.device, torch.bfloat16)
         return [(torch.cuda.get_device_name(plan.device), peak, plan.ranks)] if peak else []
-    return [(name, PEAK_TFLOPS[name] * 1e12, plan.ranks) for name in USUAL]
+    return gpus
 
 
 def duration(seconds: float) -> str:
     """5400 → ``1.5 h``."""
-    for unit, size in (("days", 86400 * 2), ("h", 3600), ("min", 60)):
+    days = seconds / 86400
+    if days >= 2:
+        return f"{days:,.0f} days" if days >= 100 else f"{days:.3g} days"
+    for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds / (86400 if unit == 'days' else size):.3g} {unit}"
+            return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.2g} s"
