@@ -136,7 +136,7 @@ class CheckpointWriter:
         return snapshot
 
     def _guarded(self, snapshot: dict[str, Tensor], *args: Any) -> None:
-        # On Linux a niceness belongs to a thread, elsewhere to the whole process.
+        # Only Linux has a niceness for each thread; other systems have one for the process.
         if sys.platform == "linux" and sum(t.nbytes for t in snapshot.values()) > LARGE:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:

@@ -12,7 +12,7 @@ BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 class PlanOptions(NamedTuple):
-    """What to plan for; None is what is found here."""
+    """What to plan for. None stands for what this machine has."""
 
     ranks: int | None = None
     """Number of ranks, a GPU each."""
@@ -51,7 +51,7 @@ def memory_size(text: str) -> float:
 
 
 PARSERS = {"ranks": whole_number, "mfu": share, "device-memory": memory_size}
-"""Flag → what reads its value; a ValueError says what is valid."""
+"""Flag → function that parses its value. It raises ValueError with what is valid."""
 
 HELP = {
     "ranks": ("N", "plan for N ranks (default: those that torchrun started, or 1)"),

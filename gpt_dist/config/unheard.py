@@ -1,7 +1,7 @@
 """Settings that another setting switches off.
 
-Setting one of them would change nothing. The user hears of it: by a refusal where the run would be
-another one than the setting says, by a warning where only the reports about the run differ.
+Setting one of them changes nothing, and the user is told. It is refused if the run would differ
+from what the setting says. It is a warning if only the reports about the run would differ.
 """
 
 from __future__ import annotations
