@@ -62,7 +62,8 @@ def training(found: Record) -> str:
         if "ratio_to_best_peer" in result
     ]
     precision = found.get("precision", "bf16")
-    title = f"{found['shape']}, {precision}, on {found['device']}: {', '.join(ratios)}."
+    preset = {"124m": "gpt2-124m"}.get(found["shape"], found["shape"])
+    title = f"Shape of `{preset}`, {precision}, on {found['device']}: {', '.join(ratios)}."
     share = f"share of the {precision} matmul peak"
     return f"{title}\n\n" + table(["trainer, micro-batch", "tokens/s", share, "peak memory"], rows)
 

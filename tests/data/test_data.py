@@ -51,6 +51,7 @@ def test_permute_looks_random() -> None:
     assert counts.max() < 1150
 
 
+@pytest.mark.slow(2)
 @given(
     tokens=st.integers(40, 4000), context=st.integers(1, 39), stride=st.integers(1, 60),
     shuffle=st.sampled_from(["full", "blocks", "none"]), key=st.integers(0, 1000),

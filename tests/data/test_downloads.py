@@ -205,6 +205,7 @@ def test_the_users_token_goes_to_the_users_hub_only(
         assert ask() == {None}
 
 
+@pytest.mark.slow(2)
 def test_two_processes_fetch_once(server: FileServer, tmp_path: Path) -> None:
     server.slow = 0.01
     code = (

@@ -266,6 +266,7 @@ def test_more_tokens_than_16_bits_hold(tmp_path: Path) -> None:
     assert flat[flat != IGNORE].tolist() == expected[cut + 1 :]
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", ["cl100k", "no pattern", "added token"])
 @pytest.mark.parametrize("command", ["text", "jsonl"])
 def test_a_foreign_tokenizers_long_documents_have_the_ids_of_the_whole(

@@ -146,6 +146,7 @@ def test_separators_in_plain_text_are_told_once(
         assert "--split eot" in said
 
 
+@pytest.mark.slow(2)
 def test_a_resumed_attempt_keeps_its_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one of the first release, whose journal names no rule."""
     for name in "abc":

@@ -221,6 +221,7 @@ def test_hellaswag_completion_style(model_dir: Path, data: Path) -> None:
     }
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("stride", [1, 7, CONTEXT])
 def test_sliding_windows(model_dir: Path, data: Path, stride: int) -> None:
     """Each token's loss, given the tokens before it in its window."""

@@ -140,6 +140,7 @@ def assert_close(theirs: Tensor, ours: Tensor, tolerance: float = 1e-4) -> None:
     assert float((theirs - ours).abs().max()) < tolerance
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_greedy_text_by_every_way_of_loading(
     tmp_path: Path, tokenizer: Tokenizer, norm: str, caplog: pytest.LogCaptureFixture
@@ -228,6 +229,7 @@ def test_model_card_describes_the_run(tmp_path: Path) -> None:
 # --- import -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_import_what_transformers_wrote(tmp_path: Path, kind: str, tied: bool) -> None:

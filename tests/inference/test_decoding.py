@@ -328,6 +328,7 @@ def test_a_step_without_slots_is_empty(backend: str) -> None:
     assert Decoder(small_model(), max_slots=1).step().slots == []
 
 
+@pytest.mark.slow(2)
 def test_a_step_never_waits_for_the_device() -> None:
     """CUDA can record it only if nothing depends on values; fake tensors have none."""
     with FakeTensorMode(), torch.no_grad():

@@ -42,6 +42,7 @@ def assert_greedy(model: GPT, prompt: list[int], tokens: list[int]) -> None:
     assert (chosen >= logits.amax(1) - 1e-4).all()
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_follow_from_their_windows(shape: str, backend: str) -> None:
     model = small_model(**{**SHAPES[shape], **SMALL})

@@ -84,6 +84,7 @@ def test_the_device_chooses_the_implementation() -> None:
     assert chosen == ["cpu", "reference", "cpu", "reference", "cpu"]
 
 
+@pytest.mark.slow(2)
 def test_compiling_traces_through_without_a_graph_break() -> None:
     graphs: list[torch.fx.GraphModule] = []
 

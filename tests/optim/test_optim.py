@@ -174,6 +174,7 @@ def test_padding_stays_zero_under_updates() -> None:
         assert not engine.model.head_weight[11:].any()
 
 
+@pytest.mark.slow(2)
 def test_the_norm_of_an_embedding_is_exact() -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(50_304, 768), torch.randn(768), torch.randn(3, 5)]

@@ -133,6 +133,7 @@ def test_other_shapes_are_not_compiled(use: Callable[[Counter], Counter]) -> Non
     assert any("forward" in vars(block) for block in model.h)  # and they are compiled again
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("setting", ["auto", True])
 def test_a_compiler_that_fails(
@@ -179,6 +180,7 @@ def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done == "eager (ZeRO-3 gathers weights between the operations that would be fused)"
 
 
+@pytest.mark.slow(2)
 def test_ddp_does_not_split_blocks(use: Callable[[Counter], Counter]) -> None:
     use(Counter())
     config = settings()

@@ -52,6 +52,7 @@ def hardware_rows() -> list[str]:
     return rows
 
 
+@pytest.mark.slow(2)
 def test_hardware_table_is_computed() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert "\n".join(hardware_rows()) in page, "\n".join(hardware_rows())

@@ -118,6 +118,7 @@ def test_sigusr1_to_torchrun_checkpoints(tiny_config: Callable[..., Path], tmp_p
     assert checkpoint.name == f"step-{rows:08d}"
 
 
+@pytest.mark.slow(2)
 def test_the_tables_in_the_docs_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     model = importlib.import_module("scaling_model")

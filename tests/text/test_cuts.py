@@ -34,6 +34,7 @@ def test_a_safe_cut_changes_no_id(text: str, limit: int) -> None:
             assert parts == tokenizer.encode(text)
 
 
+@pytest.mark.slow(2)
 @given(st.text(st.sampled_from([*"a '1.\n!é語\u0301"]), max_size=9), st.integers(1, 9))
 @settings(deadline=None, max_examples=500)
 def test_a_safe_cut_changes_no_id_in_short_texts(text: str, limit: int) -> None:
@@ -108,6 +109,7 @@ def foreign(kind: str) -> BpeTokenizer:
 BITS = st.sampled_from([*"ab1 29(!,;\n\t語、", "Mr. X", "12345", "hello", "\r\n", "don't", ") "])
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_changes_no_id_of_a_foreign_tokenizer(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +129,7 @@ def test_a_cut_changes_no_id_of_a_foreign_tokenizer(
     check()
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_foreign_tokenizers_need_a_rule_of_their_own(kind: str) -> None:
     """GPT-2's changes their ids; theirs finds a cut wherever their pre-tokenizer allows one."""

@@ -73,6 +73,7 @@ def gpt2_reference(text: str) -> list[int]:
     return ids
 
 
+@pytest.mark.slow(2)
 @given(TEXTS)
 @settings(deadline=None, max_examples=200)
 def test_gpt2_is_openais_algorithm(text: str) -> None:
@@ -115,6 +116,7 @@ def test_round_trip_and_byte_lengths(text: str) -> None:
         assert tokenizer.byte_lengths[tokenizer.eot_id or 0] == 0
 
 
+@pytest.mark.slow(2)
 @given(st.lists(TEXTS, max_size=5), st.data())
 @settings(deadline=None, max_examples=60)
 def test_documents_at_once_equal_one_by_one(texts: list[str], data: st.DataObject) -> None:

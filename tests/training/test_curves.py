@@ -98,6 +98,7 @@ def test_labels_name_the_runs_and_their_best(tmp_path: Path) -> None:
     assert "one: training and validation loss" in texts(out)
 
 
+@pytest.mark.slow(2)
 def test_each_data_set_of_a_mixture_is_drawn(tmp_path: Path) -> None:
     losses = {0: 4.2, 100: 1.5, 200: 1.25, 300: 1.15, 400: 1.2}
     run = write_run(tmp_path / "run", validation=losses, parts={"books": -0.5, "web": 1.5})
@@ -113,6 +114,7 @@ def test_each_data_set_of_a_mixture_is_drawn(tmp_path: Path) -> None:
     assert "books" not in texts(out)  # several runs: the mean alone
 
 
+@pytest.mark.slow(2)
 def test_the_title_says_what_differs(tmp_path: Path) -> None:
     runs = [
         write_run(

@@ -57,6 +57,7 @@ def start_of(config: Config) -> Start | None:
     return find_start(Path(config.out_dir), config, None)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
 def test_any_damage_is_seen_and_the_one_before_continues(
@@ -76,6 +77,7 @@ def test_any_damage_is_seen_and_the_one_before_continues(
     assert contents(Path(finished.out_dir)) == before  # only looking changes nothing
 
 
+@pytest.mark.slow(2)
 def test_the_run_ends_like_one_without_damage(
     finished: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +187,7 @@ def test_a_setting_that_differs_is_refused_before_any_rename(finished: Config) -
     assert contents(Path(finished.out_dir)) == before
 
 
+@pytest.mark.slow(2)
 def test_an_older_damaged_checkpoint_does_not_stop_the_run(finished: Config) -> None:
     """Only the newest is read; the writer asks the older one whether it was the best."""
     (checkpoint(finished, 10) / "state.json").write_text("{")

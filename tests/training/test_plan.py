@@ -135,6 +135,7 @@ def test_disk() -> None:
     assert "23 at the same time" in row(kept, "disk")
 
 
+@pytest.mark.slow(2)
 def test_what_does_not_fit_is_told_what_does() -> None:
     for memory in ("80GB", "40GB", "24GB", "16GB", "12GB"):
         text = plan(*BIG, "--device-memory", memory)
@@ -188,6 +189,7 @@ def test_without_data() -> None:
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow(2)
 def test_a_mixture(tmp_path: Path) -> None:
     """Shares, tokens and epochs by hand: 20 steps of 1,024 tokens, a quarter from the first."""
     text = words(2_000)

@@ -72,6 +72,7 @@ def start_weights(config: Config) -> tuple[Config, dict[str, torch.Tensor]]:
         run.close()
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("way", ["run", "export", "import"])
 def test_the_shape_of_the_source(
@@ -95,6 +96,7 @@ def test_the_shape_of_the_source(
     assert config.model.dropout == 0.1  # the preset's: not a part of the shape
 
 
+@pytest.mark.slow(2)
 def test_a_run_keeps_the_shape_it_took(small: Callable[..., Config], tmp_path: Path) -> None:
     """config.yaml names it all; the run continues by the same command without its source."""
     source = small(qkv_bias=False)
@@ -149,6 +151,7 @@ def without_mark(directory: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+@pytest.mark.slow(2)
 def test_an_older_export_and_a_flag(small: Callable[..., Config], tmp_path: Path) -> None:
     source = small(qkv_bias=False)
     out = tmp_path / "export"
@@ -168,6 +171,7 @@ def test_an_older_export_and_a_flag(small: Callable[..., Config], tmp_path: Path
         setup(asked, ALONE)
 
 
+@pytest.mark.slow(2)
 def test_a_bias_that_was_trained_elsewhere_stays(
     small: Callable[..., Config], tmp_path: Path
 ) -> None:
