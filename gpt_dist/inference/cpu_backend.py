@@ -129,6 +129,10 @@ class CpuBackend:
         self._history[slot] = np.append(self._history[slot], np.zeros(dropped, np.int32))
         self._draws[slot].history = self._history[slot].ctypes.data
 
+    def rows(self, highest: int) -> int:
+        """A step computes the active slots only, wherever they are."""
+        return 1
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""
         key, value = self._sizes

@@ -10,13 +10,13 @@ A sequence lives in a slot::
         result = decoder.step()                      # one token for each active slot
     decoder.free(slot)
 
-Slots join and leave between steps. A slot keeps the weights that it was prefilled with, so that
-`Decoder.use` swaps weights under running sequences.
+Slots join and leave between steps. `Decoder.place` and `Decoder.admit` choose the slot instead, and
+reuse what another sequence with the same beginning has cached. A slot keeps the weights that it was
+claimed with, so that `Decoder.use` swaps weights under running sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
+from gpt_dist.inference.prefix_cache import Place, PrefixCache
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
 from gpt_dist.model.gpt import GPT
 
@@ -105,17 +106,16 @@ class Decoder:
         self.dtype = resolve_dtype(dtype, self.device)
         self.deterministic = deterministic
         self._config = model.config
-        # The last slot is for `score`.
         self._backend = make_backend(
-            model, max_slots + 1, self.max_context, self.device, self.dtype, deterministic
+            model, max_slots, self.max_context, self.device, self.dtype, deterministic
         )
-        self._lengths = np.zeros(max_slots + 1, np.int64)
-        self._tokens = np.zeros(max_slots + 1, np.int64)
-        self._generated = np.zeros(max_slots + 1, np.int64)
-        self._bound: list[Weights | None] = [None] * (max_slots + 1)
+        self._prefixes = PrefixCache(max_slots, self.max_context, deterministic)
+        self._lengths = np.zeros(max_slots, np.int64)
+        self._tokens = np.zeros(max_slots, np.int64)
+        self._generated = np.zeros(max_slots, np.int64)
+        self._bound: list[Weights | None] = [None] * max_slots
         self._params: dict[int, SamplingParams] = {}
         self._claimed: set[int] = set()
-        self._scoring = False
         self._versions = 0
         self.weights = self.load_weights(model)
 
@@ -136,7 +136,7 @@ class Decoder:
         return Weights(self._versions, self._backend.load(model))
 
     def use(self, weights: Weights) -> None:
-        """Run sequences prefilled from position 0 from now on with ``weights``.
+        """Run sequences whose slots are claimed from now on with ``weights``.
 
         Running sequences keep their weights, which are freed when the last of them ends. Prefixes
         cached in free slots are dropped.
@@ -173,6 +173,37 @@ class Decoder:
         weights = self._bound[slot]
         return weights.version if weights else 0
 
+    def place(self, prompt: Ids, most: int = 1 << 62) -> Place | None:
+        """Choose a free slot for a prompt; None if there is none. Changes nothing.
+
+        Args:
+            prompt: all tokens that are to be prefilled; a cached prefix of them is reused.
+            most: tokens that may be copied from slot to slot for this.
+
+        Raises:
+            UsageError: it does not fit into the context, or an id is not in the vocabulary.
+        """
+        tokens, free = self._checked(prompt, 0), self.free_slots
+        if not free:
+            return None
+        newest = np.array([bound is self.weights for bound in self._bound])
+        rows, highest = self._backend.rows, max(self._claimed, default=0)
+        least = rows(max(highest, free[0]))
+        cheap = [slot for slot in free if rows(max(highest, slot)) == least]
+        return self._prefixes.place(tokens, np.where(newest, self._lengths, 0), free, cheap, most)
+
+    def admit(self, place: Place) -> None:
+        """Claim the slot of a place that was just chosen, and cache the prefix that it reuses."""
+        slot = place.slot
+        if place.refuge >= 0:
+            self.copy_prefix(slot, place.refuge, self.length(slot))
+            self._claimed.discard(place.refuge)
+        if place.length:
+            self._prefixes.touch(place.source)
+            self.copy_prefix(place.source, slot, place.length)
+        else:
+            self.prefill(slot, [])
+
     def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
         """Cache a chunk of a prompt and claim the slot.
 
@@ -182,22 +213,39 @@ class Decoder:
             slot: where.
             ids: the chunk.
             start: position of its first token, at most `length`. At 0 the slot starts anew, on the
-                newest weights.
+                newest weights unless it was claimed empty before.
 
         Raises:
             GptDistError: the slot is active, or ``start`` leaves a gap.
             UsageError: it does not fit into the context, or an id is not in the vocabulary.
         """
         tokens = self._checked(ids, start)
-        if slot in self._params:
-            raise GptDistError(f"slot {slot} is active: free it before it is prefilled")
-        self._extend(slot, start, len(tokens))
-        weights = self._bound[slot]
-        assert weights is not None
+        weights = self._extend(slot, start, len(tokens))
         if len(tokens):
             self._backend.prefill(weights.data, slot, tokens, start)
-        self._lengths[slot] = start + len(tokens)
-        self._claimed.add(slot)
+        self._wrote(slot, start, tokens)
+
+    def score(self, slot: int, ids: Ids, start: int = 0, top: int = 0) -> Scores:
+        """Cache all but the last of ``ids`` as `prefill` does, and score all but the first.
+
+        Args:
+            slot: where.
+            ids: two or more tokens of a text.
+            start: position of the first of them in the text.
+            top: how many of the most likely tokens to list at each place.
+
+        Raises:
+            GptDistError: the slot is active, or ``start`` leaves a gap.
+            UsageError: it does not fit into the context, or an id is not in the vocabulary.
+        """
+        tokens = self._checked(ids, start)
+        inputs, targets = tokens[:-1], torch.from_numpy(tokens[1:])
+        weights = self._extend(slot, start, len(inputs))
+        logits = self._backend.logits(weights.data, slot, inputs, start)
+        self._wrote(slot, start, inputs)
+        values, best = log_probabilities(logits, targets.to(logits.device), top)
+        host = values.cpu().numpy()
+        return Scores(start + 1, host[:, 0], best.cpu().numpy(), host[:, 1:])
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Cache the first ``length`` tokens of one slot in another, which it claims.
@@ -213,6 +261,7 @@ class Decoder:
             raise GptDistError(f"slot {target} is active")
         if target != source:
             self._backend.copy(source, target, length)
+            self._prefixes.copy(source, target, length)
         self._bound[target], self._lengths[target] = self._bound[source], length
         self._claimed.add(target)
 
@@ -232,7 +281,7 @@ class Decoder:
         if not len(tokens):
             raise UsageError("the prompt is empty: give at least one token")
         sampling.check_vocabulary(self.vocab_size)
-        if len(tokens) == 1 and self.length(slot) == 0:
+        if len(tokens) == 1 and self.length(slot) == 0 and slot not in self._params:
             self._extend(slot, 0, 0)
         if not len(tokens) - 1 <= self.length(slot) <= len(tokens):
             raise GptDistError(
@@ -264,6 +313,7 @@ class Decoder:
             tokens, *details = self._backend.step(
                 weights.data, group, self._tokens, self._lengths, self._generated
             )
+            self._prefixes.append(group, self._lengths[group], self._tokens[group])
             self._tokens[group] = tokens
             self._lengths[group] += 1
             self._generated[group] += 1
@@ -304,6 +354,7 @@ class Decoder:
         assert weights is not None
         if len(tokens) > 1:
             self._backend.prefill(weights.data, slot, tokens[:-1], 0)
+        self._prefixes.write(slot, 0, tokens[:-1])
         self._backend.slide(slot, dropped)
         self._lengths[slot], self._tokens[slot] = len(tokens) - 1, tokens[-1]
 
@@ -311,51 +362,28 @@ class Decoder:
         """End the slot's sequence; its cache stays for reuse while its weights are the newest."""
         self._params.pop(slot, None)
         self._claimed.discard(slot)
+        self._prefixes.touch(slot)
         if self._bound[slot] is not self.weights:
             self._bound[slot], self._lengths[slot] = None, 0
 
-    def score(self, ids: Ids, top: int = 0, chunk: int = 128) -> Iterator[Scores]:
-        """Log-probabilities of a text's tokens; other calls may come between two chunks.
-
-        Args:
-            ids: the text. Its first token has no probability: scores start with the second.
-            top: how many of the most likely tokens to list at each place.
-            chunk: tokens that are run at a time.
-
-        Raises:
-            GptDistError: another text is being scored.
-            UsageError: it does not fit into the context, or an id is not in the vocabulary.
-        """
-        tokens = self._checked(ids, 0)
-        if self._scoring:
-            raise GptDistError("another text is being scored: finish or close it first")
-        return self._score(tokens, top, chunk)
-
-    def _score(self, tokens: np.ndarray, top: int, chunk: int) -> Iterator[Scores]:
-        weights, slot = self.weights, self.max_slots
-        self._scoring = True
-        try:
-            for start in range(0, len(tokens) - 1, chunk):
-                inputs = tokens[:-1][start : start + chunk]
-                logits = self._backend.logits(weights.data, slot, inputs, start)
-                self._lengths[slot] = start + len(inputs)
-                targets = torch.from_numpy(tokens[start + 1 : start + 1 + len(inputs)])
-                values, best = log_probabilities(logits, targets.long().to(logits.device), top)
-                host = values.cpu().numpy()
-                yield Scores(start + 1, host[:, 0], best.cpu().numpy(), host[:, 1:])
-        finally:
-            self._scoring = False
-
-    def _extend(self, slot: int, start: int, count: int) -> None:
-        """Check that ``count`` tokens can follow at ``start``; at 0 bind the newest weights."""
+    def _extend(self, slot: int, start: int, count: int) -> Weights:
+        """Check that ``count`` tokens can follow at ``start``; returns the slot's weights."""
         if not 0 <= slot < self.max_slots:
             raise GptDistError(f"slot {slot}: there are {self.max_slots}")
+        if slot in self._params:
+            raise GptDistError(f"slot {slot} is active: free it before it is prefilled")
         if start > self.length(slot):
             raise GptDistError(f"slot {slot} has {self.length(slot)} tokens, none before {start}")
-        if start + count > self.max_context:
-            raise UsageError(f"{start + count} tokens do not fit the context of {self.max_context}")
-        if start == 0 or self._bound[slot] is None:
-            self._bound[slot] = self.weights
+        bound = self._bound[slot]
+        if bound is None or (start == 0 and not (slot in self._claimed and not self.length(slot))):
+            bound = self._bound[slot] = self.weights
+        return bound
+
+    def _wrote(self, slot: int, start: int, tokens: np.ndarray) -> None:
+        """Note that ``tokens`` are the last that the slot has cached, and claim it."""
+        self._prefixes.write(slot, start, tokens)
+        self._lengths[slot] = start + len(tokens)
+        self._claimed.add(slot)
 
     def _checked(self, ids: Ids, start: int) -> np.ndarray:
         tokens = np.asarray(ids, np.int64)

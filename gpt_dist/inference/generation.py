@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from gpt_dist.errors import GptDistError
 from gpt_dist.inference.backends import Ids
-from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.decoder import Decoder, Scores
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 
@@ -43,7 +44,7 @@ def generate_many(
 
     Args:
         model: a model (fp32 weights, as many slots as prompts), or a decoder with free slots.
-        prompts: token ids; equal neighbours share one prefill.
+        prompts: token ids; a common beginning is computed once.
         sampling: parameters, one for each prompt.
         max_new_tokens: the most tokens for each.
         past_context: go on when the context is full, with the last half of it as context. Of a
@@ -64,21 +65,19 @@ def generate_many(
     texts = [list(begin) for begin in begins]
     waiting = list(zip(range(len(prompts)), sampling, strict=True))[::-1]
     running: dict[int, int] = {}
-    whole: set[int] = set()  # slots that have their prompt in the cache
     counts = [0] * len(prompts)
     try:
         while waiting or running:
-            while waiting and decoder.free_slots and max_new_tokens > 0:
-                index, params = waiting.pop()
-                slot, begin = decoder.free_slots[0], begins[index]
-                twin = next((s for s in whole if begins[running[s]] == begin), None)
-                if twin is None:
-                    decoder.prefill(slot, begin[:-1])
-                else:
-                    decoder.copy_prefix(twin, slot, len(begin) - 1)
-                decoder.activate(slot, params, begin)
-                running[slot] = index
-                whole.add(slot)
+            while waiting and max_new_tokens > 0:
+                index, params = waiting[-1]
+                begin = begins[index]
+                if (place := decoder.place(begin[:-1])) is None:
+                    break
+                waiting.pop()
+                decoder.admit(place)
+                running[place.slot] = index
+                decoder.prefill(place.slot, begin[place.length : -1], place.length)
+                decoder.activate(place.slot, params, begin)
             if not running:
                 return
             result = decoder.step()
@@ -95,10 +94,32 @@ def generate_many(
                 if stopped or counts[index] == max_new_tokens or (full and not past_context):
                     decoder.free(slot)
                     del running[slot]
-                    whole.discard(slot)
                 elif full:
                     decoder.slide(slot, texts[index][-kept_tokens(context) :])
-                    whole.discard(slot)
     finally:
         for slot in running:
             decoder.free(slot)
+
+
+def score(decoder: Decoder, ids: Ids, top: int = 0, chunk: int = 128) -> Iterator[Scores]:
+    """Log-probabilities of a text's tokens; other calls may come between two chunks.
+
+    Args:
+        decoder: where. The text takes a free slot until the last chunk.
+        ids: the text. Its first token has no probability: scores start with the second.
+        top: how many of the most likely tokens to list at each place.
+        chunk: tokens that are run at a time.
+
+    Raises:
+        GptDistError: no slot is free.
+        UsageError: it does not fit into the context, or an id is not in the vocabulary.
+    """
+    place = decoder.place([])  # all tokens are computed, whatever is cached
+    if place is None:
+        raise GptDistError(f"no slot is free to score a text: {decoder.max_slots} are in use")
+    decoder.admit(place)
+    try:
+        for start in range(0, len(ids) - 1, chunk):
+            yield decoder.score(place.slot, ids[start : start + chunk + 1], start, top)
+    finally:
+        decoder.free(place.slot)

@@ -156,6 +156,10 @@ class TorchBackend:
         """Note that the slot's sequence has ``dropped`` more tokens than its cache holds."""
         self.dropped[slot] += dropped
 
+    def rows(self, highest: int) -> int:
+        """Rows that a step computes if ``highest`` is the highest active slot."""
+        return self.slots if self.deterministic else min(_power(highest + 1, 1), self.slots)
+
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""
@@ -201,10 +205,8 @@ class TorchBackend:
         self.staging[3, list(slots)] = 1
         self.inputs.copy_(self.staging, non_blocking=True)
         plan = self.sampler.plan(slots)
-        if self.deterministic:
-            rows, length = self.slots, self.context
-        else:
-            rows = min(_power(max(slots) + 1, 1), self.slots)
+        rows, length = self.rows(max(slots)), self.context
+        if not self.deterministic:
             # On CUDA every shape is a graph, which takes a moment to record: there, fewer shapes.
             least = 256 if self.device.type == "cuda" else 64
             length = min(_power(int(positions[list(slots)].max()) + 1, least), self.context)

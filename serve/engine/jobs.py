@@ -96,6 +96,14 @@ class Job:
     listener: Listener
     deadline: float | None = None
     cancelled: bool = field(default=False, init=False)
+    slot: int = field(default=-1, init=False)
+    """Where it is computed; -1 while it waits and after its end."""
+    done: int = field(default=0, init=False)
+    """Number of its tokens in the cache."""
+
+    def overdue(self, now: float) -> Event | None:
+        """How the job ends because its time is over; None while it is not."""
+        return Expired() if self.deadline is not None and now >= self.deadline else None
 
 
 @dataclass(eq=False)
@@ -108,10 +116,12 @@ class Sequence(Job):
     """The member of ``sampling.stop_ids`` whose finish reason is EOS."""
     expires_at: float | None = None
     """When to end the sequence and keep what was generated."""
-    slot: int = field(default=-1, init=False)
-    done: int = field(default=0, init=False)
-    """Number of prompt tokens in the cache."""
     generated: int = field(default=0, init=False)
+
+    def overdue(self, now: float) -> Event | None:
+        if self.expires_at is not None and now >= self.expires_at:
+            return Job.overdue(self, now) or Ended(now, Finish.TIME_BUDGET)
+        return Job.overdue(self, now)
 
 
 @dataclass(eq=False)
@@ -119,3 +129,5 @@ class Scoring(Job):
     """Computes the log-probabilities of a text."""
 
     top: int = 0
+    parts: list[Scores] = field(default_factory=list, init=False)
+    """What has been computed so far."""

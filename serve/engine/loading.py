@@ -17,6 +17,7 @@ from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.decoder import Decoder, Weights
+from gpt_dist.inference.generation import score
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import Tokenizer
@@ -145,7 +146,7 @@ def _int8_loss(model: GPT, decoder: Decoder, tokenizer: Tokenizer) -> str:
     with torch.inference_mode():
         logits = model(torch.tensor([ids], device=model.wte.weight.device))[0].float()
     exact = -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
-    rounded = -np.concatenate([part.logprobs for part in decoder.score(ids)]).mean()
+    rounded = -np.concatenate([part.logprobs for part in score(decoder, ids)]).mean()
     return (
         f"int8: loss {rounded:.4f} against {exact:.4f} in fp32 ({rounded - exact:+.4f}) "
         f"on {len(ids)} tokens of Shakespeare"

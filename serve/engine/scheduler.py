@@ -1,27 +1,21 @@
-"""Maps requests to slots: admission, chunked prefill, continuous batching, cancellation, prefixes.
+"""Maps jobs to slots: admission, chunked prefill, continuous batching, cancellation.
 
 One thread calls `Scheduler.tick` in a loop. Each tick runs at most one chunk of prefill and one
-step of all running sequences, which bounds the time between two tokens. The scheduler handles token
-ids only; the event loop handles text while the device computes.
+step of all running sequences, which bounds the time between two tokens. The decoder chooses the
+slot of a prompt and what it reuses there. The event loop handles text while the device computes.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable
 
-import numpy as np
-
-from gpt_dist.inference.decoder import Decoder, Scores, Weights
+from gpt_dist.inference.decoder import Decoder, Weights
+from gpt_dist.inference.prefix_cache import ALIGNMENT
 from serve.engine.jobs import (
     Ended,
     Event,
-    Expired,
     Finish,
     Job,
     Lost,
@@ -33,24 +27,12 @@ from serve.engine.jobs import (
     Token,
 )
 
-MIN_REUSE = 16
-"""A shorter common prefix is computed again: reusing it would not pay."""
-ALIGNMENT = 128
-"""Deterministic prefill runs chunks of this many tokens, counted from the start of the prompt."""
-
-
-@dataclass
-class _Scoring:
-    """A text being scored."""
-
-    job: Scoring
-    parts: Generator[Scores, None, None]
-    version: str
-    found: list[Scores] = field(default_factory=list)
+COPIES = 16
+"""So many copied tokens count as one that is computed. Copying one is at least this much faster."""
 
 
 class Scheduler:
-    """Shares a decoder's slots among requests.
+    """Shares a decoder's slots among jobs, in order of arrival.
 
     `submit`, `cancel` and `swap` may be called from any thread; `tick` only from one.
 
@@ -78,22 +60,12 @@ class Scheduler:
         self.running: dict[int, Sequence] = {}
         """The sequences that take part in steps, by slot."""
         self._lock = threading.Lock()
-        self._waiting: deque[Sequence] = deque()
-        self._texts: deque[Scoring] = deque()
-        self._jobs: set[Job] = set()
-        self._prefilling: Sequence | None = None
-        self._scoring: _Scoring | None = None
-        self._score_next = False
+        # All jobs in order of arrival. Those without a slot wait.
+        self._jobs: dict[Job, None] = {}
+        self._prefilling: Job | None = None
         self._pending: tuple[Weights, str] | None = None
         self._names = {decoder.weights.version: weights_version}
-        # The tokens in each slot's cache, and when the slot was last used.
-        self._cached = np.zeros((decoder.max_slots, decoder.max_context + 1), np.int64)
-        self._prompt_length = np.zeros(decoder.max_slots, np.int64)
-        self._used = np.zeros(decoder.max_slots, np.int64)
-        self._clock_hand = itertools.count(1)
         self._released, self._interval = clock(), 1.0
-
-    # --- from any thread ------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
@@ -107,13 +79,15 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that have not started."""
-        return len(self._waiting) + len(self._texts)
+        """Number of jobs that have no slot."""
+        with self._lock:
+            return sum(job.slot < 0 for job in self._jobs)
 
     @property
     def weights_version(self) -> str:
         """Name of the weights for new sequences."""
-        return self._pending[1] if self._pending else self._names[self.decoder.weights.version]
+        pending = self._pending
+        return pending[1] if pending else self._names[self.decoder.weights.version]
 
     @property
     def busy(self) -> bool:
@@ -134,12 +108,7 @@ class Scheduler:
         with self._lock:
             if len(self._jobs) + len(jobs) > self.capacity:
                 raise QueueFull
-            self._jobs.update(jobs)
-            for job in jobs:
-                if isinstance(job, Sequence):
-                    self._waiting.append(job)
-                else:
-                    self._texts.append(job)
+            self._jobs.update(dict.fromkeys(jobs))
 
     def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Drop jobs before the next step. Finished jobs are ignored."""
@@ -147,25 +116,21 @@ class Scheduler:
             job.cancelled = True
 
     def swap(self, weights: Weights, version: str) -> None:
-        """Use other weights for sequences that start at the next tick or later."""
-        self._pending = weights, version
-
-    # --- from the engine's thread -----------------------------------------------------------------
+        """Use other weights for jobs that start at the next tick or later."""
+        with self._lock:
+            self._pending = weights, version
 
     def tick(self) -> list[tuple[Job, Event]]:
-        """Run at most one chunk of prefill or scoring and one step; returns the events in order."""
+        """Run at most one chunk of prefill and one step; returns the events in order."""
         events: list[tuple[Job, Event]] = []
-        if self._pending is not None:
-            (weights, version), self._pending = self._pending, None
-            self._names[weights.version] = version
-            self.decoder.use(weights)
+        with self._lock:
+            if self._pending is not None:
+                weights, version = self._pending
+                self._names[weights.version] = version
+                self.decoder.use(weights)
+                self._pending = None
         self._reap(events)
-        if (self._scoring or self._texts) and (self._score_next or not self._can_prefill()):
-            self._score_next = False
-            self._score(events)
-        else:
-            self._score_next = True
-            self._prefill(events)
+        self._prefill(events)
         if self.running:
             self._step(events)
         return events
@@ -173,170 +138,88 @@ class Scheduler:
     def abandon(self, message: str) -> list[tuple[Job, Event]]:
         """Drop all jobs without using the decoder."""
         with self._lock:
-            jobs, self._jobs = self._jobs, set()
-            self.running, self._prefilling, self._scoring = {}, None, None
-            self._waiting.clear()
-            self._texts.clear()
+            jobs, self._jobs = self._jobs, {}
+            self.running, self._prefilling = {}, None
         return [(job, Lost(message)) for job in jobs]
 
-    def _can_prefill(self) -> bool:
-        return self._prefilling is not None or (
-            bool(self._waiting) and len(self.running) < self.decoder.max_slots
-        )
-
-    def _release(self, job: Job) -> None:
-        if isinstance(job, Sequence) and job.slot >= 0:
+    def _end(self, job: Job, events: list[tuple[Job, Event]], event: Event | None) -> None:
+        """Release a job and its slot."""
+        if job is self._prefilling:
+            self._prefilling = None
+        if job.slot >= 0:
             self.running.pop(job.slot, None)
             self.decoder.free(job.slot)
-            self._used[job.slot] = next(self._clock_hand)
-            job.slot = -1
         now = self.clock()
         self._interval += 0.1 * (min(now - self._released, 10.0) - self._interval)
         self._released = now
         with self._lock:
-            self._jobs.discard(job)
-
-    def _end(self, job: Sequence, events: list[tuple[Job, Event]], ended: Ended) -> None:
-        self._release(job)
-        events.append((job, ended))
+            del self._jobs[job]
+            job.slot = -1
+        if event is not None:
+            events.append((job, event))
 
     def _reap(self, events: list[tuple[Job, Event]]) -> None:
         """Release jobs that were cancelled or whose time is over."""
         now = self.clock()
-        for sequence in list(self.running.values()):
-            self._overdue(sequence, now, events)
-        if self._prefilling is not None and self._overdue(self._prefilling, now, events):
-            self._prefilling = None
-        if self._scoring is not None and self._overdue(self._scoring.job, now, events):
-            self._scoring.parts.close()
-            self._scoring = None
         with self._lock:
-            waiting, texts = list(self._waiting), list(self._texts)
-        gone: set[Job] = {job for job in (*waiting, *texts) if self._overdue(job, now, events)}
-        if gone:
-            with self._lock:
-                self._waiting = deque(job for job in self._waiting if job not in gone)
-                self._texts = deque(job for job in self._texts if job not in gone)
-
-    def _overdue(self, job: Job, now: float, events: list[tuple[Job, Event]]) -> bool:
-        if job.cancelled:
-            self._release(job)
-        elif job.deadline is not None and now >= job.deadline:
-            self._release(job)
-            events.append((job, Expired()))
-        elif isinstance(job, Sequence) and job.expires_at is not None and now >= job.expires_at:
-            self._end(job, events, Ended(now, Finish.TIME_BUDGET))
-        else:
-            return False
-        return True
+            jobs = list(self._jobs)
+        for job in jobs:
+            event = job.overdue(now)
+            if job.cancelled or event is not None:
+                self._end(job, events, None if job.cancelled else event)
 
     def _prefill(self, events: list[tuple[Job, Event]]) -> None:
+        """Compute at most one chunk of prompts and texts."""
         budget = self.prefill_chunk
         while budget > 0:
-            sequence = self._prefilling or self._begin(events)
-            if sequence is None:
+            if self._prefilling is None:
+                budget -= self._admit(budget, events)
+            job = self._prefilling
+            if job is None:
                 return
-            self._prefilling = sequence
-            # The first step runs the last token, together with the other sequences.
-            left = len(sequence.ids) - 1 - sequence.done
+            # A sequence's last token is run by its first step, together with the other sequences.
+            left = len(job.ids) - 1 - job.done
             count = min(budget, left)
             if self.decoder.deterministic and count < left:
                 count -= count % ALIGNMENT
-                if count == 0:
-                    return
-            end = sequence.done + count
-            self.decoder.prefill(sequence.slot, sequence.ids[sequence.done : end], sequence.done)
-            self._cached[sequence.slot, sequence.done : end] = sequence.ids[sequence.done : end]
-            sequence.done = end
-            budget -= max(count, 1)
-            if count == left:
-                self.decoder.activate(sequence.slot, sequence.sampling, sequence.ids)
-                self._cached[sequence.slot, end] = sequence.ids[end]
-                self._prompt_length[sequence.slot] = end
-                self.running[sequence.slot] = sequence
-                self._prefilling = None
-
-    def _begin(self, events: list[tuple[Job, Event]]) -> Sequence | None:
-        """Move the next sequence into a slot, and reuse a cached prefix of its prompt."""
-        free = [slot for slot in range(self.decoder.max_slots) if slot not in self.running]
-        with self._lock:
-            if not (self._waiting and free):
-                return None
-            sequence = self._waiting.popleft()
-        prompt, decoder = sequence.ids[:-1], self.decoder
-        source, length = self._longest_prefix(prompt)
-        # Prefer low slots: a step computes all slots up to the highest one in use.
-        slot = source if source in free and source == free[0] else free[0]
-        if slot != source:
-            self._spare(slot, free[1:], source)
-        if length and source != slot:
-            decoder.copy_prefix(source, slot, length)
-            self._cached[slot, :length] = prompt[:length]
-        sequence.slot, sequence.done = slot, length
-        if not length:
-            decoder.prefill(slot, prompt[:0])  # binds the newest weights
-        self._prompt_length[slot] = length
-        version = self._names[decoder.version(slot) or decoder.weights.version]
-        events.append((sequence, Started(self.clock(), length, version)))
-        return sequence
-
-    def _longest_prefix(self, prompt: np.ndarray) -> tuple[int, int]:
-        """Find the longest cached prefix of a prompt, under the newest weights.
-
-        Returns:
-            Slot and length in tokens, or (-1, 0).
-        """
-        decoder = self.decoder
-        valid = np.array(
-            [
-                decoder.length(slot) if decoder.version(slot) == decoder.weights.version else 0
-                for slot in range(decoder.max_slots)
-            ]
-        )
-        if decoder.deterministic:  # a step adds in another order than prefill
-            valid = np.minimum(valid, self._prompt_length)
-        width = min(len(prompt), int(valid.max()))
-        if width < MIN_REUSE:
-            return -1, 0
-        same = self._cached[:, :width] == prompt[:width]
-        lengths = np.minimum(same.cumprod(1).sum(1), valid)
-        if decoder.deterministic:
-            lengths = np.where(lengths < len(prompt), lengths // ALIGNMENT * ALIGNMENT, lengths)
-        source = int(lengths.argmax())
-        length = int(lengths[source])
-        return (source, length) if length >= MIN_REUSE else (-1, 0)
-
-    def _spare(self, slot: int, others: list[int], source: int) -> None:
-        """Move a slot's cached prefix to the least recently used free slot."""
-        length, decoder = self.decoder.length(slot), self.decoder
-        others = [other for other in others if other != source]
-        if length < MIN_REUSE or not others:
-            return
-        target = min(others, key=lambda other: (decoder.length(other) > 0, self._used[other]))
-        if decoder.length(target) == 0 or self._used[target] < self._used[slot]:
-            decoder.copy_prefix(slot, target, length)
-            decoder.free(target)
-            self._cached[target] = self._cached[slot]
-            self._prompt_length[target] = self._prompt_length[slot]
-            self._used[target] = self._used[slot]
-
-    def _score(self, events: list[tuple[Job, Event]]) -> None:
-        """Score one chunk of a text."""
-        if self._scoring is None:
-            with self._lock:
-                job = self._texts.popleft()
-            parts = self.decoder.score(job.ids, job.top, self.prefill_chunk)
-            version = self._names[self.decoder.weights.version]
-            self._scoring = _Scoring(job, cast("Generator[Scores, None, None]", parts), version)
-        current = self._scoring
-        if (part := next(current.parts, None)) is not None:
-            current.found.append(part)
-            if part.start + len(part.logprobs) < len(current.job.ids):
+            if count == 0 < left:
                 return
-        current.parts.close()
-        self._scoring = None
-        self._release(current.job)
-        events.append((current.job, Scored(current.found, current.version)))
+            chunk = job.ids[job.done : job.done + count + 1]
+            if isinstance(job, Sequence):
+                self.decoder.prefill(job.slot, chunk[:-1], job.done)
+            elif isinstance(job, Scoring) and count:
+                job.parts.append(self.decoder.score(job.slot, chunk, job.done, job.top))
+            job.done += count
+            budget -= max(count, 1)
+            if count < left:
+                continue
+            self._prefilling = None
+            if isinstance(job, Sequence):
+                self.decoder.activate(job.slot, job.sampling, job.ids)
+                self.running[job.slot] = job
+            elif isinstance(job, Scoring):
+                self._end(job, events, Scored(job.parts, self._version(job)))
+
+    def _admit(self, budget: int, events: list[tuple[Job, Event]]) -> int:
+        """Give the next job a slot if the budget pays for the copies; returns what they cost."""
+        with self._lock:
+            job = next((job for job in self._jobs if job.slot < 0), None)
+        if job is None:
+            return 0
+        # All tokens of a text are computed, because each has to be scored.
+        prompt = job.ids[: -1 if isinstance(job, Sequence) else 0]
+        place = self.decoder.place(prompt, COPIES * self.prefill_chunk)
+        if place is None or place.copied > COPIES * budget:
+            return 0
+        self.decoder.admit(place)
+        job.slot, job.done = place.slot, place.length
+        self._prefilling = job
+        if isinstance(job, Sequence):
+            events.append((job, Started(self.clock(), place.length, self._version(job))))
+        return -(-place.copied // COPIES)
+
+    def _version(self, job: Job) -> str:
+        return self._names[self.decoder.version(job.slot)]
 
     def _step(self, events: list[tuple[Job, Event]]) -> None:
         """Generate one token for each running sequence, and release finished ones."""
@@ -344,17 +227,14 @@ class Scheduler:
         now = self.clock()
         rows = zip(result.slots, result.tokens, result.logprobs, result.top, strict=True)
         for slot, token, logprob, top in rows:
-            sequence = self.running[slot]
-            if token in sequence.sampling.stop_ids:
-                eos = token == sequence.eos_id
-                self._end(
-                    sequence, events, Ended(now, Finish.EOS if eos else Finish.STOP_TOKEN, token)
-                )
+            job = self.running[slot]
+            if token in job.sampling.stop_ids:
+                reason = Finish.EOS if token == job.eos_id else Finish.STOP_TOKEN
+                self._end(job, events, Ended(now, reason, token))
                 continue
-            events.append((sequence, Token(now, token, logprob, top)))
-            sequence.generated += 1
-            self._cached[slot, self.decoder.length(slot)] = token
-            if sequence.generated >= sequence.max_new_tokens:
-                self._end(sequence, events, Ended(now, Finish.LENGTH))
+            events.append((job, Token(now, token, logprob, top)))
+            job.generated += 1
+            if job.generated >= job.max_new_tokens:
+                self._end(job, events, Ended(now, Finish.LENGTH))
             elif not self.decoder.room(slot):
-                self._end(sequence, events, Ended(now, Finish.CONTEXT_FULL))
+                self._end(job, events, Ended(now, Finish.CONTEXT_FULL))

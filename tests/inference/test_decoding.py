@@ -16,7 +16,7 @@ from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.decoder import Decoder, Scores
-from gpt_dist.inference.generation import generate, generate_many
+from gpt_dist.inference.generation import generate, generate_many, score
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_model(shape: str, dtype: Any, backend: str) -> 
     ids = ids[:96]
     expected = model(torch.tensor([ids]))[0].log_softmax(1)
     decoder = Decoder(model, max_slots=1, dtype=dtype)
-    scores = join(decoder.score(ids, top=4))
+    scores = join(score(decoder, ids, top=4))
     own = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     off = np.abs(scores.logprobs - own)
     if dtype == "fp32":
@@ -257,18 +257,21 @@ def test_scoring_and_running_slots_do_not_disturb_each_other(
     prompt, text = list(range(30)), list(range(96))[::-1]
     start(decoder, 2, prompt, GREEDY)
     tokens, logprobs = [], []
-    for part in decoder.score(text, chunk=10):
-        with pytest.raises(GptDistError, match="another text"):
-            decoder.score(text)
+    for part in score(decoder, text, chunk=10):
+        assert decoder.free_slots == [1]
         logprobs += part.logprobs.tolist()
         tokens.append(decoder.step().tokens[0])
     assert_greedy(model, prompt, tokens)
     targets = torch.tensor(text[1:])
     expected = -F.cross_entropy(model(torch.tensor([text[:-1]]))[0], targets, reduction="none")
     assert logprobs == pytest.approx(expected.tolist(), abs=2e-5)
-    next(scoring := decoder.score(text, chunk=10))
+    next(scoring := score(decoder, text, chunk=10))
     scoring.close()
-    assert len(list(decoder.score(text, chunk=95))) == 1
+    assert len(list(score(decoder, text, chunk=95))) == 1
+    start(decoder, 0, prompt, GREEDY)
+    start(decoder, 1, prompt, GREEDY)
+    with pytest.raises(GptDistError, match="no slot is free to score"):
+        next(score(decoder, text))
 
 
 def test_generate_ends_at_stop_tokens_limits_and_the_context(backend: str) -> None:

@@ -160,10 +160,9 @@ class Spy:
         self.prefilled[-1] += len(ids)
         self.decoder.prefill(slot, ids, start)
 
-    def score(self, ids: np.ndarray, top: int, chunk: int) -> Any:
-        for part in self.decoder.score(ids, top, chunk):
-            self.prefilled[-1] += len(part.logprobs)
-            yield part
+    def score(self, slot: int, ids: np.ndarray, start: int = 0, top: int = 0) -> Any:
+        self.prefilled[-1] += len(ids) - 1
+        return self.decoder.score(slot, ids, start, top)
 
     def step(self) -> Any:
         self.prefilled.append(0)

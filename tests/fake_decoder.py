@@ -1,0 +1,101 @@
+"""A decoder without arithmetic: each token is a hash of all that the slot has cached."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
+
+VOCABULARY = 50
+
+
+class FakeBackend:
+    """Caches token ids, each marked with the weights that computed it, and counts its work.
+
+    Args:
+        slots: rows of the cache.
+        context: positions of a slot.
+        dense: a step computes all slots up to the highest active one, as PyTorch's backend does.
+    """
+
+    name, cache_bytes = "fake", 0
+
+    def __init__(self, slots: int, context: int, dense: bool) -> None:
+        self.dense = dense
+        self.cache = np.zeros((slots, context), np.int64)
+        self.seeds = [0] * slots
+        self.weights = 0
+        self.computed = self.copied = self.steps = 0
+        """Tokens that were prefilled, tokens that were copied, steps."""
+
+    def load(self, model: GPT) -> int:
+        self.weights += 1
+        return self.weights
+
+    def set(self, slot: int, params: SamplingParams, ids: Any) -> None:
+        self.seeds[slot] = params.seed
+
+    def rows(self, highest: int) -> int:
+        return highest + 1 if self.dense else 1
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache[target, :length] = self.cache[source, :length]
+        self.cache[target, length:] = -1
+        self.copied += length
+
+    def prefill(self, weights: int, slot: int, ids: np.ndarray, start: int) -> None:
+        self.cache[slot, start : start + len(ids)] = ids + VOCABULARY * weights
+        self.cache[slot, start + len(ids) :] = -1
+        self.computed += len(ids)
+
+    def logits(self, weights: int, slot: int, ids: np.ndarray, start: int) -> torch.Tensor:
+        self.prefill(weights, slot, ids, start)
+        rows = [chosen(self.cache[slot, : start + row + 1], 0) for row in range(len(ids))]
+        return torch.nn.functional.one_hot(torch.tensor(rows), VOCABULARY).float()
+
+    def step(
+        self, weights: int, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray, _: Any
+    ) -> list[np.ndarray]:
+        self.steps += 1
+        for slot in slots:
+            self.cache[slot, positions[slot]] = ids[slot] + VOCABULARY * weights
+        ends = [(slot, positions[slot] + 1) for slot in slots]
+        return [np.array([chosen(self.cache[slot, :end], self.seeds[slot]) for slot, end in ends])]
+
+
+def chosen(cached: np.ndarray, seed: int) -> int:
+    """The token that follows these cache entries."""
+    return zlib.crc32(cached.tobytes() + seed.to_bytes(8, "little")) % VOCABULARY
+
+
+def expected(ids: list[int], seed: int, weights: int, count: int) -> list[int]:
+    """The tokens that a sequence gets which has the decoder to itself."""
+    tokens = list(ids)
+    for _ in range(count):
+        tokens.append(chosen(np.array(tokens) + VOCABULARY * weights, seed))
+    return tokens[len(ids) :]
+
+
+def fake_model(context: int) -> GPT:
+    return GPT(
+        ModelConfig(n_layer=0, n_head=1, n_embd=4, context_length=context, vocab_size=VOCABULARY)
+    )
+
+
+def fake_decoder(
+    slots: int, context: int, dense: bool = False, deterministic: bool = False
+) -> tuple[Decoder, FakeBackend]:
+    """A decoder on a `FakeBackend`, and that backend. Its n-th weights have the number n."""
+    backend = FakeBackend(slots, context, dense)
+    with mock.patch("gpt_dist.inference.decoder.make_backend", return_value=backend):
+        decoder = Decoder(fake_model(context), max_slots=slots, deterministic=deterministic)
+    return decoder, backend
