@@ -22,6 +22,7 @@ Ids = Sequence[int] | np.ndarray
 class Backend(Protocol):
     """A decoder's arithmetic; `gpt_dist.inference.torch_backend.TorchBackend` documents it."""
 
+    name: str
     cache_bytes: int
 
     def load(self, model: GPT) -> Any: ...

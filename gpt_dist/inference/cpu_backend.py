@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.sampling import MAX_LOGPROBS, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
+from gpt_dist.ops.build import instruction_set
 
 PREFILL = 128
 """The most tokens of a prompt that go through the model together."""
@@ -40,6 +41,7 @@ class CpuBackend:
         library = kernels.decoder_library()
         assert library is not None
         self._library, self.dtype = library, dtype
+        self.name = f"kernels-{instruction_set()}"
         self.threads = torch.get_num_threads()
         config = model.config
         head_size = config.n_embd // config.n_head
@@ -114,10 +116,11 @@ class CpuBackend:
         self._tables[slot] = [stops, biased, bias]
         self._history[slot] = np.zeros(self._cache.context + 1, np.int32)
         self._history[slot][: len(ids)] = ids
+        temperature, repetition = params.divisors
         self._draws[slot] = kernels.Draw(
-            params.temperature, params.top_p,
+            temperature, params.top_p,
             math.log(params.min_p) if params.min_p else -math.inf,
-            params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
+            repetition, params.presence_penalty, params.frequency_penalty,
             params.top_k, -1 if params.logprobs is None else params.logprobs,
             len(ids), len(ids), params.min_new_tokens, len(stops), len(biased), params.seed,
             self._history[slot].ctypes.data,

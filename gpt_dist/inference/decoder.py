@@ -109,6 +109,8 @@ class Decoder:
         self._backend = make_backend(
             model, max_slots, self.max_context, self.device, self.dtype, deterministic
         )
+        self.backend = self._backend.name
+        """What computes: ``kernels-avx512``, ``kernels-avx2`` or ``pytorch``."""
         self._prefixes = PrefixCache(max_slots, self.max_context, deterministic)
         self._lengths = np.zeros(max_slots, np.int64)
         self._tokens = np.zeros(max_slots, np.int64)

@@ -25,6 +25,8 @@ from gpt_dist.errors import UsageError
 
 MAX_LOGPROBS = 100
 """Most alternatives that a result can list for a token."""
+LEAST = 1e-30
+"""Smaller divisors of logits count as this, whose reciprocal is finite in fp32."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise UsageError(f"{name}: token {token} is not in 0 to {vocab_size - 1}")
+
+    @property
+    def divisors(self) -> tuple[float, float]:
+        """Temperature, 0 for greedy, and repetition penalty, in a range where fp32 divides."""
+        temperature = max(self.temperature, LEAST) if self.temperature else 0.0
+        return temperature, max(self.repetition_penalty, LEAST)
 
     @property
     def penalised(self) -> bool:
@@ -164,12 +172,13 @@ class Sampler:
     def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
         """Give a slot its parameters; ``ids`` is the prompt."""
         self.params[slot] = params
+        temperature, repetition = params.divisors
         self.scales[slot] = torch.tensor(
             [
-                params.temperature or 1.0,
+                temperature or 1.0,
                 params.top_p,
                 math.log(params.min_p) if params.min_p else -math.inf,
-                params.repetition_penalty,
+                repetition,
                 params.presence_penalty,
                 params.frequency_penalty,
             ]
@@ -254,7 +263,7 @@ class Sampler:
             seen = self._table("prompt", torch.bool)[:rows] | (count > 0)
             penalised = torch.where(scores < 0, scores * repetition, scores / repetition)
             scores = torch.where(seen, penalised, scores)
-            scores = scores - frequency * count - presence * (count > 0)
+            scores = scores - (frequency * count + presence * (count > 0))
         if plan.stops:
             early = (generated < self.numbers[:rows, 2])[:, None]
             scores = scores.masked_fill(self._table("stop", torch.bool)[:rows] & early, -math.inf)
@@ -263,29 +272,32 @@ class Sampler:
     def _draw(self, scores: Tensor, plan: Plan, positions: Tensor) -> Tensor:
         rows = len(scores)
         temperature, top_p, log_min_p = self.scales[:rows, :3, None].unbind(1)
-        scores = scores / temperature
         highest = scores.amax(1, keepdim=True)
-        scores = scores - highest
+
+        def weigh(kept: Tensor) -> Tensor:
+            """Relative probabilities; subtracting first keeps tiny temperatures finite."""
+            return ((kept - highest) / temperature).exp()
+
         top_k = self.numbers[:rows, :1]
-        # All truncation is one threshold a row; 0 (the maximum itself) always passes.
+        # All truncation is one threshold a row, on the logits, as in the CPU kernels.
         threshold = torch.full_like(highest, -math.inf)
         if plan.top_k:
             best = top_values(scores, plan.top_k)
             kth = best.gather(1, (top_k - 1).clamp(max=plan.top_k - 1))
             threshold = torch.where(top_k <= plan.top_k, kth, threshold)
-        threshold = torch.where(top_k == 1, torch.zeros_like(threshold), threshold)
+        threshold = torch.where(top_k == 1, highest, threshold)
         if plan.top_p:
             kept = scores.masked_fill(scores < threshold, -math.inf)
             ordered = kept.sort(dim=1, descending=True).values
-            mass = ordered.exp().cumsum(1, dtype=torch.float64)
+            mass = weigh(ordered).cumsum(1, dtype=torch.float64)
             # Kept while the tokens before it have less than top_p of the mass.
             count = (mass < top_p.double() * mass[:, -1:]).sum(1, keepdim=True)
             last = ordered.gather(1, count.clamp(max=self.vocab_size - 1))
             threshold = torch.where(top_p < 1, torch.maximum(threshold, last), threshold)
         if plan.min_p:
-            threshold = torch.maximum(threshold, log_min_p)
+            threshold = torch.maximum(threshold, highest + temperature * log_min_p)
         kept = scores.masked_fill(scores < threshold, -math.inf)
-        mass = kept.exp().cumsum(1, dtype=torch.float64)
+        mass = weigh(kept).cumsum(1, dtype=torch.float64)
         target = uniform(self.numbers[:rows, 1], positions)[:, None] * mass[:, -1:]
         drawn = torch.searchsorted(mass, target, right=True).squeeze(1)
         greedy = self.numbers[:rows, 0] == 1  # top_k 1, which ties must not widen

@@ -107,6 +107,8 @@ class TorchBackend:
         deterministic: always the same shapes, whatever the number of active slots.
     """
 
+    name = "pytorch"
+
     def __init__(
         self, model: GPT, slots: int, context: int, device: torch.device, dtype: str,
         deterministic: bool,

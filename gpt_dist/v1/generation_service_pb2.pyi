@@ -166,7 +166,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("name", "weights_version", "parameters", "n_layer", "n_head", "n_embd", "max_context", "vocab_size", "tokenizer", "end_of_text_id", "device", "dtype", "max_slots", "max_queue", "running", "waiting", "deterministic", "server_version")
+    __slots__ = ("name", "weights_version", "parameters", "n_layer", "n_head", "n_embd", "max_context", "vocab_size", "tokenizer", "end_of_text_id", "device", "dtype", "max_slots", "max_queue", "running", "waiting", "deterministic", "server_version", "backend")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,7 @@ class GetModelInfoResponse(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     name: str
     weights_version: str
     parameters: int
@@ -203,4 +204,5 @@ class GetModelInfoResponse(_message.Message):
     waiting: int
     deterministic: bool
     server_version: str
-    def __init__(self, name: _Optional[str] = ..., weights_version: _Optional[str] = ..., parameters: _Optional[int] = ..., n_layer: _Optional[int] = ..., n_head: _Optional[int] = ..., n_embd: _Optional[int] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer: _Optional[str] = ..., end_of_text_id: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., max_slots: _Optional[int] = ..., max_queue: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., deterministic: _Optional[bool] = ..., server_version: _Optional[str] = ...) -> None: ...
+    backend: str
+    def __init__(self, name: _Optional[str] = ..., weights_version: _Optional[str] = ..., parameters: _Optional[int] = ..., n_layer: _Optional[int] = ..., n_head: _Optional[int] = ..., n_embd: _Optional[int] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer: _Optional[str] = ..., end_of_text_id: _Optional[int] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., max_slots: _Optional[int] = ..., max_queue: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., deterministic: _Optional[bool] = ..., server_version: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...

@@ -55,6 +55,7 @@ def describe_model(loaded: Loaded, engine: Engine, name: str) -> Served:
         "tokenizer": tokenizer.name,
         "device": decoder.device.type,
         "dtype": decoder.dtype,
+        "backend": decoder.backend,
         "max_slots": decoder.max_slots,
         "max_queue": engine.scheduler.max_queue,
         "deterministic": decoder.deterministic,

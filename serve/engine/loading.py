@@ -68,7 +68,8 @@ def load(options: Options) -> Loaded:
     version = weights_version(directory, state)
     report = [
         f"{directory}: {model.num_parameters():,} parameters, weights {version}",
-        f"{device}, {decoder.dtype} weights, {slots} slots of {decoder.max_context} tokens, "
+        f"{device}, {decoder.backend}, {decoder.dtype} weights, "
+        f"{slots} slots of {decoder.max_context} tokens, "
         f"{decoder.cache_bytes / 1e6:,.0f} MB of KV cache",
         f"loaded in {loaded - began:.1f} s, warmed up in {time.monotonic() - loaded:.1f} s",
     ]

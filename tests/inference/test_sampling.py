@@ -20,9 +20,11 @@ from transformers import (
 )
 
 from gpt_dist.errors import UsageError
+from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.sampling import SamplingParams, top_values, uniform
 from gpt_dist.model.gpt import GPT
+from gpt_dist.ops.build import instruction_set
 from tests.decoders import BACKENDS, small_model, use_backend
 
 M64 = (1 << 64) - 1
@@ -138,6 +140,55 @@ def check_logprobs(logits, token, logprob, top, params) -> None:
     best = expected.topk(params.logprobs)
     assert [entry[0] for entry in top] == best.indices.tolist()
     assert [entry[1] for entry in top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("least", [1e-30, 1e-38, 1e-40, 1e-50, 5e-324])
+def test_the_smallest_divisors(least: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temperature near 0 takes the most likely token; a penalty near 0 takes a token again."""
+    use_backend(backend, monkeypatch)
+    model = small_model()
+    decoder = Decoder(model, max_slots=6, dtype="fp32")
+    prompt = [5, 6, 7]
+    best = int(model(torch.tensor([prompt]))[0, -1].argmax())
+    params = [
+        SamplingParams(temperature=least, seed=1, logprobs=1),
+        SamplingParams(temperature=least, seed=2, top_k=7),
+        SamplingParams(temperature=least, seed=3, top_p=0.9),
+        SamplingParams(temperature=least, seed=4, min_p=0.1),
+        SamplingParams(temperature=least, repetition_penalty=least, logit_bias={5: 100}),
+        SamplingParams(repetition_penalty=least, logit_bias={5: 100}),
+    ]
+    for slot, one in enumerate(params):
+        decoder.prefill(slot, prompt)
+        decoder.activate(slot, one, prompt)
+    result = decoder.step()
+    assert result.tokens == [best] * 4 + [5, 5]
+    assert math.isfinite(result.logprobs[0] or math.nan)
+
+
+@pytest.mark.slow(2)
+def test_both_backends_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, which adds the same numbers in another order."""
+    model = small_model()
+    streams = []
+    for backend in BACKENDS:
+        use_backend(backend, monkeypatch)
+        decoder, dice = Decoder(model, max_slots=64, dtype="fp32"), random.Random(5)
+        for slot in range(64):
+            ids = [dice.randrange(model.vocab_size) for _ in range(slot + 1)]
+            decoder.prefill(slot, ids)
+            decoder.activate(slot, random_params(dice, model.vocab_size), ids)
+        streams.append([decoder.step().tokens for _ in range(30)])
+        kernels.decoder_library.cache_clear()
+    assert streams[0] == streams[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backend_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backend(backend, monkeypatch)
+    name = Decoder(small_model(), max_slots=1).backend
+    assert name == ("pytorch" if backend == "torch" else f"kernels-{instruction_set()}")
 
 
 @pytest.mark.slow(2)

@@ -99,12 +99,12 @@ class Sampler {
 
     // exps = e^((x - top) / temperature) where x >= least, else 0; returns the sum.
     float exponentials(float temperature, float least) {
-        const Vec scale = splat(1 / temperature), offset = splat(top);
+        const Vec divisor = splat(temperature), offset = splat(top);
         Vec sum = Vec{};
         for (int i = 0; i < vocab; i += LANES) {
             const Vec value = load(x + i, tail(vocab - i));
             const Mask kept = tail(vocab - i) & at_least(value, splat(least));
-            const Vec e = keep(kept, exp((value - offset) * scale));
+            const Vec e = keep(kept, exp((value - offset) / divisor));
             sum += e;
             store(&exps[i], e);
         }
