@@ -116,7 +116,7 @@ class PrefixCache:
         """
         source, length = self.longest(prompt, lengths)
         kept = self._reusable(lengths)
-        if source in cheap and kept[source] - length < MIN_REUSE:
+        if source in cheap and self._lost(source, prompt, int(kept[source])) < MIN_REUSE:
             return Place(source, source, length)
 
         def age(slot: int) -> tuple[bool, int]:
@@ -136,6 +136,12 @@ class PrefixCache:
             if age(oldest) < age(slot):
                 refuge, copied = oldest, copied + size
         return Place(slot, source, length, refuge, copied)
+
+    def _lost(self, slot: int, prompt: np.ndarray, size: int) -> int:
+        """Of the first ``size`` tokens of a slot, those that a prompt would overwrite there."""
+        width = min(size, len(prompt))
+        same = self._tokens[slot, :width] == prompt[:width]
+        return size - int(same.cumprod().sum())
 
     def _reusable(self, lengths: np.ndarray) -> np.ndarray:
         return np.minimum(lengths, self._prefilled) if self.deterministic else lengths

@@ -119,6 +119,8 @@ def test_deterministic_reuse_is_of_whole_chunks_that_prefill_computed() -> None:
     assert cache.longest(counting(400), usable) == (0, 2 * ALIGNMENT)
     assert cache.longest(counting(300), usable) == (0, 300)
     assert cache.longest(counting(299), usable) == (0, 299)
+    place = cache.place(counting(400), usable, [0, 1], [0, 1], EVERYTHING)
+    assert place == Place(slot=0, source=0, length=2 * ALIGNMENT)  # 44 are computed again
     place = cache.place(np.array([*range(290), 1]), usable, [1], [1], 2 * ALIGNMENT - 1)
     assert place == Place(slot=1, source=0, length=ALIGNMENT, copied=ALIGNMENT)
 
