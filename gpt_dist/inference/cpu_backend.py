@@ -23,7 +23,7 @@ from gpt_dist.model.gpt import GPT, Block
 from gpt_dist.ops.build import instruction_set
 
 PREFILL = 128
-"""The most tokens of a prompt that go through the model together."""
+"""Maximum number of prompt tokens that go through the model together."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CpuWeights:
 
 
 class CpuBackend:
-    """The interface, and up to rounding the results, of `torch_backend.TorchBackend`."""
+    """Has the interface of `torch_backend.TorchBackend`, and its results up to rounding."""
 
     def __init__(self, model: GPT, slots: int, context: int, dtype: str) -> None:
         library = kernels.decoder_library()

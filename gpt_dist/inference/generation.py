@@ -46,7 +46,7 @@ def generate_many(
         model: a model (fp32 weights, as many slots as prompts), or a decoder with free slots.
         prompts: token ids; a common beginning is computed once.
         sampling: parameters, one for each prompt.
-        max_new_tokens: the most tokens for each.
+        max_new_tokens: maximum number of tokens for each prompt.
         past_context: go on when the context is full, with the last half of it as context. Of a
             prompt that is too long, use the last tokens that fit.
 

@@ -167,7 +167,6 @@ def test_the_smallest_divisors(least: float, backend: str, monkeypatch: pytest.M
     assert math.isfinite(result.logprobs[0] or math.nan)
 
 
-@pytest.mark.slow(2)
 def test_both_backends_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, which adds the same numbers in another order."""
     model = small_model()

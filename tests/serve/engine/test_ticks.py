@@ -236,6 +236,7 @@ class Traffic:
         return {self.decoder.version(slot) for slot in slots} | {self.decoder.weights.version}
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("dense", "deterministic", "chunk"),
     [(False, False, 32), (True, False, 32), (False, False, 5), (True, True, 128)],
