@@ -77,15 +77,17 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
 @pytest.mark.slow(120)
 def test_every_stage_follows_ddp(tiny_config: Config, tmp_path: Path) -> None:
     runs = {}
-    fewer = {"checkpoint_every": 0, "eval_every": 20, "eval_tokens": 20 * 32}  # uneven on 2 ranks
+    # The validation has 20 windows, uneven on 2 ranks.
+    short = {"steps": 10, "checkpoint_every": 0, "eval_every": 10, "eval_tokens": 20 * 32}
     for precision in ("fp32", "bf16"):
         # A weight that differs in its last fp32 bit may round to another bf16 number; the larger
         # the steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
-        train = {"precision": precision, **fewer}
-        config = tiny_config(train=train, optim={"lr": 1e-3 if precision == "bf16" else 3e-3})
+        train = {"precision": precision, **short}
+        lr = 1e-3 if precision == "bf16" else 3e-3
+        config = tiny_config(train=train, optim={"lr": lr, "warmup_steps": 10})
         runs[f"{precision}-ddp"] = [config, []]
         runs |= {f"{precision}-{stage}": [config, zero(stage)] for stage in STAGES}
-    clipped = tiny_config(optim={"grad_clip": 0.1}, train=fewer)
+    clipped = tiny_config(optim={"grad_clip": 0.1, "warmup_steps": 10}, train=short)
     runs["clip-ddp"] = [clipped, []]
     runs |= {f"clip-{stage}": [clipped, zero(stage)] for stage in STAGES}
     train_many(
@@ -139,6 +141,7 @@ ENGINES = {
 def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Path) -> None:
     """Four steps under one engine and four under another follow the uninterrupted run."""
     config = tiny_config(
+        model={"n_layer": 1},
         optim={"schedule": "constant", "warmup_steps": 2, "lr": 1e-3},
         train={"steps": 4, "checkpoint_every": 4, "eval_every": 0},
     )
