@@ -101,9 +101,14 @@ def run_main(
     sys.exit(status)
 
 
+def is_rank_0() -> bool:
+    """Whether this process is world rank 0 as torchrun numbers them, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def print_error(error: GptDistError | OSError) -> bool:
     """Print an error if this rank is to do so; returns whether it is."""
-    speaks = int(os.environ.get("RANK", "0")) == 0 or getattr(error, "local", False)
+    speaks = is_rank_0() or getattr(error, "local", False)
     # Also on the rank where it arose: the others only know the message.
     if os.environ.get("GPT_DIST_TRACEBACK", "0") not in ("", "0") and (speaks or error.__cause__):
         traceback.print_exception(error)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from gpt_dist.config.command_line import parse
-from gpt_dist.errors import run_main
+from gpt_dist.errors import is_rank_0, run_main
 from gpt_dist.parallel.watchdog import die_with_agent, stop_agent
 
 
@@ -15,7 +14,7 @@ def main() -> None:
     if command.dry_run:
         from gpt_dist.training.dry_run import report
 
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_rank_0():
             print(report(command))
         return
     from gpt_dist.training.trainer import train  # imports torch, which --help does without

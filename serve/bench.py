@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import platform
 import random
 import time
@@ -20,8 +19,8 @@ import grpc
 
 from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from serve.client import AsyncClient, Prompt
-from serve.client.connection import DEFAULT_TARGET, TOKEN
-from serve.client.words import failure
+from serve.client.connection import DEFAULT_TARGET
+from serve.client.words import failure_of
 
 PERCENTILES = (50, 90, 99)
 
@@ -322,11 +321,7 @@ def main() -> int:
     try:
         records, seconds, info = asyncio.run(whole())
     except grpc.aio.AioRpcError as error:
-        tls, token = (
-            bool(arguments.tls_ca),
-            bool(arguments.token or arguments.token_file or os.environ.get(TOKEN)),
-        )
-        raise failure(error, arguments.target, tls=tls, token=token) from None
+        raise failure_of(error, arguments) from None
     figures = report(records, seconds)
     table = Table("ms", *(f"p{percent}" for percent in PERCENTILES), "mean")
     for name in ("time_to_first_token_ms", "inter_token_ms", "end_to_end_ms"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,23 @@ def step_count(out: Path) -> int:
     """Training rows that a run has written so far."""
     metrics = out / "metrics.jsonl"
     return metrics.read_bytes().count(b'"train_loss"') if metrics.exists() else 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports on which nobody listens at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens at the moment."""
+    return free_ports(1)[0]
 
 
 def wait_until(

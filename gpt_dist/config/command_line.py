@@ -33,7 +33,7 @@ from gpt_dist.config.settings import (
     flags,
 )
 from gpt_dist.config.unheard import COMMAND_LINE, FILE, unheard
-from gpt_dist.errors import UsageError
+from gpt_dist.errors import UsageError, is_rank_0
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,7 +143,7 @@ def migrated(data: dict[str, Any], source: str) -> dict[str, Any]:
         data, changes = migrate(data)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_rank_0():
         for change in changes:
             print(f"note: {source}: {change}", file=sys.stderr)
     return data
@@ -334,7 +334,7 @@ def build(
         problems += combination_problems(config, world) + refusals
     if problems or config is None:
         raise UsageError("\n".join(dict.fromkeys(problems)))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_rank_0():
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return config

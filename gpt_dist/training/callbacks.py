@@ -2,8 +2,8 @@
 
 ``make_callbacks`` lists them. Between two steps the trainer goes through the list and calls each
 that is due. To add one, write a class with these two methods and add a line to the list. One that
-scores the model belongs before ``WriteScores`` and calls
-``trainer.add_scores``; one that changes what a checkpoint holds belongs before ``Save``.
+scores the model belongs before ``WriteScores`` and calls ``trainer.add_scores``; one that changes
+what a checkpoint holds belongs before ``Save``.
 
 Whether something is due follows from the step and from ``Progress`` alone, which says what has
 been done at this step already. So a run that was stopped anywhere continues with what is missing.

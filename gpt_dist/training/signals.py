@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from gpt_dist.errors import is_rank_0
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -44,7 +45,7 @@ class StopSignal:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        if number == signal.SIGINT and int(os.environ.get("RANK", "0")) == 0:
+        if number == signal.SIGINT and is_rank_0():
             with contextlib.suppress(RuntimeError):  # the signal came while this stream was written
                 print(
                     "stopping with a checkpoint; Ctrl-C again stops at once",

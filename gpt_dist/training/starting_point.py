@@ -72,15 +72,18 @@ def find_start(
         raise DamagedError(
             f"{error}; resume = auto continues from the newest checkpoint that is whole"
         ) from None
-    later = [checkpoint for checkpoint in found if step_of(checkpoint) > start.state["step"]]
-    damage = [damage_of(checkpoint) for checkpoint in later]
-    whole = [path for path, error in zip(later, damage, strict=True) if error is None]
-    if whole:
-        raise UsageError(
-            f"resume = {config.resume}: {directory} holds later checkpoints "
-            f"({whole[0].name}); choose another out_dir to branch off"
-        )
-    return falling_back(start, later, damage)
+    damaged: dict[Path, DamagedError] = {}
+    for checkpoint in found:
+        if step_of(checkpoint) <= start.state["step"]:
+            continue
+        damage = damage_of(checkpoint)
+        if damage is None:
+            raise UsageError(
+                f"resume = {config.resume}: {directory} holds later checkpoints "
+                f"({checkpoint.name}); choose another out_dir to branch off"
+            )
+        damaged[checkpoint] = damage
+    return falling_back(start, damaged)
 
 
 def newest_whole(found: list[Path], config: Config, fingerprint: str | None) -> Start | None:
@@ -90,29 +93,28 @@ def newest_whole(found: list[Path], config: Config, fingerprint: str | None) -> 
         UsageError: a setting contradicts it.
         DamagedError: none is whole; the message is about the first.
     """
-    damaged: list[Path] = []
-    errors: list[DamagedError | None] = []
+    damaged: dict[Path, DamagedError] = {}
     for path in found:
         try:
-            return falling_back(open_start(path, config, fingerprint), damaged, errors)
+            return falling_back(open_start(path, config, fingerprint), damaged)
         except DamagedError as error:
-            damaged.append(path)
-            errors.append(error)
-    if errors:
+            damaged[path] = error
+    if damaged:
+        newest = damaged[found[0]]
         raise DamagedError(
-            f"{errors[0]}; no earlier checkpoint is whole: choose another out_dir for a new run"
+            f"{newest}; no earlier checkpoint is whole: choose another out_dir for a new run"
         )
     return None
 
 
-def falling_back(start: Start, later: list[Path], damage: list[DamagedError | None]) -> Start:
+def falling_back(start: Start, damaged: dict[Path, DamagedError]) -> Start:
     """A start with later checkpoints that are damaged, and a line about each."""
     lines = [
         f"damaged: {error}; continuing {start.path.name} instead, the damaged checkpoint is kept "
         f"as {aside(path).name}"
-        for path, error in zip(later, damage, strict=True)
+        for path, error in damaged.items()
     ]
-    return start._replace(damaged=tuple(later), notes=(*lines, *start.notes))
+    return start._replace(damaged=tuple(damaged), notes=(*lines, *start.notes))
 
 
 def open_start(path: Path, config: Config, fingerprint: str | None) -> Start:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from google.protobuf.json_format import MessageToDict
 from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from gpt_dist.v1 import generation_pb2 as pb
 from serve.client import Client
-from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT, TOKEN
-from serve.client.words import ending, failure
+from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from serve.client.words import ending, failure_of
 
 TYPES: dict[int, Callable[[str], Any]] = {
     FieldDescriptor.TYPE_FLOAT: float,
@@ -260,9 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(arguments)
     except grpc.RpcError as error:
-        tls = bool(arguments.tls or arguments.tls_ca or arguments.tls_cert)
-        token = bool(arguments.token or arguments.token_file or os.environ.get(TOKEN))
-        raise failure(error, arguments.target, tls=tls, token=token) from None
+        raise failure_of(error, arguments) from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from typing import Any
 
 import grpc
@@ -9,6 +11,7 @@ import grpc
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.client.connection import TOKEN
 
 STATUS_DETAILS = "grpc-status-details-bin"
 """In the trailing metadata of every error that the server itself reports."""
@@ -62,6 +65,13 @@ def failure(error: Any, target: str, *, tls: bool = False, token: bool = False) 
     elif code == grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"no answer from {target} in time; --timeout allows more"
     return kind(f"{code.name}: {details}")
+
+
+def failure_of(error: Any, arguments: argparse.Namespace) -> GptDistError:
+    """`failure` of a call that was made with the connection flags of a command line."""
+    tls = any(getattr(arguments, flag, None) for flag in ("tls", "tls_ca", "tls_cert"))
+    token = bool(arguments.token or arguments.token_file or os.environ.get(TOKEN))
+    return failure(error, arguments.target, tls=tls, token=token)
 
 
 def _unreachable(details: str, target: str, tls: bool) -> str:

@@ -17,6 +17,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.conftest import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
 
@@ -28,18 +30,6 @@ def missing_programs() -> list[str]:
 def which(name: str) -> str | None:
     """The path of a program; daemons are in sbin, which is not on everybody's PATH."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports on which nobody listens at the moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 class SlurmCluster:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from gpt_dist.config.command_line import load
 from serve.client.connection import DEFAULT_TARGET
 from tests import warm
-from tests.conftest import wait_until, words
+from tests.conftest import free_port, wait_until, words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -68,12 +67,6 @@ SMALL = {
     "train.checkpoint_every": 1,
     "optim.warmup_steps": 1,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def reduced(command: list[str], server: str) -> list[str]:

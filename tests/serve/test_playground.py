@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -24,6 +23,7 @@ from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
 from serve.playground.__main__ import main
 from serve.playground.replies import GROWING, Reply, ended, panels
 from tests.components import require, require_module
+from tests.conftest import free_port
 from tests.serve.conftest import PATIENCE, wait_until
 
 LONG = 3000
@@ -47,12 +47,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("playground") / "model"
     export_hf(GPT(config), tokenizer, directory, torch.float32)
     return directory
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -107,12 +107,10 @@ def make_plan(command: Command) -> Plan:
         f"the data: {path} is not there; make it with: {prepare_command(Path(path))}"
         for path in missing
     ]
-    datasets = {
-        path: open_dataset(path, config.data.tokenizer)
-        for path in config.data.path
-        if path not in missing
-    }
-    if not missing:
+    if missing:
+        present = [path for path in config.data.path if path not in missing]
+        datasets = {path: open_dataset(path, config.data.tokenizer) for path in present}
+    else:
         datasets = dict(zip(config.data.path, open_data(config), strict=True))
     tokenizer = next((dataset.tokenizer for dataset in datasets.values()), None)
     config, vocabulary = with_model(config, tokenizer, ranks)

@@ -9,7 +9,7 @@ import torch
 
 from gpt_dist.config.settings import Config
 from gpt_dist.training.plan.facts import Plan
-from gpt_dist.training.plan.memory import Part, device_bytes, memory_parts
+from gpt_dist.training.plan.memory import Part, device_bytes, memory_parts, zero_stage
 from gpt_dist.training.plan.rows import Row, column
 from gpt_dist.training.reporting.formatting import file_size
 
@@ -104,7 +104,7 @@ def strategies(plan: Plan) -> Iterator[tuple[list[str], Config]]:
     config = plan.config
     checkpointing = config.model.model_copy(update={"activation_checkpointing": True})
     stages = [1, 2, 3] if config.optim.name == "adamw" and plan.ranks > 1 else []
-    now = config.parallel.zero_stage if config.parallel.strategy == "deepspeed" else 0
+    now = zero_stage(config)
     for recompute in (False, True):
         flags = ["--model.activation_checkpointing true"] if recompute else []
         base = config.model_copy(update={"model": checkpointing}) if recompute else config

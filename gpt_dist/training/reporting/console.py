@@ -123,8 +123,8 @@ class ConsoleSink:
         self._print("\n".join(lines), style="bold")
 
     def sample(self, step: int, text: str) -> None:
-        rest = f"\n{text}\n---"
-        self._print(f"--- sample after step {step}{rest}", style="dim", soft_wrap=not self._live)
+        shown = f"--- sample after step {step}\n{text}\n---"
+        self._print(shown, style="dim", soft_wrap=not self._live)
 
     def _print(self, text: str, style: str | None = None, soft_wrap: bool = True) -> None:
         self._console.print(text, style=style, markup=False, soft_wrap=soft_wrap)
