@@ -25,6 +25,7 @@ from pathlib import Path
 PRELOAD = [
     "pytest",
     "torch",
+    "torch._dynamo",
     "numpy",
     "safetensors.torch",
     "matplotlib.figure",

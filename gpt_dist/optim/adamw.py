@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
+from gpt_dist.optim.lean import Lean
 
 
 class GuardedOptimizer(Protocol):
@@ -40,7 +42,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(Lean, torch.optim.AdamW):
     """AdamW (arXiv:1711.05101) as a ``GuardedOptimizer``.
 
     Fused, the kernel itself divides by ``grad_scale`` and does nothing where ``found_inf`` is
@@ -75,7 +77,8 @@ class AdamW(torch.optim.AdamW):
             if guard[1].item():
                 return
             divide_gradients([p for group in self.param_groups for p in group["params"]], guard[0])
-        super().step(closure)
+        with torch.no_grad():
+            unwrap(torch.optim.AdamW.step)(self, closure)  # see `Lean`
 
     def make_state(self) -> None:
         """Make the state of every parameter now, which PyTorch makes in the first step."""

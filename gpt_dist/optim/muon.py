@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
 from gpt_dist.optim.adamw import AdamW, divide_gradients
+from gpt_dist.optim.lean import Lean
 
 MOMENTUM = 0.95
 
@@ -60,7 +61,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Lean):
     """Nesterov momentum, orthogonalized; its update has the RMS of AdamW's.
 
     Args:
@@ -89,7 +90,7 @@ class Muon(torch.optim.Optimizer):
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(Lean):
     """A ``GuardedOptimizer`` made of two: their groups, their state and their steps.
 
     A guarded step reads ``skip`` on the host. The host waits for the device there, but the dozen

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -210,3 +212,26 @@ def test_schedules_against_their_formulas() -> None:
     assert [learning_rate(s, constant, 100) for s in (10, 99, 1000)] == [1.0] * 3
     none = cosine.model_copy(update={"warmup_steps": 0})
     assert learning_rate(0, none, 100) == 1.0
+
+
+@pytest.mark.slow(3)
+def test_optimizers_do_not_import_dynamo() -> None:
+    """A run that does not compile starts without the second and a half that this import takes."""
+    code = """
+import sys, torch
+from gpt_dist.config.settings import ModelConfig, OptimConfig
+from gpt_dist.model.gpt import GPT
+from gpt_dist.optim.muon import MuonWithAdamW
+
+shape = ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=8, vocab_size=8)
+model = GPT(shape)
+optimizer = MuonWithAdamW(model, OptimConfig(), fused=True)
+optimizer.make_state()
+model.wte.weight.sum().backward()
+optimizer.guard(torch.ones(()), torch.zeros((), dtype=torch.bool))
+optimizer.step()
+optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
