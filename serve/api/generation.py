@@ -20,10 +20,21 @@ from gpt_dist.v1.generation_service_pb2 import (
 )
 from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
-from serve.api.status import StatusError, expired, unavailable
+from serve.api.status import StatusError, expired, internal, lost
 from serve.api.text import TextAssembler
 from serve.engine.engine import Engine
-from serve.engine.jobs import Ended, Event, Expired, Finish, Lost, Scored, Sequence, Started, Token
+from serve.engine.jobs import (
+    Ended,
+    Event,
+    Expired,
+    Failed,
+    Finish,
+    Lost,
+    Scored,
+    Sequence,
+    Started,
+    Token,
+)
 from serve.metrics import Metrics
 
 
@@ -69,7 +80,9 @@ class Output:
             case Expired():
                 self.call.fail(expired())
             case Lost():
-                self.call.fail(unavailable(event.message, "ENGINE_FAILED"))
+                self.call.fail(lost(event.message, event.began or self.call.began))
+            case Failed():
+                self.call.fail(internal())
             case Scored():
                 raise TypeError("a sequence is not scored")
         if self.finish is not None or not self.call.quiet:
@@ -210,6 +223,11 @@ class Call:
     def jobs(self) -> list[Sequence]:
         """The sequences in the engine."""
         return [output.job for output in self.outputs]
+
+    @property
+    def began(self) -> bool:
+        """Whether the computation of any output has begun."""
+        return any(output.started is not None for output in self.outputs)
 
     def __enter__(self) -> Call:
         self.engine.submit(self.jobs)

@@ -18,7 +18,7 @@ from serve.api.logprobs import score_response
 from serve.api.parsing import MAX_TOP_LOGPROBS, Generation, Limits, parse_generation, parse_prompt
 from serve.api.parsing import tokenize as encode
 from serve.api.rpc import deadline_of, note
-from serve.api.status import StatusError, expired, internal, invalid, overloaded, unavailable
+from serve.api.status import StatusError, expired, internal, invalid, lost, overloaded, unavailable
 from serve.engine.engine import Engine, EngineLost
 from serve.engine.jobs import Event, Expired, Finish, Lost, QueueFull, Scored, Scoring
 from serve.engine.loading import Loaded
@@ -245,7 +245,7 @@ class GenerationService:
             case Expired():
                 raise expired()
             case Lost():
-                raise unavailable(event.message, "ENGINE_FAILED")
+                raise lost(event.message, event.began)
         raise internal()
 
     async def Tokenize(self, request: api.TokenizeRequest, context: Any) -> api.TokenizeResponse:

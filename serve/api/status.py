@@ -77,6 +77,17 @@ def unavailable(message: str, reason: str, retry_after: float = 1.0) -> StatusEr
     return StatusError(grpc.StatusCode.UNAVAILABLE, message, reason, retry_after=retry_after)
 
 
+def lost(message: str, began: bool) -> StatusError:
+    """The engine failed or stopped. Only a call that had not begun is safe to repeat.
+
+    A call that was being computed may be what broke the engine, so it is ABORTED: clients that
+    repeat UNAVAILABLE must not carry it to the next server.
+    """
+    if began:
+        return StatusError(grpc.StatusCode.ABORTED, message, "ENGINE_FAILED")
+    return unavailable(message, "ENGINE_FAILED")
+
+
 def overloaded(retry_after: float) -> StatusError:
     """RESOURCE_EXHAUSTED: the queue is full."""
     return StatusError(

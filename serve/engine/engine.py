@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from gpt_dist.inference.decoder import Weights
-from serve.engine.jobs import Event, Job, Lost, Scoring, Sequence
+from serve.engine.jobs import Event, Failed, Job, Lost, Scoring, Sequence
 from serve.engine.scheduler import Scheduler
 
 log = logging.getLogger("serve")
@@ -116,5 +116,5 @@ def _deliver(events: list[tuple[Job, Event]]) -> None:
         except Exception:  # one failing request must not affect the others
             log.exception("a request failed")
             job.cancelled = True
-            if not isinstance(event, Lost):
-                job.listener(Lost("internal error"))
+            if not isinstance(event, Lost | Failed):
+                job.listener(Failed())

@@ -70,12 +70,20 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The engine failed, and the job with it."""
+    """The engine failed or stopped, and the job with it."""
 
     message: str
+    began: bool
+    """Whether its computation had begun. If not, the job cannot be what broke the engine, and it is
+    safe to repeat elsewhere."""
 
 
-Event = Started | Token | Ended | Scored | Expired | Lost
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job itself raised an error, which the log has. Other jobs are not affected."""
+
+
+Event = Started | Token | Ended | Scored | Expired | Lost | Failed
 
 
 class Listener(Protocol):

@@ -7,6 +7,7 @@ slot of a prompt and what it reuses there. The event loop handles text while the
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gpt_dist.inference.prefix_cache import ALIGNMENT
 from serve.engine.jobs import (
     Ended,
     Event,
+    Failed,
     Finish,
     Job,
     Lost,
@@ -26,6 +28,8 @@ from serve.engine.jobs import (
     Started,
     Token,
 )
+
+log = logging.getLogger("serve")
 
 COPIES = 16
 """So many copied tokens count as one that is computed. Copying one is at least this much faster."""
@@ -65,6 +69,8 @@ class Scheduler:
         self._prefilling: Job | None = None
         self._pending: tuple[Weights, str] | None = None
         self._names = {decoder.weights.version: weights_version}
+        self._events: list[tuple[Job, Event]] = []
+        """Those of the latest tick."""
         self._released, self._interval = clock(), 1.0
 
     @property
@@ -86,13 +92,15 @@ class Scheduler:
     @property
     def weights_version(self) -> str:
         """Name of the weights for new sequences."""
-        pending = self._pending
-        return pending[1] if pending else self._names[self.decoder.weights.version]
+        with self._lock:
+            pending = self._pending
+            return pending[1] if pending else self._names[self.decoder.weights.version]
 
     @property
     def busy(self) -> bool:
         """Whether a tick would do something."""
-        return bool(self._jobs) or self._pending is not None
+        with self._lock:
+            return bool(self._jobs) or self._pending is not None
 
     @property
     def retry_after(self) -> float:
@@ -122,7 +130,7 @@ class Scheduler:
 
     def tick(self) -> list[tuple[Job, Event]]:
         """Run at most one chunk of prefill and one step; returns the events in order."""
-        events: list[tuple[Job, Event]] = []
+        events = self._events = []
         with self._lock:
             if self._pending is not None:
                 weights, version = self._pending
@@ -136,11 +144,16 @@ class Scheduler:
         return events
 
     def abandon(self, message: str) -> list[tuple[Job, Event]]:
-        """Drop all jobs without using the decoder."""
+        """Drop all jobs after a failed tick, without using the decoder.
+
+        Returns:
+            The events of that tick, then the end of each job; those that have begun come first.
+        """
         with self._lock:
             jobs, self._jobs = self._jobs, {}
             self.running, self._prefilling = {}, None
-        return [(job, Lost(message)) for job in jobs]
+        order = sorted(jobs, key=lambda job: job.slot < 0)
+        return [*self._events, *((job, Lost(message, job.slot >= 0)) for job in order)]
 
     def _end(self, job: Job, events: list[tuple[Job, Event]], event: Event | None) -> None:
         """Release a job and its slot."""
@@ -184,21 +197,33 @@ class Scheduler:
                 count -= count % ALIGNMENT
             if count == 0 < left:
                 return
-            chunk = job.ids[job.done : job.done + count + 1]
-            if isinstance(job, Sequence):
-                self.decoder.prefill(job.slot, chunk[:-1], job.done)
-            elif isinstance(job, Scoring) and count:
-                job.parts.append(self.decoder.score(job.slot, chunk, job.done, job.top))
-            job.done += count
             budget -= max(count, 1)
-            if count < left:
-                continue
-            self._prefilling = None
-            if isinstance(job, Sequence):
-                self.decoder.activate(job.slot, job.sampling, job.ids)
-                self.running[job.slot] = job
-            elif isinstance(job, Scoring):
-                self._end(job, events, Scored(job.parts, self._version(job)))
+            try:
+                self._compute(job, count, events)
+            except RuntimeError:  # the device's: nobody knows what still works
+                raise
+            except Exception:
+                log.exception("a request failed")
+                self.decoder.free(job.slot)
+                self.decoder.prefill(job.slot, [])  # forget a cache that may be half written
+                self._end(job, events, Failed())
+
+    def _compute(self, job: Job, count: int, events: list[tuple[Job, Event]]) -> None:
+        """Compute the next ``count`` tokens of a prompt or text, and start what is complete."""
+        chunk = job.ids[job.done : job.done + count + 1]
+        if isinstance(job, Sequence):
+            self.decoder.prefill(job.slot, chunk[:-1], job.done)
+        elif isinstance(job, Scoring) and count:
+            job.parts.append(self.decoder.score(job.slot, chunk, job.done, job.top))
+        job.done += count
+        if job.done < len(job.ids) - 1:
+            return
+        self._prefilling = None
+        if isinstance(job, Sequence):
+            self.decoder.activate(job.slot, job.sampling, job.ids)
+            self.running[job.slot] = job
+        elif isinstance(job, Scoring):
+            self._end(job, events, Scored(job.parts, self._version(job)))
 
     def _admit(self, budget: int, events: list[tuple[Job, Event]]) -> int:
         """Give the next job a slot if the budget pays for the copies; returns what they cost."""
@@ -208,11 +233,16 @@ class Scheduler:
             return 0
         # All tokens of a text are computed, because each has to be scored.
         prompt = job.ids[: -1 if isinstance(job, Sequence) else 0]
-        place = self.decoder.place(prompt, COPIES * self.prefill_chunk)
+        try:
+            place = self.decoder.place(prompt, COPIES * self.prefill_chunk)
+        except Exception:
+            log.exception("a request failed")
+            self._end(job, events, Failed())
+            return 0
         if place is None or place.copied > COPIES * budget:
             return 0
+        job.slot, job.done = place.slot, place.length  # first: from here on it may be to blame
         self.decoder.admit(place)
-        job.slot, job.done = place.slot, place.length
         self._prefilling = job
         if isinstance(job, Sequence):
             events.append((job, Started(self.clock(), place.length, self._version(job))))

@@ -157,9 +157,12 @@ def test_a_dead_engine_fails_every_call_at_once(start: StartServer, model: GPT) 
     calls = [generate_call.future(build_request([1])) for _ in range(5)]
     wait_until(lambda: server.scheduler.load == 5)
     decoder.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert {job.slot >= 0 for job in server.scheduler._jobs} == {True, False}
     decoder.release()
-    for call in calls:
-        assert call.exception(PATIENCE).code() == grpc.StatusCode.UNAVAILABLE
+    codes = [call.exception(PATIENCE).code() for call in calls]
+    # Those that were computed may be to blame. The others may be repeated elsewhere.
+    assert set(codes) == {grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE}
+    assert codes.count(grpc.StatusCode.ABORTED) <= 2
     with pytest.raises(grpc.RpcError) as caught:
         generate_call(build_request([1]))
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
