@@ -7,6 +7,7 @@ import json
 import logging
 import logging.handlers
 import queue
+import re
 import sys
 import threading
 import time
@@ -15,24 +16,58 @@ from typing import Any
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+MOST = 500
+"""Characters of a value or message that are logged. Callers choose some of them."""
+_PLAIN = re.compile(r"[!#-'*-<>-~]+")
+"""What needs no quotes: printable ASCII without spaces, quotes, parentheses and ``=``."""
+_CONTROL = re.compile(
+    r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u2028-\u202f\u2066-\u2069]"
+)
+"""What may start a new line, move the cursor or turn the direction of a text."""
+
+
+def cut(text: str) -> str:
+    """The beginning of a text, with a mark where the rest is missing."""
+    return text if len(text) <= MOST else f"{text[:MOST]}… ({len(text)} characters)"
+
+
+def escape(text: str) -> str:
+    """A text on one line: control characters as in a Python string."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def quote(value: Any) -> str:
+    """A value in a plain line. Whatever it holds, it looks like one value."""
+    text = cut(str(value))
+    return text if _PLAIN.fullmatch(text) else escape(json.dumps(text, ensure_ascii=False))
+
+
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
 class PlainFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00Z info message (request_id=…)``."""
+    """``2026-01-31T12:00:00Z info message (request_id=…)``.
+
+    No text of a caller can look like a line of its own: the lines of a traceback begin with ``|``.
+    """
 
     converter = time.gmtime  # type: ignore[assignment]  # as in the logging cookbook
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(level)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        super().__init__(datefmt="%Y-%m-%dT%H:%M:%SZ")
 
     def format(self, record: logging.LogRecord) -> str:
         extras = _extras(record)
-        record.level = record.levelname.lower()
-        line = super().format(record)
-        shown = (f"{name}={extras[name]}" for name in extras if name not in _IN_MESSAGE)
-        return f"{line} ({' '.join(shown)})" if extras else line
+        level, message = record.levelname.lower(), escape(cut(record.getMessage()))
+        line = f"{self.formatTime(record, self.datefmt)} {level} {message}"
+        shown = [f"{name}={quote(extras[name])}" for name in extras if name not in _IN_MESSAGE]
+        if shown:
+            line += f" ({' '.join(shown)})"
+        if record.exc_info:
+            trace = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n  | {escape(part)}" for part in trace)
+        return line
 
 
 _IN_MESSAGE = frozenset({"method", "code", "ms"})
@@ -45,8 +80,11 @@ class JsonFormatter(logging.Formatter):
         entry = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **_extras(record),
+            "message": cut(record.getMessage()),
+            **{
+                name: cut(value) if isinstance(value, str) else value
+                for name, value in _extras(record).items()
+            },
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

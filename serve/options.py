@@ -36,6 +36,7 @@ class Options:
     stall_seconds: float = 30.0
     stream_interval: float = 0.05
     max_message_bytes: int = 4 << 20
+    max_calls: int = 1024
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     tls_cert: Path | None = None
@@ -113,6 +114,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
     add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
     add(network, "max-message-bytes", "maximum size of a request", **count)
+    add(network, "max-calls", "maximum number of open calls", **count)
     add(
         network,
         "stream-interval",

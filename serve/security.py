@@ -5,21 +5,14 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, describe
-from serve.api.rpc import method_handler
-from serve.api.status import DETAILS, StatusError
 from serve.certificates import check_files
 
 log = logging.getLogger("serve")
-
-OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-"""Services that need no token. Probes have none, and health reveals only the state."""
 
 
 def is_loopback(host: str) -> bool:
@@ -139,34 +132,3 @@ class TokenFile:
         given = token.strip().encode()
         # Compare with every token in constant time, so that the duration reveals nothing.
         return sum(hmac.compare_digest(given, known) for known in self._tokens) > 0
-
-
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc,type-arg]
-    """Rejects calls without a valid token."""
-
-    def __init__(self, tokens: TokenFile, refused: Callable[[], None]) -> None:
-        self.tokens, self.refused = tokens, refused
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[Any], Awaitable[Any]],
-        handler_call_details: Any,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        metadata = dict(handler_call_details.invocation_metadata)
-        authorization = metadata.get("authorization", "")
-        if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
-            return handler
-        if isinstance(authorization, str) and self.tokens.accepts(authorization):
-            return handler
-        self.refused()
-        return method_handler(_deny, handler.request_streaming, handler.response_streaming)
-
-
-async def _deny(request: Any, context: Any) -> None:
-    error = StatusError(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "no valid token: send metadata `authorization: Bearer TOKEN`",
-        "UNAUTHENTICATED",
-    )
-    await context.abort(error.code, error.message, ((DETAILS, error.details()),))

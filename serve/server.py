@@ -13,13 +13,15 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection import aio as reflection
 
 from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.errors import GptDistError, describe
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.api.gate import Gate
 from serve.api.kserve import InferenceService
-from serve.api.rpc import generic_handler
+from serve.api.rpc import UnknownMethods, generic_handler
 from serve.api.service import GenerationService, describe_model
 from serve.engine.engine import Engine
 from serve.engine.loading import Loaded, load, load_next
@@ -28,7 +30,7 @@ from serve.health import Health
 from serve.inference import grpc_service_pb2 as kserve_pb
 from serve.metrics import Metrics
 from serve.options import Options
-from serve.security import Certificates, TokenFile, TokenInterceptor, check_exposure
+from serve.security import Certificates, TokenFile, check_exposure
 
 log = logging.getLogger("serve")
 
@@ -83,24 +85,31 @@ class Server:
         self.health = Health([service.full_name for service in services])
         services.append(health_pb2.DESCRIPTOR.services_by_name["Health"])
         implementations.append(self.health)
-        interceptors = []
-        if options.auth_token_file is not None:
-            rejections = self.metrics.rejections.labels("unauthenticated")
-            tokens = TokenFile(options.auth_token_file)
-            interceptors.append(TokenInterceptor(tokens, rejections.inc))
+        services.append(reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"])
+        implementations.append(
+            reflection.ReflectionServicer([service.full_name for service in services])
+        )
+        tokens = options.auth_token_file and TokenFile(options.auth_token_file)
+        self.gate = gate = Gate(
+            self.metrics,
+            tokens.accepts if tokens else None,
+            max_calls=options.max_calls,
+            max_message_bytes=options.max_message_bytes,
+        )
         self._grpc = grpc.aio.server(
-            interceptors=interceptors,
             options=[
-                ("grpc.max_receive_message_length", options.max_message_bytes),
+                # Twice the limit: what is between them is refused here, with a reason.
+                ("grpc.max_receive_message_length", 2 * options.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # report a port in use instead of sharing it
                 *KEEPALIVE,
             ],
         )
         for service, implementation in zip(services, implementations, strict=True):
-            handler = generic_handler(service, implementation, self.metrics)
+            handler = generic_handler(service, implementation, gate)
             self._grpc.add_generic_rpc_handlers((handler,))
-        names = [service.full_name for service in services]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._grpc)
+        self._grpc.add_generic_rpc_handlers((UnknownMethods(gate),))
+        self.metrics.gauge("open_calls", "Calls that have not ended", lambda: gate.calls)
+        self.metrics.gauge("health_watches", "Open calls of health", lambda: gate.watches)
 
     async def start(self) -> None:
         """Listen. Until `load`, calls get UNAVAILABLE and health is NOT_SERVING.

@@ -1,7 +1,9 @@
-"""The frame around every method: parsing, statuses with details, metrics and the log line.
+"""The frame around every method: the gate, parsing, statuses with details, metrics, the log line.
 
 If grpc parses the requests, bytes that are not a message end with INTERNAL or UNKNOWN, as if the
-server were at fault. Therefore handlers receive bytes and parse them here.
+server were at fault. If grpc reads the request of a unary call, a caller without a token has sent
+its message before it is refused, and a message that is too long leaves no trace. Therefore grpc
+hands over the stream of bytes, and they are read and parsed here.
 """
 
 from __future__ import annotations
@@ -15,26 +17,31 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from serve.api.gate import OPEN_SERVICES, Gate
 from serve.api.status import DETAILS, StatusError, internal, invalid
-
-if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
-    from serve.metrics import Metrics
 
 log = logging.getLogger("serve")
 
 REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
+UNKNOWN = "unknown"
+"""Stands for the method in the metrics and the log if there is no such method."""
 
-REJECTIONS = frozenset({"QUEUE_FULL", "DRAINING", "LOADING", "ENGINE_FAILED"})
-"""Reasons (see `StatusError`) that concern the server's state, not the call."""
+REJECTIONS = frozenset(
+    {
+        "QUEUE_FULL", "DRAINING", "LOADING", "ENGINE_FAILED", "TOO_MANY_CALLS", "TOO_MANY_WATCHES",
+        "UNAUTHENTICATED", "UNKNOWN_METHOD", "MESSAGE_TOO_LARGE", "NO_MESSAGE",
+    }
+)  # fmt: skip
+"""Reasons (see `StatusError`) of calls that were turned away; the others were answered."""
 
 
 @dataclass
@@ -60,17 +67,7 @@ def deadline_of(context: Any, clock: Callable[[], float]) -> float | None:
     return None if left is None or left > 1e9 else clock() + left
 
 
-def method_handler(
-    behaviour: Any, client_streaming: bool, server_streaming: bool, **options: Any
-) -> Any:
-    """Make grpc's handler for a method of this kind. Requests arrive as bytes."""
-    request, response = (
-        "stream" if streaming else "unary" for streaming in (client_streaming, server_streaming)
-    )
-    return getattr(grpc, f"{request}_{response}_rpc_method_handler")(behaviour, **options)
-
-
-def generic_handler(service: ServiceDescriptor, implementation: object, metrics: Metrics) -> Any:
+def generic_handler(service: ServiceDescriptor, implementation: object, gate: Gate) -> Any:
     """Register the methods of ``implementation`` that ``service`` declares.
 
     A unary method is ``async def Name(request, context) -> response``. A streaming method is an
@@ -83,19 +80,43 @@ def generic_handler(service: ServiceDescriptor, implementation: object, metrics:
             f"{service.full_name}/{method.name}",
             GetMessageClass(method.input_type),
             behaviour,
-            metrics,
+            gate,
             requests_stream=method.client_streaming,
         )
         if inspect.isasyncgenfunction(behaviour) != method.server_streaming:
             kind = "an" if method.server_streaming else "no"
             raise TypeError(f"{method.full_name} must be {kind} asynchronous generator")
-        handlers[method.name] = method_handler(
+        kind_of_handler = (
+            grpc.stream_stream_rpc_method_handler
+            if method.server_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        handlers[method.name] = kind_of_handler(
             answer.stream if method.server_streaming else answer.unary,
-            method.client_streaming,
-            method.server_streaming,
             response_serializer=lambda message: message.SerializeToString(),
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Answers what no other handler knows. Register it last."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def service(self, details: Any) -> Any:
+        async def refuse(requests: Any, context: Any) -> None:
+            with _Frame(UNKNOWN, context, self._gate) as frame:
+                frame.record.notes["called"] = details.method
+                try:
+                    frame.enter()
+                    raise StatusError(
+                        grpc.StatusCode.UNIMPLEMENTED, "no such method", "UNKNOWN_METHOD"
+                    )
+                except StatusError as error:
+                    await frame.abort(error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Answer:
@@ -106,17 +127,18 @@ class _Answer:
         name: str,
         message: type[Message],
         behaviour: Any,
-        metrics: Metrics,
+        gate: Gate,
         requests_stream: bool,
     ) -> None:
         self.name, self.message, self.behaviour = name, message, behaviour
-        self.metrics, self.requests_stream = metrics, requests_stream
+        self.gate, self.requests_stream = gate, requests_stream
 
     async def unary(self, data: Any, context: Any) -> Message:
         """Answer with one message."""
-        with self._frame(context) as frame:
+        with _Frame(self.name, context, self.gate) as frame:
             try:
-                response: Message = await self.behaviour(self._request(data), context)
+                frame.enter()
+                response: Message = await self.behaviour(await self._request(data), context)
             except Exception as error:
                 await frame.abort(error)
                 raise  # not reached
@@ -129,10 +151,11 @@ class _Answer:
         They are written here instead of by grpc, so that a cancellation is always raised in this
         frame and the generator is closed before the frame ends.
         """
-        with self._frame(context) as frame:
+        with _Frame(self.name, context, self.gate) as frame:
             answers = None
             try:
-                answers = self.behaviour(self._request(data), context)
+                frame.enter()
+                answers = self.behaviour(await self._request(data), context)
                 async for response in answers:
                     try:
                         await context.write(response)
@@ -146,12 +169,9 @@ class _Answer:
                     await answers.aclose()
             frame.code = grpc.StatusCode.OK
 
-    def _frame(self, context: Any) -> _Frame:
-        return _Frame(self.name, context, self.metrics)
-
-    def _request(self, data: Any) -> Any:
+    async def _request(self, data: Any) -> Any:
         if not self.requests_stream:
-            return self._parse(data)
+            return self._parse(await self._first(data))
 
         async def requests() -> AsyncIterator[Message]:
             async for item in data:
@@ -159,7 +179,32 @@ class _Answer:
 
         return requests()
 
+    async def _first(self, data: Any) -> bytes:
+        """The only message of a unary call."""
+        try:
+            async with asyncio.timeout(self.gate.message_seconds):
+                async for item in data:
+                    return bytes(item)
+        except TimeoutError:
+            raise StatusError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"no message within {self.gate.message_seconds:g} s",
+                "NO_MESSAGE",
+            ) from None
+        raise StatusError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "no message arrived: it is far too long, or the caller left",
+            "NO_MESSAGE",
+        )
+
     def _parse(self, data: bytes) -> Message:
+        if len(data) > self.gate.max_message_bytes:
+            raise StatusError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the message has {len(data)} bytes; at most {self.gate.max_message_bytes} are "
+                "accepted",
+                "MESSAGE_TOO_LARGE",
+            )
         try:
             return self.message.FromString(data)
         except DecodeError:
@@ -170,18 +215,30 @@ class _Answer:
 class _Frame:
     """From the arrival of a call to its log line."""
 
-    def __init__(self, name: str, context: Any, metrics: Metrics) -> None:
-        self.name, self.context, self.metrics = name, context, metrics
+    def __init__(self, name: str, context: Any, gate: Gate) -> None:
+        self.name, self.context, self.gate = name, context, gate
         self.code = grpc.StatusCode.CANCELLED
         self.began = time.monotonic()
+        self.metadata = dict(context.invocation_metadata() or ())
+        self.peer = context.peer()  # grpc forgets it when the call has ended
+        self._entered = False
 
     def __enter__(self) -> _Frame:
-        given = dict(self.context.invocation_metadata() or ()).get(REQUEST_ID, "")
+        given = self.metadata.get(REQUEST_ID, "")
         valid = isinstance(given, str) and _VALID_ID.fullmatch(given)
         self.record = CallRecord(given if valid else uuid.uuid4().hex)
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
         current.set(self.record)
         return self
+
+    def enter(self) -> None:
+        """Pass the gate.
+
+        Raises:
+            StatusError: it is closed to this call.
+        """
+        self.gate.enter(self.name, self.metadata)
+        self._entered = True
 
     async def abort(self, error: Exception) -> None:
         """End the call with the status of an error; raises."""
@@ -190,7 +247,7 @@ class _Frame:
             error = internal()
         self.code = error.code
         if error.reason in REJECTIONS:
-            self.metrics.rejections.labels(error.reason.lower()).inc()
+            self.gate.refused(error.reason)
         self.record.notes["error"] = error.message
         trailing = ((DETAILS, error.details()), (REQUEST_ID, self.record.request_id))
         try:
@@ -198,15 +255,22 @@ class _Frame:
         except grpc.aio.AbortError:
             raise
         except Exception:  # the caller has left
+            self.code = grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is asyncio.CancelledError and (self.context.time_remaining() or 1) <= 0:
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED
+        if self._entered:
+            self.gate.leave(self.name)
         seconds = time.monotonic() - self.began
-        self.metrics.calls.labels(self.name, self.code.name).inc()
-        self.metrics.call_seconds.labels(self.name).observe(seconds)
-        log.info(
+        metrics = self.gate.metrics
+        metrics.calls.labels(self.name, self.code.name).inc()
+        metrics.call_seconds.labels(self.name).observe(seconds)
+        # Probes ask every few seconds, and each client watches: that is for --log-level debug.
+        quiet = self.name.startswith(OPEN_SERVICES) and "error" not in self.record.notes
+        log.log(
+            logging.DEBUG if quiet else logging.INFO,
             "%s %s %.1f ms",
             self.name,
             self.code.name,
@@ -216,7 +280,7 @@ class _Frame:
                 "method": self.name,
                 "code": self.code.name,
                 "ms": round(seconds * 1000, 3),
-                "peer": self.context.peer(),
+                "peer": self.peer,
                 **self.record.notes,
             },
         )

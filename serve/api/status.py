@@ -12,6 +12,11 @@ DOMAIN = "gpt_dist"
 DETAILS = "grpc-status-details-bin"
 
 
+MOST = 500
+"""Characters of a message or field that are sent. Callers choose some of them, and metadata that is
+too long is an error of its own."""
+
+
 class StatusError(Exception):
     """Ends the call with this status.
 
@@ -33,8 +38,8 @@ class StatusError(Exception):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.code, self.message, self.reason = code, message, reason
-        self.field, self.retry_after = field, retry_after
+        self.code, self.message, self.reason = code, message[:MOST], reason
+        self.field, self.retry_after = field[:MOST], retry_after
 
     @property
     def number(self) -> int:

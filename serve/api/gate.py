@@ -1,0 +1,92 @@
+"""What every call passes before its message is read: a valid token, and room for one more call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from serve.api.status import StatusError
+
+if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
+    from serve.metrics import Metrics
+
+OPEN_SERVICES = ("grpc.health.v1.Health/",)
+"""Services that need no token. Probes have none, and health reveals only the state."""
+MAX_WATCHES = 4096
+"""Maximum number of open calls of `OPEN_SERVICES`. Each takes about 25 KB."""
+MAX_CALLS = 1024
+MAX_MESSAGE_BYTES = 4 << 20
+MESSAGE_SECONDS = 30.0
+"""How long a caller may take to send its first message."""
+
+
+class Gate:
+    """Admits calls, and counts those that are open.
+
+    Args:
+        metrics: counts refusals, by reason.
+        accepts: whether an ``authorization`` header carries a valid token; None admits everybody.
+        max_calls: maximum number of open calls, besides those of `OPEN_SERVICES`.
+        max_watches: maximum number of open calls of `OPEN_SERVICES`.
+        max_message_bytes: maximum size of a message.
+        message_seconds: how long a caller may take to send its first message.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        accepts: Callable[[str], bool] | None = None,
+        *,
+        max_calls: int = MAX_CALLS,
+        max_watches: int = MAX_WATCHES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        message_seconds: float = MESSAGE_SECONDS,
+    ) -> None:
+        self.metrics, self._accepts = metrics, accepts
+        self.max_message_bytes, self.message_seconds = max_message_bytes, message_seconds
+        self.max_calls, self.max_watches = max_calls, max_watches
+        self.calls = self.watches = 0
+        """How many are open."""
+
+    def enter(self, method: str, metadata: Mapping[str, Any]) -> None:
+        """Admit a call of ``package.Service/Method``. Each entry needs one `leave`.
+
+        Raises:
+            StatusError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED.
+        """
+        free = method.startswith(OPEN_SERVICES)
+        if self._accepts is not None and not free:
+            authorization = metadata.get("authorization", "")
+            if not (isinstance(authorization, str) and self._accepts(authorization)):
+                raise StatusError(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "no valid token: send metadata `authorization: Bearer TOKEN`",
+                    "UNAUTHENTICATED",
+                )
+        if free and self.watches >= self.max_watches:
+            raise _full(self.max_watches, "TOO_MANY_WATCHES")
+        if not free and self.calls >= self.max_calls:
+            raise _full(self.max_calls, "TOO_MANY_CALLS")
+        self._add(free, 1)
+
+    def leave(self, method: str) -> None:
+        """A call that entered has ended."""
+        self._add(method.startswith(OPEN_SERVICES), -1)
+
+    def _add(self, free: bool, count: int) -> None:
+        if free:
+            self.watches += count
+        else:
+            self.calls += count
+
+    def refused(self, reason: str) -> None:
+        """Count a refusal."""
+        self.metrics.rejections.labels(reason.lower()).inc()
+
+
+def _full(most: int, reason: str) -> StatusError:
+    return StatusError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} calls are open", reason, retry_after=1.0
+    )
