@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha.reflection import aio as reflection
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.errors import GptDistError, describe
@@ -86,9 +86,8 @@ class Server:
         services.append(health_pb2.DESCRIPTOR.services_by_name["Health"])
         implementations.append(self.health)
         services.append(reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"])
-        implementations.append(
-            reflection.ReflectionServicer([service.full_name for service in services])
-        )
+        names = [service.full_name for service in services]
+        implementations.append(ReflectionServicer(names))  # type: ignore[no-untyped-call]
         tokens = options.auth_token_file and TokenFile(options.auth_token_file)
         self.gate = gate = Gate(
             self.metrics,

@@ -98,7 +98,7 @@ def generic_handler(service: ServiceDescriptor, implementation: object, gate: Ga
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-class UnknownMethods(grpc.GenericRpcHandler):  # type: ignore[misc]
+class UnknownMethods(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
     """Answers what no other handler knows. Register it last."""
 
     def __init__(self, gate: Gate) -> None:
