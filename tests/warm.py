@@ -26,6 +26,7 @@ PRELOAD = [
     "pytest",
     "torch",
     "torch._dynamo",
+    "torch._inductor.compile_fx",  # DeepSpeed needs it
     "numpy",
     "safetensors.torch",
     "matplotlib.figure",
