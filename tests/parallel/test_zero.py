@@ -74,34 +74,32 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
         assert samples == (tmp_path / "ddp" / "samples.txt").read_text(), name
 
 
-@pytest.mark.slow(120)
+@pytest.mark.slow(50)
 def test_every_stage_follows_ddp(tiny_config: Config, tmp_path: Path) -> None:
     runs = {}
     # The validation has 20 windows, uneven on 2 ranks.
     short = {"steps": 10, "checkpoint_every": 0, "eval_every": 10, "eval_tokens": 20 * 32}
-    for precision in ("fp32", "bf16"):
-        # A weight that differs in its last fp32 bit may round to another bf16 number; the larger
-        # the steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
-        train = {"precision": precision, **short}
-        lr = 1e-3 if precision == "bf16" else 3e-3
-        config = tiny_config(train=train, optim={"lr": lr, "warmup_steps": 10})
+    # A weight that differs in its last fp32 bit may round to another bf16 number; the larger the
+    # steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
+    for precision, lr, clip in (("fp32", 3e-3, 0.1), ("bf16", 1e-3, 0.0)):
+        config = tiny_config(
+            train={"precision": precision, **short},
+            optim={"lr": lr, "warmup_steps": 10, "grad_clip": clip},
+        )
         runs[f"{precision}-ddp"] = [config, []]
         runs |= {f"{precision}-{stage}": [config, zero(stage)] for stage in STAGES}
-    clipped = tiny_config(optim={"grad_clip": 0.1, "warmup_steps": 10}, train=short)
-    runs["clip-ddp"] = [clipped, []]
-    runs |= {f"clip-{stage}": [clipped, zero(stage)] for stage in STAGES}
     train_many(
         [["--config", str(config), "--out_dir", str(tmp_path / name), *flags]
          for name, (config, flags) in runs.items()],
         tmp_path, ranks=2,
     )  # fmt: skip
-    for kind, tolerance in (("fp32", 1e-6), ("bf16", 1e-3), ("clip", 1e-6)):
+    for kind, tolerance in (("fp32", 1e-6), ("bf16", 1e-3)):
         for stage in STAGES:
             for key in ("train_loss", "grad_norm", "val_loss"):
                 reference = column(tmp_path / f"{kind}-ddp", key)
                 measured = column(tmp_path / f"{kind}-{stage}", key)
                 assert worst_relative(reference, measured) < tolerance, (kind, stage, key)
-    assert min(column(tmp_path / "clip-ddp", "grad_norm")) > 0.1  # it did clip
+    assert min(column(tmp_path / "fp32-ddp", "grad_norm")) > 0.1  # it did clip
 
 
 @pytest.mark.slow
@@ -137,13 +135,13 @@ ENGINES = {
 }
 
 
-@pytest.mark.slow(150)
+@pytest.mark.slow(90)
 def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Path) -> None:
-    """Four steps under one engine and four under another follow the uninterrupted run."""
+    """Two steps under one engine and two under another follow the uninterrupted run."""
     config = tiny_config(
         model={"n_layer": 1},
-        optim={"schedule": "constant", "warmup_steps": 2, "lr": 1e-3},
-        train={"steps": 4, "checkpoint_every": 4, "eval_every": 0},
+        optim={"schedule": "constant", "warmup_steps": 1, "lr": 1e-3},
+        train={"steps": 2, "checkpoint_every": 2, "eval_every": 0},
     )
     base = ["--config", str(config), "--out_dir"]
 
@@ -151,14 +149,14 @@ def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Pat
         flags = ENGINES[name][1]
         return [
             [*base, str(tmp_path / name / "half"), *flags],
-            [*base, str(tmp_path / name / "whole"), "--train.steps", "8", *flags],
+            [*base, str(tmp_path / name / "whole"), "--train.steps", "4", *flags],
         ]
 
     def follow(first: str, second: str) -> list[list[str]]:
         out = str(tmp_path / f"{first}-to-{second}")
         return [
             ["--copy", str(tmp_path / first / "half"), out],
-            [*base, out, "--train.steps", "8", *ENGINES[second][1]],
+            [*base, out, "--train.steps", "4", *ENGINES[second][1]],
         ]
 
     two = ["ddp-2", "zero1-2", "zero2-2", "zero3-2"]
@@ -184,7 +182,7 @@ def test_checkpoints_pass_between_all_engines(tiny_config: Config, tmp_path: Pat
         out, whole = tmp_path / f"{name}-to-{name}", tmp_path / name / "whole"
         assert read_rows(out, timing=False) == read_rows(whole, timing=False), name
         for file in ("model.safetensors", "optimizer.safetensors"):
-            a, b = (run / "checkpoints/step-00000008" / file for run in (out, whole))
+            a, b = (run / "checkpoints/step-00000004" / file for run in (out, whole))
             assert a.read_bytes() == b.read_bytes(), (name, file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -39,7 +40,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     On a CPU it is measured, because a datasheet says little about the cores that are available.
     """
     if device.type == "cpu":
-        return measured_matmul_flops(dtype)
+        return measured_matmul_flops(dtype, torch.get_num_threads())
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for model, tflops in PEAK_TFLOPS.items():
@@ -48,13 +49,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Best FLOP/s of a (size, size) matrix product with this process's threads."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+@cache
+def measured_matmul_flops(dtype: torch.dtype, threads: int, seconds: float = 0.2) -> float:
+    """Best FLOP/s of a square matrix product with this process's threads.
+
+    The product grows up to (1024, 1024) as long as it is quick: bf16 takes seconds at that size on
+    a CPU that emulates it.
+    """
+    best, size = 0.0, 128
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(a, b)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        now = time.perf_counter()
+        best = max(best, 2 * size**3 / (now - start))
+        if size < 1024 and 16 * (now - start) < end - now:
+            size *= 2
+            a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return best
