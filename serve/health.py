@@ -17,6 +17,8 @@ from serve.api.status import StatusError
 
 OVERALL = ""
 """The name that stands for the whole server."""
+WATCH = "gpt_dist.watch"
+"""The name that tells, with ``--watch``, whether the newest checkpoint could be loaded."""
 Status = health_pb2.HealthCheckResponse
 
 
@@ -29,23 +31,35 @@ class Health:
 
     def __init__(self, services: list[str]) -> None:
         self.services = {OVERALL, *services}
-        self.serving = False
+        self._states = dict.fromkeys(self.services, False)
         self._changed = asyncio.Event()
 
+    @property
+    def serving(self) -> bool:
+        """The state of the whole server."""
+        return self._states[OVERALL]
+
     def set(self, serving: bool) -> None:
-        """Change the state and notify all watchers."""
-        if serving != self.serving:
-            self.serving = serving
+        """Change the state of all services, and notify all watchers."""
+        self._update(dict.fromkeys(self.services, serving))
+
+    def set_one(self, name: str, serving: bool) -> None:
+        """Change the state of a name that is no service's."""
+        self._update({name: serving})
+
+    def _update(self, states: dict[str, bool]) -> None:
+        if any(self._states.get(name) != state for name, state in states.items()):
+            self._states.update(states)
             self._changed.set()
             self._changed = asyncio.Event()
 
-    def _status(self, service: str) -> Any:
-        if service not in self.services:
+    def _status(self, name: str) -> Any:
+        if name not in self._states:
             return Status.SERVICE_UNKNOWN
-        return Status.SERVING if self.serving else Status.NOT_SERVING
+        return Status.SERVING if self._states[name] else Status.NOT_SERVING
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
-        if request.service not in self.services:
+        if request.service not in self._states:
             raise StatusError(grpc.StatusCode.NOT_FOUND, "unknown service", "UNKNOWN_SERVICE")
         return Status(status=self._status(request.service))
 

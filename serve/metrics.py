@@ -54,6 +54,12 @@ class Metrics:
             "time_to_first_token_seconds", "Time from arrival to the first token"
         )
         self.inter_token = histogram("inter_token_seconds", "Time between two tokens of a sequence")
+        self.reloads = counter("reloads", "Attempts to load new weights, by result", "result")
+        self.weights = Gauge(
+            "gpt_dist_weights", "1 for the weights in use", ["version"], registry=self.registry
+        )
+        for result in ("ok", "failed"):
+            self.reloads.labels(result)
         for reason in Finish:
             self.finished_sequences.labels(reason.name.lower())
 
@@ -64,6 +70,8 @@ class Metrics:
     def watch(self, scheduler: Scheduler) -> None:
         """Add the gauges of a scheduler."""
         decoder = scheduler.decoder
+        self.serving(scheduler.weights_version)
+        self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.live_weights)
         self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
         self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.waiting)
         self.gauge(
@@ -80,6 +88,11 @@ class Metrics:
             "Capacity of the KV cache in tokens",
             lambda: decoder.max_slots * decoder.max_context,
         )
+
+    def serving(self, version: str) -> None:
+        """Note which weights new sequences use."""
+        self.weights.clear()
+        self.weights.labels(version).set(1)
 
     def finished(self, reason: Finish, tokens: int) -> None:
         """Count a finished sequence."""

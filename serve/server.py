@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
-from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.errors import GptDistError, describe
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.api.gate import Gate
@@ -24,8 +20,9 @@ from serve.api.kserve import InferenceService
 from serve.api.rpc import UnknownMethods, generic_handler
 from serve.api.service import GenerationService, describe_model
 from serve.engine.engine import Engine
-from serve.engine.loading import Loaded, load, load_next
+from serve.engine.loading import Loaded, load
 from serve.engine.scheduler import Scheduler
+from serve.following import Follower
 from serve.health import Health
 from serve.inference import grpc_service_pb2 as kserve_pb
 from serve.metrics import Metrics
@@ -175,7 +172,8 @@ class Server:
         self.service.served = describe_model(loaded, self.engine, self.options.model_name)
         self._tasks.append(asyncio.create_task(self._monitor()))
         if self.options.watch:
-            self._tasks.append(asyncio.create_task(self._follow()))
+            follower = Follower(self.options, loaded, self.engine, self.metrics, self.health)
+            self._tasks.append(asyncio.create_task(follower.run()))
         self.health.set(True)
 
     @property
@@ -256,33 +254,3 @@ class Server:
             self.health.set(
                 not stalled and not self.service.draining and self.engine.failure is None
             )
-
-    async def _follow(self) -> None:
-        """Switch to each new checkpoint of the run."""
-        assert self._loaded is not None
-        assert self.engine is not None
-        decoder, tokenizer = self._loaded.decoder, self._loaded.tokenizer
-        seen = _identity(self._loaded.directory)
-        while True:
-            await asyncio.sleep(self.options.watch_interval)
-            try:
-                directory = await asyncio.to_thread(resolve, self.options.checkpoint)
-                identity = _identity(directory)
-                if identity == seen:
-                    continue
-                seen = identity
-                weights, version = await asyncio.to_thread(load_next, decoder, tokenizer, directory)
-            except (GptDistError, OSError) as error:
-                # Training may delete a checkpoint while it is read. Wait for the next one.
-                log.warning("keeping the old weights: %s", describe(error))
-                continue
-            self.engine.swap(weights, version)
-            log.info("now serving weights %s", version)
-
-
-def _identity(directory: Path) -> tuple[Path, Any]:
-    """Identify a checkpoint. A later one may have the same name."""
-    path = directory / "state.json"
-    with contextlib.suppress(OSError):
-        return directory, (path if path.exists() else directory).stat().st_mtime_ns
-    return directory, None

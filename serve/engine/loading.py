@@ -44,7 +44,8 @@ def load(options: Options) -> Loaded:
 
     Raises:
         UsageError: there is no checkpoint, or an option does not fit it.
-        GptDistError: the checkpoint is damaged, or the device does not exist.
+        GptDistError: the checkpoint is damaged or gives logits that are not finite, or the device
+            does not exist.
     """
     began = time.monotonic()
     if options.threads is not None:
@@ -53,6 +54,7 @@ def load(options: Options) -> Loaded:
     directory = resolve(options.checkpoint)
     model, tokenizer, state = load_model(directory)
     _match(model, tokenizer, directory)
+    _check_finite(model, directory)
     slots = options.max_slots or (64 if device.type == "cuda" else 32)
     decoder = Decoder(
         model,
@@ -85,12 +87,14 @@ def load_next(decoder: Decoder, tokenizer: Tokenizer, directory: Path) -> tuple[
     """Load the weights of another checkpoint of the same run; returns them and their version.
 
     Raises:
-        GptDistError: the checkpoint is damaged, or its shape or tokenizer differs.
+        GptDistError: the checkpoint is damaged, its shape or tokenizer differs, or it gives logits
+            that are not finite.
     """
     model, other, state = load_model(directory)
     if other.to_json() != tokenizer.to_json():
         raise GptDistError(f"{directory}: its tokenizer differs from the one being served")
     _match(model, other, directory)
+    _check_finite(model, directory)
     return decoder.load_weights(model), weights_version(directory, state)
 
 
@@ -122,6 +126,23 @@ def _match(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
             f"but the model only {model.vocab_size}"
         )
     model.vocab_size = tokenizer.vocab_size  # other rows cannot be decoded
+
+
+def _check_finite(model: GPT, directory: Path) -> None:
+    """Refuse a model whose training diverged: it would answer every call with nothing.
+
+    Raises:
+        GptDistError: a weight or a logit is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise GptDistError(f"{directory}: {name} has values that are not finite")
+    count = min(32, model.config.context_length)
+    ids = torch.arange(count, device=model.wte.weight.device) * 7919 % model.vocab_size
+    with torch.inference_mode():
+        finite = model(ids[None]).isfinite().all()
+    if not finite:
+        raise GptDistError(f"{directory}: its logits are not finite")
 
 
 def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:

@@ -97,6 +97,14 @@ class Scheduler:
             return pending[1] if pending else self._names[self.decoder.weights.version]
 
     @property
+    def live_weights(self) -> int:
+        """Sets of weights in memory: those of running sequences, the newest, and the next."""
+        decoder = self.decoder
+        with self._lock:
+            versions = {decoder.version(slot) for slot in range(decoder.max_slots)}
+            return len(versions - {0} | {decoder.weights.version}) + (self._pending is not None)
+
+    @property
     def busy(self) -> bool:
         """Whether a tick would do something."""
         with self._lock:
@@ -137,6 +145,9 @@ class Scheduler:
                 self._names[weights.version] = version
                 self.decoder.use(weights)
                 self._pending = None
+                live = {self.decoder.version(slot) for slot in range(self.decoder.max_slots)}
+                live.add(weights.version)
+                self._names = {key: name for key, name in self._names.items() if key in live}
         self._reap(events)
         self._prefill(events)
         if self.running:
