@@ -9,7 +9,7 @@ import os
 from gpt_dist.errors import run_main
 from serve.logs import set_up
 from serve.options import Options, parse
-from serve.security import check_exposure
+from serve.security import check_ports
 
 log = logging.getLogger("serve")
 
@@ -45,7 +45,7 @@ async def serve(options: Options) -> int:
 def main() -> int:
     """Parse the options, set up logging and serve."""
     options = parse()
-    check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
+    check_ports(options)
     set_up(options.log_format, options.log_level)
     return asyncio.run(serve(options))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import ssl
 import threading
 from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,11 +18,13 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
+    make_wsgi_app,
 )
 
 from serve.engine.jobs import Finish
 from serve.engine.scheduler import Scheduler
+
+log = logging.getLogger("serve")
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -99,10 +106,59 @@ class Metrics:
         self.finished_sequences.labels(reason.name.lower()).inc()
         self.generated_tokens.inc(tokens)
 
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+    def serve(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None = None,
+        accepts: Callable[[str], bool] | None = None,
+    ) -> tuple[WSGIServer, threading.Thread]:
         """Serve scrapes on a port, in a thread.
+
+        Args:
+            host: address to listen on.
+            port: 0 picks a free one.
+            context: for TLS.
+            accepts: whether an ``Authorization`` header carries a valid token.
 
         Raises:
             OSError: the port is in use.
         """
-        return start_http_server(port, host, self.registry)
+        scrape = make_wsgi_app(self.registry)
+
+        def answer(environ: dict[str, Any], begin: Any) -> Any:
+            if accepts is None or accepts(environ.get("HTTP_AUTHORIZATION", "")):
+                return scrape(environ, begin)
+            self.rejections.labels("unauthenticated").inc()
+            log.info("metrics UNAUTHENTICATED", extra={"peer": environ.get("REMOTE_ADDR", "")})
+            begin("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+            return [b"no valid token\n"]
+
+        kind = _ServerV6 if ":" in host else _Server
+        server = make_server(host, port, answer, kind, _Handler)
+        if context is not None:
+            # The handshake is left to the thread of the connection: it may take its time.
+            server.socket = context.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        return server, thread
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of a scraper that broke off, or that does not speak TLS."""
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing of scrapes."""

@@ -43,6 +43,7 @@ class Options:
     tls_key: Path | None = None
     tls_ca: Path | None = None
     auth_token_file: Path | None = None
+    allow_anonymous: bool = False
     allow_insecure: bool = False
     kserve: bool = False
     log_format: str = "plain"
@@ -108,7 +109,8 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     network = made.add_argument_group("network")
     add(network, "host", "address to listen on", metavar="ADDRESS")
     add(network, "port", "0 picks a free one", type=PORT, metavar="N")
-    add(network, "allow-insecure", "allow --host beyond this machine without TLS", **on)
+    add(network, "allow-anonymous", "with TLS, beyond this machine: answer everybody", **on)
+    add(network, "allow-insecure", "the network is trusted: any --host without TLS", **on)
     add(network, "tls-cert", "certificate chain (PEM)", **path)
     add(network, "tls-key", "its private key (PEM)", **path)
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import ssl
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, describe
 from serve.certificates import check_files
+from serve.options import Options
 
 log = logging.getLogger("serve")
 
@@ -23,21 +27,151 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_exposure(host: str, tls: bool, allow_insecure: bool) -> None:
-    """Refuse to listen beyond this machine without TLS.
+@dataclass(frozen=True)
+class Access:
+    """What protects a port, and what its operator allows."""
+
+    tls: bool = False
+    tokens: bool = False
+    client_certificates: bool = False
+    allow_anonymous: bool = False
+    allow_insecure: bool = False
+
+    @classmethod
+    def of(cls, options: Options) -> Access:
+        """The access that a server's options give."""
+        return cls(
+            tls=options.tls_cert is not None,
+            tokens=options.auth_token_file is not None,
+            client_certificates=options.tls_ca is not None,
+            allow_anonymous=options.allow_anonymous,
+            allow_insecure=options.allow_insecure,
+        )
+
+    def guards(self, host: str) -> bool:
+        """Whether a port for operators (metrics) asks for what the port for callers asks for.
+
+        On loopback, and on a trusted network, it is open.
+        """
+        return not is_loopback(host) and not self.allow_insecure
+
+
+def check_exposure(
+    flag: str,
+    host: str,
+    access: Access,
+    encryption: str = "--tls-cert and --tls-key",
+    authentication: str = "--auth-token-file or --tls-ca",
+) -> None:
+    """Refuse to serve strangers by accident. All ports of all commands are decided here.
+
+    Beyond this machine a port needs TLS and a way to know its callers, unless its operator allows
+    anonymous callers, or trusts the network.
+
+    Args:
+        flag: the option that names the host.
+        host: its value.
+        access: what protects the port.
+        encryption: the options that give TLS.
+        authentication: the options by which callers are known.
 
     Raises:
-        UsageError: there is neither TLS nor ``allow_insecure``.
+        UsageError: strangers could read or call.
     """
-    if not (tls or allow_insecure or is_loopback(host)):
+    if is_loopback(host) or access.allow_insecure:
+        return
+    where = f"{flag} {host} listens beyond this machine"
+    if not access.tls:
         raise UsageError(
-            f"--host {host} listens beyond this machine: give --tls-cert and --tls-key, "
-            "or --allow-insecure if the network is trusted"
+            f"{where}: give {encryption}, or --allow-insecure if the network is trusted"
+        )
+    if not (access.tokens or access.client_certificates or access.allow_anonymous):
+        raise UsageError(
+            f"{where}: give {authentication}, or --allow-anonymous to answer everybody"
         )
 
 
-class Certificates:
-    """The server's TLS files. Changed files are used from the next handshake on.
+def check_ports(options: Options) -> None:
+    """Decide on all ports of a server.
+
+    Raises:
+        UsageError: strangers could read or call.
+    """
+    access = Access.of(options)
+    check_exposure("--host", options.host, access)
+    if options.metrics_port is not None:
+        check_exposure("--metrics-host", options.metrics_host, access)
+
+
+class Reloader:
+    """Looks at files in a thread of its own: a file system that hangs must not hold up calls.
+
+    Args:
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, interval: float = 1.0) -> None:
+        self._interval = interval
+        self._files: list[Certificates | TokenFile] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="files", daemon=True)
+
+    def add(self, files: Certificates | TokenFile) -> None:
+        """Look at these files too."""
+        self._files.append(files)
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, but do not wait for a file system."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._interval):
+            for files in self._files:
+                files.look()
+
+
+class _Files:
+    """The content of files, read again when they change. What cannot be used changes nothing."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._stamp = self._stamps()
+        self._reason = ""
+        """Why the files could not be used at the last look."""
+
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        stats = [path.stat() for path in self.paths]
+        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
+
+    def _use(self) -> None:
+        """Read the files.
+
+        Raises:
+            GptDistError: their content cannot be used.
+            OSError: a file cannot be read.
+        """
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Use the files if they have changed. Failures are logged once, and tried again."""
+        try:
+            stamp = self._stamps()
+            if stamp == self._stamp:
+                return
+            self._use()
+            self._stamp, self._reason = stamp, ""
+            log.info("%s: changed and read again", self.paths[0])
+        except Exception as error:  # it may be half written
+            reason = describe(error)
+            if reason != self._reason:
+                log.warning("keeping the old content of %s: %s", self.paths[0], reason)
+            self._reason = reason
+
+
+class Certificates(_Files):
+    """The server's TLS files. Changed files are used for handshakes after the next `look`.
 
     Args:
         cert: certificate chain (PEM).
@@ -50,52 +184,62 @@ class Certificates:
     """
 
     def __init__(self, cert: Path, key: Path, ca: Path | None = None) -> None:
-        self.paths = [path for path in (key, cert, ca) if path is not None]
-        self.ca = ca
-        self._check()
-        self._stamp = self._stamps()
-
-    def _stamps(self) -> list[tuple[int, int]]:
-        return [(stat.st_mtime_ns, stat.st_size) for stat in (path.stat() for path in self.paths)]
-
-    def _check(self) -> None:
-        key, cert = self.paths[:2]
+        self.cert, self.key, self.ca = cert, key, ca
+        self._contexts: list[ssl.SSLContext] = []
         try:
-            check_files(cert, key, self.ca)
+            super().__init__([cert, key] if ca is None else [cert, key, ca])
+            self._use()
         except OSError as error:
             raise GptDistError(f"TLS file: {describe(error)}") from None
+        self._given = self._configuration
 
-    def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        key, cert, *ca = (path.read_bytes() for path in self.paths)
-        return grpc.ssl_server_certificate_configuration([(key, cert)], ca[0] if ca else None)
+    def _use(self) -> None:
+        # What is checked must be what is used: another process may replace a file in between.
+        before = [path.read_bytes() for path in self.paths]
+        check_files(self.cert, self.key, self.ca)
+        if before != [path.read_bytes() for path in self.paths]:
+            raise GptDistError(f"{self.cert}: it or its key changed while it was read")
+        cert, key, *ca = before
+        self._configuration = grpc.ssl_server_certificate_configuration(
+            [(key, cert)], ca[0] if ca else None
+        )
+        for context in self._contexts:
+            self._fill(context)
+
+    def context(self) -> ssl.SSLContext:
+        """For ports that are not grpc's. It is kept up to date, too."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._fill(context)
+        if self.ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+        self._contexts.append(context)
+        return context
+
+    def _fill(self, context: ssl.SSLContext) -> None:
+        context.load_cert_chain(self.cert, self.key, password="")
+        if self.ca is not None:
+            context.load_verify_locations(self.ca)
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by grpc before each handshake."""
-        try:
-            stamp = self._stamps()
-            if stamp == self._stamp:
-                return None
-            self._check()
-            self._stamp = stamp
-            log.info("TLS files changed; using the new ones")
-            return self._configuration()
-        except (GptDistError, OSError) as error:  # it may be half written
-            log.warning("keeping the old TLS files: %s", describe(error))
+        """Called by grpc before each handshake; None is no change."""
+        newest = self._configuration
+        if newest is self._given:
             return None
+        self._given = newest
+        return newest
 
     def credentials(self) -> grpc.ServerCredentials:
         """The argument for ``add_secure_port``."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
-            self._renewed,  # type: ignore[arg-type]  # None is no change
+            self._configuration,
+            self._renewed,  # type: ignore[arg-type]
             require_client_authentication=self.ca is not None,
         )
 
 
-class TokenFile:
+class TokenFile(_Files):
     """Bearer tokens, one per line. Blank lines and comments (``#``) are skipped.
-
-    The file is read again when it changes.
 
     Raises:
         GptDistError: the file cannot be read or contains no token.
@@ -103,29 +247,21 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp: tuple[int, int, int] | None = None
         self._tokens: list[bytes] = []
         try:
-            self._read()
+            super().__init__([path])
+            self._use()
         except OSError as error:
             raise GptDistError(f"--auth-token-file: {describe(error)}") from None
         if not self._tokens:
             raise GptDistError(f"--auth-token-file {path}: contains no token")
 
-    def _read(self) -> None:
-        stat = self.path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if stamp != self._stamp:
-            lines = (line.strip() for line in self.path.read_bytes().splitlines())
-            self._tokens = [line for line in lines if line and not line.startswith(b"#")]
-            self._stamp = stamp
+    def _use(self) -> None:
+        lines = (line.strip() for line in self.path.read_bytes().splitlines())
+        self._tokens = [line for line in lines if line and not line.startswith(b"#")]
 
     def accepts(self, authorization: str) -> bool:
         """Whether an ``authorization`` header carries one of the tokens."""
-        try:
-            self._read()
-        except OSError as error:
-            log.warning("keeping the old tokens: %s", describe(error))
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
             return False

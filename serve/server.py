@@ -27,7 +27,7 @@ from serve.health import Health
 from serve.inference import grpc_service_pb2 as kserve_pb
 from serve.metrics import Metrics
 from serve.options import Options
-from serve.security import Certificates, TokenFile, check_exposure
+from serve.security import Access, Certificates, Reloader, TokenFile, check_ports
 
 log = logging.getLogger("serve")
 
@@ -57,13 +57,13 @@ class Server:
         clock: the time in seconds, for deadlines, time budgets and stall detection.
 
     Raises:
-        UsageError: it would listen beyond this machine without TLS.
+        UsageError: strangers could call it, or read its metrics.
         GptDistError: the TLS files or the token file cannot be used.
     """
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.monotonic) -> None:
         self.options, self._clock = options, clock
-        check_exposure(options.host, options.tls_cert is not None, options.allow_insecure)
+        check_ports(options)
         self.metrics = Metrics()
         self.service = GenerationService(self.metrics, options.stream_interval)
         self.port = 0
@@ -85,10 +85,20 @@ class Server:
         services.append(reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"])
         names = [service.full_name for service in services]
         implementations.append(ReflectionServicer(names))  # type: ignore[no-untyped-call]
-        tokens = options.auth_token_file and TokenFile(options.auth_token_file)
+        self._files = Reloader()
+        self.accepts: Callable[[str], bool] | None = None
+        """Whether an ``authorization`` header carries a valid token; None accepts everybody."""
+        if options.auth_token_file is not None:
+            tokens = TokenFile(options.auth_token_file)
+            self._files.add(tokens)
+            self.accepts = tokens.accepts
+        self.certificates: Certificates | None = None
+        if options.tls_cert is not None and options.tls_key is not None:
+            self.certificates = Certificates(options.tls_cert, options.tls_key, options.tls_ca)
+            self._files.add(self.certificates)
         self.gate = gate = Gate(
             self.metrics,
-            tokens.accepts if tokens else None,
+            self.accepts,
             max_calls=options.max_calls,
             max_message_bytes=options.max_message_bytes,
         )
@@ -117,9 +127,8 @@ class Server:
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.port}"
         try:
-            if options.tls_cert is not None and options.tls_key is not None:
-                files = Certificates(options.tls_cert, options.tls_key, options.tls_ca)
-                self.port = self._grpc.add_secure_port(address, files.credentials())
+            if self.certificates is not None:
+                self.port = self._grpc.add_secure_port(address, self.certificates.credentials())
             else:
                 self.port = self._grpc.add_insecure_port(address)
         except RuntimeError:
@@ -132,8 +141,11 @@ class Server:
         await self._grpc.start()
 
     def _serve_metrics(self, host: str, port: int) -> None:
+        context = accepts = None
+        if Access.of(self.options).guards(host) and self.certificates is not None:
+            context, accepts = self.certificates.context(), self.accepts
         try:
-            server, thread = self.metrics.serve(host, port)
+            server, thread = self.metrics.serve(host, port, context, accepts)
         except OSError as error:
             reason = error.strerror or error
             raise GptDistError(f"cannot serve metrics on {host}:{port}: {reason}") from None
@@ -234,6 +246,7 @@ class Server:
         if self.engine is not None:
             await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self._close_metrics)
+        self._files.close()
         return finished
 
     def _failed(self, error: BaseException) -> None:

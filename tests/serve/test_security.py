@@ -5,6 +5,11 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import socket
+import ssl
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +23,11 @@ from cryptography.x509.oid import NameOID
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
+from serve.certificates import check_files
 from serve.client import Client, connection
-from serve.security import Certificates, TokenFile, check_exposure, is_loopback
-from tests.serve.conftest import PATIENCE, LiveServer, StartServer
+from serve.options import Options
+from serve.security import Access, Certificates, TokenFile, check_exposure, check_ports, is_loopback
+from tests.serve.conftest import PATIENCE, LiveServer, StartServer, wait_until
 
 
 class Authority:
@@ -84,6 +91,12 @@ def code(client: Client) -> str:
     return "OK"
 
 
+def look(server: LiveServer) -> None:
+    """Read changed files now; the server's thread would do so within a second."""
+    for files in server.server._files._files:
+        files.look()
+
+
 def _info() -> Any:
     from gpt_dist.v1 import generation_service_pb2 as api
 
@@ -130,9 +143,11 @@ def test_renewed_certificates_are_used(
     old.write_bytes(first.path.read_bytes())
     assert code(Client(server.target, tls_ca=old)) == "OK"
     key.write_text("half written")
+    look(server)
     assert code(Client(server.target, tls_ca=old)) == "OK"
     second = Authority(tmp_path / "files", "second")
     second.issue("server")
+    look(server)
     assert code(Client(server.target, tls_ca=second.path)) == "OK"
     assert code(Client(server.target, tls_ca=old)) != "OK"
 
@@ -173,13 +188,67 @@ def test_tokens(start: StartServer, decoder: Decoder, tmp_path: Path) -> None:
     new = tmp_path / "new"
     new.write_text("gamma\n")
     new.rename(path)
+    wait_until(lambda: status("gamma") == "OK")  # by the thread
     assert [status("alpha"), status("gamma")] == ["UNAUTHENTICATED", "OK"]
     path.write_text("gamma\ndelta\n")
+    look(server)
     assert [status("delta"), status("gamma")] == ["OK", "OK"]
     path.unlink()
+    look(server)
     assert status("gamma") == "OK"
     path.write_text("")
+    look(server)
     assert status("gamma") == "UNAUTHENTICATED"
+
+
+def test_a_file_system_that_hangs_holds_up_nobody(
+    start: StartServer, decoder: Decoder, tmp_path: Path
+) -> None:
+    """A pipe that nobody writes to stands for the file: opening it never returns."""
+    path = tmp_path / "tokens"
+    path.write_text("alpha\n")
+    server = start(decoder, auth_token_file=path)
+    path.unlink()
+    os.mkfifo(path)
+    reading = threading.Thread(target=look, args=(server,), daemon=True)
+    reading.start()
+    assert code(Client(server.target, token="alpha")) == "OK"
+    assert code(Client(server.target, token="guess")) == "UNAUTHENTICATED"
+    assert reading.is_alive()
+    with path.open("w") as pipe:  # let it go
+        pipe.write("beta\n")
+    reading.join(PATIENCE)
+
+
+def test_certificates_are_used_as_they_were_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process replaces the key between the check and the reading."""
+    cert, key = Authority(tmp_path, "first").issue("server")
+    files = Certificates(cert, key)
+    used = files._configuration
+    good = [path.read_bytes() for path in (cert, key)]
+
+    def check(*paths: Any) -> None:
+        check_files(*paths)
+        key.write_text("half written")
+
+    Authority(tmp_path, "second").issue("server")
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.security.check_files", check)
+        for _ in range(3):
+            Authority(tmp_path, "third").issue("server")
+            files.look()
+            assert files._renewed() is None
+    assert files._configuration is used
+    lines = [record for record in caplog.records if "keeping the old" in record.getMessage()]
+    assert len(lines) == 1  # not one each second
+    for path, content in zip((cert, key), good, strict=True):
+        path.write_bytes(content)
+    files.look()
+    renewed = files._renewed()
+    assert renewed is files._configuration is not used
+    assert files._renewed() is None
 
 
 def test_unusable_token_files(tmp_path: Path) -> None:
@@ -190,15 +259,121 @@ def test_unusable_token_files(tmp_path: Path) -> None:
         TokenFile(tmp_path / "empty")
 
 
-def test_open_ports_are_refused_unless_allowed() -> None:
-    for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"):
+LOCAL = ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")
+OPEN = ("0.0.0.0", "::", "192.168.1.5", "example.org", "")
+EXPOSURE = [
+    # TLS, tokens, CA, anonymous, insecure → what is missing
+    ((0, 0, 0, 0, 0), "--tls-cert"),
+    ((0, 1, 0, 0, 0), "--tls-cert"),
+    ((0, 0, 0, 1, 0), "--tls-cert"),
+    ((0, 1, 0, 1, 0), "--tls-cert"),
+    ((1, 0, 0, 0, 0), "--auth-token-file or --tls-ca"),
+    ((1, 1, 0, 0, 0), None),
+    ((1, 0, 1, 0, 0), None),
+    ((1, 1, 1, 0, 0), None),
+    ((1, 0, 0, 1, 0), None),
+    ((0, 0, 0, 0, 1), None),
+    ((0, 1, 0, 0, 1), None),
+    ((1, 0, 0, 0, 1), None),
+]
+
+
+@pytest.mark.parametrize("port", ["--host", "--metrics-host"])
+@pytest.mark.parametrize(("given", "missing"), EXPOSURE)
+def test_exposure(tmp_path: Path, port: str, given: tuple[int, ...], missing: str | None) -> None:
+    """Host × TLS × tokens × authorities × flags × port."""
+    tls, tokens, ca, anonymous, insecure = map(bool, given)
+    file = tmp_path / "file"
+
+    def check(host: str) -> None:
+        hosts = {"host": "127.0.0.1", "metrics_host": "127.0.0.1"}
+        hosts[port[2:].replace("-", "_")] = host
+        check_ports(
+            Options(
+                tmp_path,
+                metrics_port=0,
+                tls_cert=file if tls else None,
+                tls_key=file if tls else None,
+                tls_ca=file if ca else None,
+                auth_token_file=file if tokens else None,
+                allow_anonymous=anonymous,
+                allow_insecure=insecure,
+                **hosts,  # type: ignore[arg-type]
+            )
+        )
+
+    for host in LOCAL:
         assert is_loopback(host)
-        check_exposure(host, tls=False, allow_insecure=False)
-    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
-        with pytest.raises(UsageError, match="--allow-insecure"):
-            check_exposure(host, tls=False, allow_insecure=False)
-        check_exposure(host, tls=True, allow_insecure=False)
-        check_exposure(host, tls=False, allow_insecure=True)
+        check(host)
+    for host in OPEN:
+        assert not is_loopback(host)
+        if missing is None:
+            check(host)
+        else:
+            with pytest.raises(UsageError, match=f"{port} {host} listens.*{missing}"):
+                check(host)
+
+
+def test_metrics_that_are_off_need_nothing() -> None:
+    check_ports(Options(Path("x"), metrics_host="0.0.0.0"))
+    with pytest.raises(UsageError, match="--page-cert"):
+        check_exposure("--host", "0.0.0.0", Access(), "--page-cert and --page-key")
+
+
+def scrape(server: LiveServer, scheme: str, token: str = "", ca: Path | None = None) -> str:
+    """Read the metrics; returns the beginning of the answer, or the error."""
+    request = urllib.request.Request(f"{scheme}://127.0.0.1:{server.server.metrics_port}/metrics")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    context = ssl.create_default_context(cafile=ca) if ca else None
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE, context=context) as answer:
+            return str(answer.read(6).decode())
+    except urllib.error.HTTPError as error:
+        return str(error.code)
+    except OSError:
+        return "no answer"
+
+
+def test_metrics_are_guarded_like_calls(
+    start: StartServer, decoder: Decoder, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.issue("server")
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alpha\n")
+    server = start(
+        decoder, tls_cert=cert, tls_key=key, auth_token_file=tokens,
+        metrics_host="0.0.0.0", metrics_port=0,
+    )  # fmt: skip
+    assert scrape(server, "http") == "no answer"
+    assert scrape(server, "https", "alpha", authority.path) == "# HELP"
+    assert scrape(server, "https", "guess", authority.path) == "401"
+    assert scrape(server, "https", "", authority.path) == "401"
+    assert scrape(server, "https", "alpha") == "no answer"  # the certificate is not trusted
+    assert server.server.metrics.rejections.labels("unauthenticated")._value.get() == 2
+    local = start(decoder, tls_cert=cert, tls_key=key, auth_token_file=tokens, metrics_port=0)
+    assert scrape(local, "http") == "# HELP"
+    second = Authority(tmp_path / "second", "second")
+    for ours, theirs in zip((cert, key), second.issue("server"), strict=True):
+        ours.write_bytes(theirs.read_bytes())
+    look(server)
+    assert scrape(server, "https", "alpha", second.path) == "# HELP"
+
+
+def test_a_scraper_that_says_nothing_is_in_nobodys_way(
+    start: StartServer, decoder: Decoder, tmp_path: Path
+) -> None:
+    """It does not even shake hands."""
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.issue("server")
+    server = start(
+        decoder, tls_cert=cert, tls_key=key, allow_anonymous=True,
+        metrics_host="0.0.0.0", metrics_port=0,
+    )  # fmt: skip
+    address = ("127.0.0.1", server.server.metrics_port or 0)
+    with socket.create_connection(address), socket.create_connection(address):
+        assert scrape(server, "https", ca=authority.path) == "# HELP"
 
 
 def test_listening_everywhere_if_allowed(start: StartServer, decoder: Decoder) -> None:
