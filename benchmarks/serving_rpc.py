@@ -234,8 +234,8 @@ def overload(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict
         stop.set()
         watcher.join()
         with Client(address) as client:
-            info = client.info()
-            left = info.running + info.waiting
+            status = client.status()
+            left = status.running + status.waiting
     lines = [json.loads(line) for line in log.read_text().splitlines()[skip:]]
     refused = [line["ms"] / 1000 for line in lines if line.get("code") == "RESOURCE_EXHAUSTED"]
     return {

@@ -8,4 +8,4 @@ python=${PYTHON:-python}
 "$python" -m grpc_tools.protoc -I proto --python_out="$out" --pyi_out="$out" \
     proto/gpt_dist/v1/*.proto proto/serve/inference/*.proto
 "$python" -m grpc_tools.protoc -I proto --grpc_python_out="$out" \
-    proto/gpt_dist/v1/generation_service.proto
+    proto/gpt_dist/v1/*_service.proto

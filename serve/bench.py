@@ -306,9 +306,9 @@ def main() -> int:
         name: getattr(arguments, name) for name in ("token", "token_file", "tls_ca", "timeout")
     }
 
-    async def whole() -> tuple[list[Record], float, Any]:
+    async def whole() -> tuple[list[Record], float, Any, Any]:
         async with AsyncClient(arguments.target, **options) as client:
-            info = await client.info()
+            info, status = await client.info(), await client.status()
         load = _load(arguments, info.vocab_size)
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("requests", total=load.requests)
@@ -316,10 +316,10 @@ def main() -> int:
                 arguments.target, load, arguments.seed,
                 lambda: progress.advance(task), **options,
             )  # fmt: skip
-        return records, seconds, info
+        return records, seconds, info, status
 
     try:
-        records, seconds, info = asyncio.run(whole())
+        records, seconds, info, status = asyncio.run(whole())
     except grpc.aio.AioRpcError as error:
         raise failure_of(error, arguments) from None
     figures = report(records, seconds)
@@ -338,9 +338,8 @@ def main() -> int:
             name: str(value) for name, value in vars(arguments).items()
             if name not in ("token", "prompt_tokens", "new_tokens")
         }  # fmt: skip
-        model = {name: getattr(info, name) for name in ("name", "dtype", "device", "max_slots")} | {
-            "weights_version": info.weights_version
-        }
+        names = ("name", "dtype", "device", "backend", "weights_version")
+        model = {name: getattr(info, name) for name in names} | {"max_slots": status.max_slots}
         whole_report = {
             "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
             "settings": settings, "server": model, **figures,

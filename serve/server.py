@@ -15,10 +15,13 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from gpt_dist.errors import GptDistError, describe
 from gpt_dist.v1 import generation_service_pb2 as api
+from gpt_dist.v1 import model_service_pb2 as model_api
 from serve.api.gate import Gate
 from serve.api.kserve import InferenceService
 from serve.api.rpc import UnknownMethods, generic_handler
-from serve.api.service import GenerationService, describe_model
+from serve.api.served import describe_model
+from serve.api.service import GenerationService, ModelService
+from serve.api.serving import Serving
 from serve.engine.engine import Engine
 from serve.engine.loading import Loaded, load
 from serve.engine.scheduler import Scheduler
@@ -65,7 +68,7 @@ class Server:
         self.options, self._clock = options, clock
         check_ports(options)
         self.metrics = Metrics()
-        self.service = GenerationService(self.metrics, options.stream_interval)
+        self.service = Serving(self.metrics, options.stream_interval)
         self.port = 0
         self.metrics_port: int | None = None
         self.engine: Engine | None = None
@@ -74,8 +77,14 @@ class Server:
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics: Callable[[], None] = lambda: None
-        services = [api.DESCRIPTOR.services_by_name["GenerationService"]]
-        implementations: list[object] = [self.service]
+        services = [
+            api.DESCRIPTOR.services_by_name["GenerationService"],
+            model_api.DESCRIPTOR.services_by_name["ModelService"],
+        ]
+        implementations: list[object] = [
+            GenerationService(self.service),
+            ModelService(self.service),
+        ]
         if options.kserve:
             services.append(kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"])
             implementations.append(InferenceService(self.service))

@@ -95,8 +95,10 @@ async function main() {
   process.once("SIGINT", () => controller.abort());
   const request = {
     prompt: { text: positionals[0] },
-    sampling: { n: Number(values.n), ...(values.seed && { seed: values.seed }) },
-    stopping: { max_new_tokens: Number(values["max-new-tokens"]) },
+    config: {
+      sampling: { n: Number(values.n), ...(values.seed && { seed: values.seed }) },
+      stopping: { max_new_tokens: Number(values["max-new-tokens"]) },
+    },
   };
   let line = null; // the output that the current line belongs to
   try {
@@ -107,7 +109,7 @@ async function main() {
       if (values.json) {
         console.log(JSON.stringify(piece));
       } else if (piece.text_delta) {
-        if (request.sampling.n > 1 && piece.index !== line) {
+        if (request.config.sampling.n > 1 && piece.index !== line) {
           process.stdout.write(`${line === null ? "" : "\n"}[${piece.index}] `);
         }
         line = piece.index;

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cgpt_dist/v1/generation.proto\x12\x0bgpt_dist.v1\x1a\x1egoogle/protobuf/duration.proto\"M\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.gpt_dist.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x87\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.gpt_dist.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\xed\x01\n\x10StoppingCriteria\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_sequences\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1d\n\x15include_stop_sequence\x18\x06 \x01(\x08\x12.\n\x0btime_budget\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_max_new_tokens\"7\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"w\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.gpt_dist.v1.TopLogprobB\n\n\x08_logprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x95\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xdb\x01\n\x10GenerationOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.gpt_dist.v1.FinishReason\x12\x17\n\rstop_sequence\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x42\x06\n\x04stop*\xdc\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x04\x12\x1e\n\x1a\x46INISH_REASON_CONTEXT_FULL\x10\x05\x12\x1d\n\x19\x46INISH_REASON_TIME_BUDGET\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cgpt_dist/v1/generation.proto\x12\x0bgpt_dist.v1\x1a\x1egoogle/protobuf/duration.proto\"M\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.gpt_dist.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xda\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.gpt_dist.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_n\"\x85\x02\n\x10StoppingCriteria\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0estop_sequences\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x1d\n\x15include_stop_sequence\x18\x06 \x01(\x08\x12.\n\x0btime_budget\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"M\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_top_logprobs\"\xde\x01\n\x10GenerationConfig\x12-\n\x08sampling\x18\x01 \x01(\x0b\x32\x1b.gpt_dist.v1.SamplingParams\x12/\n\x08stopping\x18\x02 \x01(\x0b\x32\x1d.gpt_dist.v1.StoppingCriteria\x12*\n\x06output\x18\x03 \x01(\x0b\x32\x1a.gpt_dist.v1.OutputOptions\x12#\n\x16truncate_prompt_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x19\n\x17_truncate_prompt_tokens\"w\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.gpt_dist.v1.TopLogprobB\n\n\x08_logprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\x81\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\x95\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xdb\x01\n\x10GenerationOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.gpt_dist.v1.FinishReason\x12\x17\n\rstop_sequence\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x42\x06\n\x04stop*\xdc\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x04\x12\x1e\n\x1a\x46INISH_REASON_CONTEXT_FULL\x10\x05\x12\x1d\n\x19\x46INISH_REASON_TIME_BUDGET\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,28 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1514
-  _globals['_FINISHREASON']._serialized_end=1734
+  _globals['_FINISHREASON']._serialized_start=1918
+  _globals['_FINISHREASON']._serialized_end=2138
   _globals['_PROMPT']._serialized_start=77
   _globals['_PROMPT']._serialized_end=154
   _globals['_TOKENIDS']._serialized_start=156
   _globals['_TOKENIDS']._serialized_end=179
   _globals['_SAMPLINGPARAMS']._serialized_start=182
-  _globals['_SAMPLINGPARAMS']._serialized_end=573
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=461
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=509
-  _globals['_STOPPINGCRITERIA']._serialized_start=576
-  _globals['_STOPPINGCRITERIA']._serialized_end=813
-  _globals['_OUTPUTOPTIONS']._serialized_start=815
-  _globals['_OUTPUTOPTIONS']._serialized_end=870
-  _globals['_TOKENLOGPROB']._serialized_start=872
-  _globals['_TOKENLOGPROB']._serialized_end=991
-  _globals['_TOPLOGPROB']._serialized_start=993
-  _globals['_TOPLOGPROB']._serialized_end=1055
-  _globals['_USAGE']._serialized_start=1057
-  _globals['_USAGE']._serialized_end=1137
-  _globals['_TIMINGS']._serialized_start=1140
-  _globals['_TIMINGS']._serialized_end=1289
-  _globals['_GENERATIONOUTPUT']._serialized_start=1292
-  _globals['_GENERATIONOUTPUT']._serialized_end=1511
+  _globals['_SAMPLINGPARAMS']._serialized_end=656
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=481
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=529
+  _globals['_STOPPINGCRITERIA']._serialized_start=659
+  _globals['_STOPPINGCRITERIA']._serialized_end=920
+  _globals['_OUTPUTOPTIONS']._serialized_start=922
+  _globals['_OUTPUTOPTIONS']._serialized_end=999
+  _globals['_GENERATIONCONFIG']._serialized_start=1002
+  _globals['_GENERATIONCONFIG']._serialized_end=1224
+  _globals['_TOKENLOGPROB']._serialized_start=1226
+  _globals['_TOKENLOGPROB']._serialized_end=1345
+  _globals['_TOPLOGPROB']._serialized_start=1347
+  _globals['_TOPLOGPROB']._serialized_end=1409
+  _globals['_USAGE']._serialized_start=1412
+  _globals['_USAGE']._serialized_end=1541
+  _globals['_TIMINGS']._serialized_start=1544
+  _globals['_TIMINGS']._serialized_end=1693
+  _globals['_GENERATIONOUTPUT']._serialized_start=1696
+  _globals['_GENERATIONOUTPUT']._serialized_end=1915
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,7 @@ class GenerationServiceStub:
                 request_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
-        self.GenerateBatch = channel.unary_stream(
+        self.GenerateBatch = channel.stream_stream(
                 '/gpt_dist.v1.GenerationService/GenerateBatch',
                 request_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateBatchResponse.FromString,
@@ -64,11 +64,6 @@ class GenerationServiceStub:
                 '/gpt_dist.v1.GenerationService/Detokenize',
                 request_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeResponse.FromString,
-                _registered_method=True)
-        self.GetModelInfo = channel.unary_unary(
-                '/gpt_dist.v1.GenerationService/GetModelInfo',
-                request_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoRequest.SerializeToString,
-                response_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
 
 
@@ -90,8 +85,9 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GenerateBatch(self, request, context):
-        """Continue many prompts. Each result is sent when it is ready, in any order.
+    def GenerateBatch(self, request_iterator, context):
+        """Continue any number of prompts, each with its own options. Each result is sent when it is
+        ready, in any order. The server reads as many requests as it has work for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,13 +114,6 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetModelInfo(self, request, context):
-        """Describe the served model.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -138,7 +127,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateStreamRequest.FromString,
                     response_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateStreamResponse.SerializeToString,
             ),
-            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+            'GenerateBatch': grpc.stream_stream_rpc_method_handler(
                     servicer.GenerateBatch,
                     request_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateBatchRequest.FromString,
                     response_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GenerateBatchResponse.SerializeToString,
@@ -157,11 +146,6 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeRequest.FromString,
                     response_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeResponse.SerializeToString,
-            ),
-            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetModelInfo,
-                    request_deserializer=gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoRequest.FromString,
-                    response_serializer=gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -230,7 +214,7 @@ class GenerationService:
             _registered_method=True)
 
     @staticmethod
-    def GenerateBatch(request,
+    def GenerateBatch(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -240,8 +224,8 @@ class GenerationService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/gpt_dist.v1.GenerationService/GenerateBatch',
             gpt__dist_dot_v1_dot_generation__service__pb2.GenerateBatchRequest.SerializeToString,
@@ -327,33 +311,6 @@ class GenerationService:
             '/gpt_dist.v1.GenerationService/Detokenize',
             gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeRequest.SerializeToString,
             gpt__dist_dot_v1_dot_generation__service__pb2.DetokenizeResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetModelInfo(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/gpt_dist.v1.GenerationService/GetModelInfo',
-            gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoRequest.SerializeToString,
-            gpt__dist_dot_v1_dot_generation__service__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from gpt_dist.text.tokenizers import Tokenizer
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1.generation_service_pb2 import (
     GenerateResponse,
@@ -20,9 +20,9 @@ from gpt_dist.v1.generation_service_pb2 import (
 )
 from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
-from serve.api.status import StatusError, expired, internal, lost
+from serve.api.served import Served
+from serve.api.status import StatusError, expired, internal, lost, other_weights
 from serve.api.text import TextAssembler
-from serve.engine.engine import Engine
 from serve.engine.jobs import (
     Ended,
     Event,
@@ -45,10 +45,10 @@ class Output:
     delay the detection of a stop sequence.
     """
 
-    def __init__(self, index: int, call: Call, tokenizer: Tokenizer, wanted: Generation) -> None:
-        self.index, self.call, self.tokenizer = index, call, tokenizer
+    def __init__(self, index: int, call: Call, wanted: Generation) -> None:
+        self.index, self.call, self.tokenizer = index, call, call.served.tokenizer
         self.text = TextAssembler(
-            tokenizer, wanted.stops, wanted.include_stop, wanted.sampling.min_new_tokens
+            self.tokenizer, wanted.stops, wanted.include_stop, wanted.sampling.min_new_tokens
         )
         self.min_tokens = wanted.sampling.min_new_tokens
         self.started: Started | None = None
@@ -71,6 +71,9 @@ class Output:
                 self._add(event)
             case Started():
                 self.started = event
+                expected = self.call.wanted.expected_weights_version
+                if expected and event.weights_version != expected:  # swapped since the check
+                    self.call.fail(other_weights(expected, event.weights_version))
                 self.call.metrics.queue_time.observe(event.at - self.call.arrived)
                 return  # reported with the first token
             case Ended():
@@ -155,20 +158,28 @@ class Output:
             cached_tokens=self.cached_tokens,
             seed=self.call.wanted.sampling.seed,
             weights_version=self.weights_version,
+            system_fingerprint=self.call.served.fingerprint(self.weights_version),
         )
 
     def _finished(self) -> GenerationFinished:
         finished = GenerationFinished(
             finish_reason=int(self.finish or 0),  # type: ignore[arg-type]
-            usage=pb.Usage(
-                prompt_tokens=len(self.job.ids),
-                completion_tokens=self.tokens,
-                cached_tokens=self.cached_tokens,
-            ),
+            usage=self.usage(),
             timings=self.call.timings([self]),
         )
         self._set_stop(finished)
         return finished
+
+    def usage(self) -> pb.Usage:
+        """Its numbers of tokens. Output 0 has those of the prompt, so that they can be added up."""
+        usage = pb.Usage(
+            completion_tokens=self.tokens,
+            drafted_tokens=getattr(self.job, "drafted_tokens", 0),
+            accepted_tokens=getattr(self.job, "accepted_tokens", 0),
+        )
+        if not self.index:
+            usage.prompt_tokens, usage.cached_tokens = len(self.job.ids), self.cached_tokens
+        return usage
 
     @property
     def cached_tokens(self) -> int:
@@ -177,8 +188,7 @@ class Output:
     @property
     def weights_version(self) -> str:
         # A time budget can run out in the queue.
-        scheduler = self.call.engine.scheduler
-        return self.started.weights_version if self.started else scheduler.weights_version
+        return self.started.weights_version if self.started else self.call.served.weights_version
 
 
 class Call:
@@ -186,8 +196,7 @@ class Call:
 
     Args:
         wanted: the request.
-        engine: computes it.
-        tokenizer: turns tokens into text.
+        served: the model.
         metrics: counts tokens and measures times.
         deadline: when the caller gives up, in seconds of the engine's clock.
     """
@@ -195,18 +204,18 @@ class Call:
     def __init__(
         self,
         wanted: Generation,
-        engine: Engine,
-        tokenizer: Tokenizer,
+        served: Served,
         metrics: Metrics,
         deadline: float | None = None,
     ) -> None:
-        self.wanted, self.engine, self.metrics = wanted, engine, metrics
-        self.arrived = engine.clock()
+        self.wanted, self.served, self.metrics = wanted, served, metrics
+        self.engine = served.engine
+        self.arrived = self.engine.clock()
         self.changed = asyncio.Event()
         self.quiet = True
         """Whether only the end of an output wakes the reader; new tokens do not."""
         self.error: StatusError | None = None
-        self.outputs = [Output(index, self, tokenizer, wanted) for index in range(wanted.outputs)]
+        self.outputs = [Output(index, self, wanted) for index in range(wanted.outputs)]
         budget = wanted.time_budget
         for output in self.outputs:
             output.job = Sequence(
@@ -253,17 +262,14 @@ class Call:
             StatusError: the deadline passed, or the engine failed.
         """
         await self._until(lambda: all(output.finish is not None for output in self.outputs))
-        first = self.outputs[0]
+        version = self.outputs[0].weights_version
         return GenerateResponse(
             outputs=[output.whole() for output in self.outputs],
-            usage=pb.Usage(
-                prompt_tokens=len(self.wanted.ids),
-                completion_tokens=sum(output.tokens for output in self.outputs),
-                cached_tokens=sum(output.cached_tokens for output in self.outputs),
-            ),
+            usage=self.usage(),
             timings=self.timings(self.outputs),
             seed=self.wanted.sampling.seed,
-            weights_version=first.weights_version,
+            weights_version=version,
+            system_fingerprint=self.served.fingerprint(version),
         )
 
     async def messages(self, interval: float = 0.0) -> AsyncIterator[GenerateStreamResponse]:
@@ -288,6 +294,24 @@ class Call:
                 self.quiet = True
                 asyncio.get_running_loop().call_later(interval, self._resume)
                 await self._until(lambda: not self.quiet or self._ending)
+
+    def usage(self) -> pb.Usage:
+        """Numbers of tokens of all outputs."""
+        total = pb.Usage()
+        for output in self.outputs:
+            for field, count in output.usage().ListFields():
+                setattr(total, field.name, getattr(total, field.name) + count)
+        return total
+
+    def notes(self) -> dict[str, Any]:
+        """What the log line of the call says about it."""
+        usage = self.usage()
+        ends = {output.finish.name for output in self.outputs if output.finish is not None}
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "ended": ", ".join(sorted(end.lower().replace("_", " ") for end in ends)),
+        }
 
     def _resume(self) -> None:
         self.quiet = False

@@ -16,16 +16,14 @@ import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import grpc
+from typing import Any
 
 from gpt_dist.v1 import generation_service_pb2 as api
-from serve.api.status import StatusError, internal, invalid
+from serve.api.rpc import note, seconds_left
+from serve.api.served import server_version
+from serve.api.serving import Serving
+from serve.api.status import StatusError, internal, invalid, unknown_model
 from serve.inference import grpc_service_pb2 as pb
-
-if TYPE_CHECKING:
-    from serve.api.service import GenerationService
 
 MAX_CONCURRENT = 256
 """Maximum number of requests of one stream that run at once."""
@@ -50,7 +48,7 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(item) for item in value]
 
 
-# vLLM's name → part of GenerateRequest, field, conversion.
+# vLLM's name → part of GenerationConfig, field, conversion.
 PARAMETERS: dict[str, tuple[str, str, Cast]] = {
     "n": ("sampling", "n", int),
     "temperature": ("sampling", "temperature", float),
@@ -81,15 +79,15 @@ class Wanted:
 
 
 class InferenceService:
-    """Answers ``inference.GRPCInferenceService`` with the model of a `GenerationService`."""
+    """Implements ``inference.GRPCInferenceService``."""
 
-    def __init__(self, service: GenerationService) -> None:
-        self.service = service
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
 
     @property
     def _ready(self) -> bool:
         try:
-            self.service.accept()
+            self.serving.accept()
         except StatusError:
             return False
         return True
@@ -108,14 +106,12 @@ class InferenceService:
         return pb.ModelReadyResponse(ready=self._ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> pb.ServerMetadataResponse:
-        served = self.service.served
-        version = served.facts["server_version"] if served else ""
-        return pb.ServerMetadataResponse(name="gpt_dist", version=version)
+        return pb.ServerMetadataResponse(name="gpt_dist", version=server_version())
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Any
     ) -> pb.ModelMetadataResponse:
-        self.service.accept()
+        self.serving.accept()
         self._check_name(request.name)
         response = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="gpt_dist")
         for name, kind in INPUTS.items():
@@ -126,7 +122,7 @@ class InferenceService:
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Any
     ) -> pb.ModelInferResponse:
-        self.service.accept()
+        self.serving.accept()
         self._check_name(request.model_name)
         wanted = understand(request)
         if wanted.stream:
@@ -137,7 +133,7 @@ class InferenceService:
         self, requests: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Run the requests of one stream concurrently. A failed one does not end the stream."""
-        self.service.accept()
+        self.serving.accept()
         answers: asyncio.Queue[pb.ModelStreamInferResponse | StatusError | None] = asyncio.Queue(
             MAX_CONCURRENT
         )
@@ -190,32 +186,35 @@ class InferenceService:
         if not wanted.stream:
             yield await self._whole(request, wanted, context)
             return
-        outputs = wanted.request.sampling.n if wanted.request.sampling.HasField("n") else 1
-        left = outputs
-        as_stream = api.GenerateStreamRequest.FromString(wanted.request.SerializeToString())
-        async with aclosing(self.service.GenerateStream(as_stream, context)) as pieces:
-            async for piece in pieces:
-                left -= piece.HasField("finished")
-                texts = [""] * outputs
-                texts[piece.index] = piece.text_delta
-                yield _response(request, texts, final=not left)
+        served, seconds = self.serving.accept(), seconds_left(context)
+        generation = self.serving.generation(served, wanted.request, seconds, whole=False)
+        async with generation as call:
+            left = len(call.outputs)
+            try:
+                async for piece in call.messages(self.serving.stream_interval):
+                    left -= piece.HasField("finished")
+                    texts = [""] * len(call.outputs)
+                    texts[piece.index] = piece.text_delta
+                    yield _response(request, texts, final=not left)
+            finally:
+                note(**call.notes())
 
     async def _whole(
         self, request: pb.ModelInferRequest, wanted: Wanted, context: Any
     ) -> pb.ModelInferResponse:
-        response = await self.service.Generate(wanted.request, context)
+        served, seconds = self.serving.accept(), seconds_left(context)
+        async with self.serving.generation(served, wanted.request, seconds) as call:
+            try:
+                response = await call.finished()
+            finally:
+                note(**call.notes())
         front = "" if wanted.exclude_input else wanted.text
         return _response(request, [front + output.text for output in response.outputs], final=True)
 
     def _check_name(self, name: str) -> None:
-        served = self.service.served
+        served = self.serving.served
         if served is not None and name != served.name:
-            raise StatusError(
-                grpc.StatusCode.NOT_FOUND,
-                f"unknown model {name!r}; this server serves {served.name!r}",
-                "UNKNOWN_MODEL",
-                field="model_name",
-            )
+            raise unknown_model(name, served.name, "model_name")
 
 
 def _response(
@@ -258,7 +257,7 @@ def understand(request: pb.ModelInferRequest) -> Wanted:
         given |= parsed
     wanted = api.GenerateRequest()
     wanted.prompt.text = text
-    wanted.stopping.max_new_tokens = DEFAULT_MAX_TOKENS
+    wanted.config.stopping.max_new_tokens = DEFAULT_MAX_TOKENS
     for name, value in given.items():
         _set(wanted, name, value)
     return Wanted(text, stream, exclude, wanted)
@@ -272,7 +271,7 @@ def _set(wanted: api.GenerateRequest, name: str, value: Any) -> None:
     part, field, cast = PARAMETERS[name]
     try:
         cast_value = cast(value)
-        message = getattr(wanted, part)
+        message = getattr(wanted.config, part)
         if isinstance(cast_value, list):
             getattr(message, field).extend(cast_value)
         else:

@@ -36,6 +36,7 @@ def score_response(
             response.tokens.append(_message(tokenizer, token, logprob, list(top)))
     values = [token.logprob for token in response.tokens if token.HasField("logprob")]
     response.total_logprob, response.scored_tokens = sum(values), len(values)
+    response.usage.prompt_tokens = len(ids)
     return response
 
 

@@ -13,21 +13,24 @@ import numpy as np
 from gpt_dist.errors import UsageError
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.text.tokenizers import Tokenizer
-from serve.api.status import invalid
+from serve.api.status import invalid, too_large
 
 MAX_OUTPUTS = 64
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 16, 256, 64
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 128
+RESPONSE_BYTES = 4 << 20
+"""What a gRPC client reads by default."""
 LONG_TEXT = 8192
 """A text of at least this many characters is tokenised in a thread, to keep the event loop free."""
 
+SAMPLING, STOPPING, OUTPUT = "config.sampling", "config.stopping", "config.output"
 # Fields of SamplingParams that the API has elsewhere than in ``sampling``.
 FIELDS = {
-    "min_new_tokens": "stopping.min_new_tokens",
-    "stop_ids": "stopping.stop_token_ids",
-    "logprobs": "output.top_logprobs",
+    "min_new_tokens": f"{STOPPING}.min_new_tokens",
+    "stop_ids": f"{STOPPING}.stop_token_ids",
+    "logprobs": f"{OUTPUT}.top_logprobs",
 }
 
 
@@ -39,9 +42,24 @@ class Limits:
     vocab_size: int
     """Of the model. The tokenizer may have fewer tokens."""
     max_context: int
+    max_slots: int
     max_outputs: int
     longest_token: int
     """In bytes."""
+    typical_token: int
+    """In bytes: twice the mean over the vocabulary."""
+
+    def response_bytes(self, outputs: int, tokens: int, top: int | None) -> int:
+        """Estimate the size of a response.
+
+        Args:
+            outputs: number of outputs.
+            tokens: of each of them.
+            top: reported alternatives at each position; None without log-probabilities.
+        """
+        entry = self.typical_token + 13  # id, log-probability, and the tags and lengths of both
+        logprobs = 0 if top is None else (top + 1) * entry
+        return outputs * tokens * (self.typical_token + 4 + logprobs)
 
 
 @dataclass(frozen=True)
@@ -59,54 +77,76 @@ class Generation:
     include_stop: bool
     time_budget: float | None
     """Seconds."""
+    expected_weights_version: str
+    """Empty: any."""
 
     def sampling_of(self, index: int) -> SamplingParams:
         """The parameters of one output. Seeds are consecutive, modulo 2**64."""
         return replace(self.sampling, seed=(self.sampling.seed + index) % (1 << 64))
 
 
-async def parse_generation(request: Any, limits: Limits) -> Generation:
+async def parse_generation(request: Any, limits: Limits, whole: bool = True) -> Generation:
     """Validate a GenerateRequest or GenerateStreamRequest.
+
+    Args:
+        request: the message.
+        limits: of the model.
+        whole: whether all outputs will be one message.
 
     Raises:
         StatusError: INVALID_ARGUMENT.
     """
-    stopping, options = request.stopping, request.output
-    outputs = request.sampling.n if request.sampling.HasField("n") else 1
+    config = request.config
+    stopping, options = config.stopping, config.output
+    outputs = config.sampling.n if config.sampling.HasField("n") else 1
     most = min(MAX_OUTPUTS, limits.max_outputs)
     if not 1 <= outputs <= most:
-        raise invalid("sampling.n", f"{outputs} is not between 1 and {most}")
+        raise invalid(f"{SAMPLING}.n", f"{outputs} is not between 1 and {most}")
     max_new_tokens = DEFAULT_MAX_NEW_TOKENS
     if stopping.HasField("max_new_tokens"):
         max_new_tokens = stopping.max_new_tokens
         if max_new_tokens < 1:
-            raise invalid("stopping.max_new_tokens", "must be 1 or more")
+            raise invalid(f"{STOPPING}.max_new_tokens", "must be 1 or more")
     if stopping.min_new_tokens > max_new_tokens:
         raise invalid(
-            "stopping.min_new_tokens",
+            f"{STOPPING}.min_new_tokens",
             f"{stopping.min_new_tokens} exceeds max_new_tokens ({max_new_tokens})",
         )
     if len(stopping.stop_sequences) > MAX_STOPS:
-        raise invalid("stopping.stop_sequences", f"more than {MAX_STOPS} sequences")
+        raise invalid(f"{STOPPING}.stop_sequences", f"more than {MAX_STOPS} sequences")
     for index, stop in enumerate(stopping.stop_sequences):
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            field = f"stopping.stop_sequences[{index}]"
+            field = f"{STOPPING}.stop_sequences[{index}]"
             raise invalid(field, f"must have 1 to {MAX_STOP_LENGTH} characters")
     if len(stopping.stop_token_ids) > MAX_STOP_TOKENS:
-        raise invalid("stopping.stop_token_ids", f"more than {MAX_STOP_TOKENS} tokens")
+        raise invalid(f"{STOPPING}.stop_token_ids", f"more than {MAX_STOP_TOKENS} tokens")
     if options.top_logprobs and not options.logprobs:
-        raise invalid("output.top_logprobs", "requires logprobs")
+        raise invalid(f"{OUTPUT}.top_logprobs", "requires logprobs")
     if options.top_logprobs > MAX_TOP_LOGPROBS:
-        raise invalid("output.top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
+        raise invalid(f"{OUTPUT}.top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
     time_budget = None
     if stopping.HasField("time_budget"):
         time_budget = stopping.time_budget.seconds + stopping.time_budget.nanos * 1e-9
         if time_budget <= 0:
-            raise invalid("stopping.time_budget", "must be positive")
+            raise invalid(f"{STOPPING}.time_budget", "must be positive")
+    keep = None
+    if config.HasField("truncate_prompt_tokens"):
+        keep = config.truncate_prompt_tokens
+        if not 1 <= keep <= limits.max_context:
+            raise invalid(
+                "config.truncate_prompt_tokens",
+                f"{keep} is not between 1 and {limits.max_context}",
+            )
     eos_id = None if stopping.ignore_eos else limits.tokenizer.eot_id
-    sampling = _sampling(request, eos_id, limits)
+    sampling = _sampling(config, eos_id, limits)
+    ids = await parse_prompt(request.prompt, limits, keep=keep)
+    tokens = min(max_new_tokens, limits.max_context - len(ids) + 1)
+    size = limits.response_bytes(outputs if whole else 1, tokens, sampling.logprobs)
+    if size > RESPONSE_BYTES:
+        field = f"{OUTPUT}.top_logprobs" if options.top_logprobs else f"{SAMPLING}.n"
+        raise too_large(field, size, RESPONSE_BYTES)
     return Generation(
-        ids=await parse_prompt(request.prompt, limits),
+        ids=ids,
         sampling=sampling,
         outputs=outputs,
         max_new_tokens=max_new_tokens,
@@ -114,13 +154,14 @@ async def parse_generation(request: Any, limits: Limits) -> Generation:
         stops=tuple(dict.fromkeys(stopping.stop_sequences)),
         include_stop=stopping.include_stop_sequence,
         time_budget=time_budget,
+        expected_weights_version=request.expected_weights_version,
     )
 
 
-def _sampling(request: Any, eos_id: int | None, limits: Limits) -> SamplingParams:
-    wanted, stopping, options = request.sampling, request.stopping, request.output
+def _sampling(config: Any, eos_id: int | None, limits: Limits) -> SamplingParams:
+    wanted, stopping, options = config.sampling, config.stopping, config.output
     if len(wanted.logit_bias) > MAX_BIASES:
-        raise invalid("sampling.logit_bias", f"more than {MAX_BIASES} entries")
+        raise invalid(f"{SAMPLING}.logit_bias", f"more than {MAX_BIASES} entries")
     given: dict[str, Any] = {
         name: getattr(wanted, name)
         for name in ("temperature", "top_p", "repetition_penalty")
@@ -143,14 +184,22 @@ def _sampling(request: Any, eos_id: int | None, limits: Limits) -> SamplingParam
         sampling.check_vocabulary(limits.vocab_size)
     except UsageError as error:
         name, text = re.split(r" = |: ", str(error), maxsplit=1)
-        raise invalid(FIELDS.get(name, f"sampling.{name}"), text[-200:]) from None
+        raise invalid(FIELDS.get(name, f"{SAMPLING}.{name}"), text[-200:]) from None
     if sampling.min_new_tokens and len(stop_ids) >= limits.vocab_size:
-        raise invalid("stopping.stop_token_ids", "leaves no token for min_new_tokens")
+        raise invalid(f"{STOPPING}.stop_token_ids", "leaves no token for min_new_tokens")
     return sampling
 
 
-async def parse_prompt(prompt: Any, limits: Limits, room: int = 0) -> np.ndarray:
+async def parse_prompt(
+    prompt: Any, limits: Limits, room: int = 0, keep: int | None = None
+) -> np.ndarray:
     """Token ids (T,) of a Prompt, 1 ≤ T ≤ ``max_context`` - ``room``.
+
+    Args:
+        prompt: the message.
+        limits: of the model.
+        room: tokens of the context that are not for the prompt.
+        keep: keep only so many tokens at the end of a longer prompt.
 
     Raises:
         StatusError: INVALID_ARGUMENT.
@@ -172,15 +221,20 @@ async def parse_prompt(prompt: Any, limits: Limits, room: int = 0) -> np.ndarray
                 ids = [limits.tokenizer.eot_id]
             field = "prompt.text"
         case "token_ids":
-            ids, field = list(prompt.token_ids.ids), "prompt.token_ids"
-            if not ids:
+            given, field = prompt.token_ids.ids, "prompt.token_ids"
+            if not given:
                 raise invalid(field, "is empty")
+            if keep is None and len(given) > longest:
+                raise invalid(field, f"has {len(given)} tokens; at most {longest} fit the context")
+            ids = list(given[-keep:] if keep is not None else given)
             if max(ids) >= limits.vocab_size:
                 raise invalid(
                     field, f"token {max(ids)} is not between 0 and {limits.vocab_size - 1}"
                 )
         case _:
             raise invalid("prompt", "text or token_ids must be set")
+    if keep is not None:
+        ids = ids[-keep:]
     if len(ids) > longest:
         raise invalid(field, f"has {len(ids)} tokens; at most {longest} fit the context")
     return np.array(ids, np.int64)

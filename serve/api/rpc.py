@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +23,15 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from serve.api.gate import OPEN_SERVICES, Gate
 from serve.api.status import DETAILS, StatusError, internal, invalid
 
 log = logging.getLogger("serve")
 
+PACKAGE = "gpt_dist.v1"
+"""Its requests may have known fields only."""
 REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -61,10 +64,10 @@ def note(**values: Any) -> None:
     current.get().notes.update(values)
 
 
-def deadline_of(context: Any, clock: Callable[[], float]) -> float | None:
-    """When the caller gives up, in seconds of ``clock``; None if never."""
-    left = context.time_remaining()
-    return None if left is None or left > 1e9 else clock() + left
+def seconds_left(context: Any) -> float | None:
+    """Seconds until the caller gives up; None if it never does."""
+    left: float | None = context.time_remaining()
+    return None if left is None or left > 1e9 else left
 
 
 def generic_handler(service: ServiceDescriptor, implementation: object, gate: Gate) -> Any:
@@ -206,10 +209,34 @@ class _Answer:
                 "MESSAGE_TOO_LARGE",
             )
         try:
-            return self.message.FromString(data)
+            request = self.message.FromString(data)
         except DecodeError:
             name = self.message.DESCRIPTOR.full_name
             raise invalid("", f"the request is not a valid {name}") from None
+        if self.message.DESCRIPTOR.file.package == PACKAGE:
+            refuse_unknown_fields(request)
+        return request
+
+
+def refuse_unknown_fields(request: Message) -> None:
+    """Refuse options that this server would ignore.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT.
+    """
+    known = type(request)()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()  # type: ignore[attr-defined]
+    if known.ByteSize() == request.ByteSize():
+        return
+    unknown = UnknownFieldSet(request)
+    place = f"field {unknown[0].field_number}" if len(unknown) else "a part with a field"
+    raise StatusError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"{request.DESCRIPTOR.name} has {place} that this server does not know: the client was "
+        f"made for another version of {PACKAGE}",
+        "UNKNOWN_FIELD",
+    )
 
 
 class _Frame:

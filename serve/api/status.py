@@ -8,6 +8,8 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from gpt_dist.v1 import errors_pb2
+
 DOMAIN = "gpt_dist"
 DETAILS = "grpc-status-details-bin"
 
@@ -23,7 +25,8 @@ class StatusError(Exception):
     Args:
         code: the status code.
         message: one sentence for people.
-        reason: UPPER_SNAKE_CASE for programs (``google.rpc.ErrorInfo``).
+        reason: for programs (``google.rpc.ErrorInfo``): a name of ``gpt_dist.v1.ErrorReason``
+            without its prefix.
         field: the invalid field of the request (``google.rpc.BadRequest``).
         retry_after: when to try again, in seconds (``google.rpc.RetryInfo``).
     """
@@ -38,6 +41,7 @@ class StatusError(Exception):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
+        errors_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}")  # undocumented: ValueError
         self.code, self.message, self.reason = code, message[:MOST], reason
         self.field, self.retry_after = field[:MOST], retry_after
 
@@ -49,6 +53,10 @@ class StatusError(Exception):
 
     def details(self) -> bytes:
         """A serialised ``google.rpc.Status``, for the trailing metadata."""
+        return self.status().SerializeToString()
+
+    def status(self) -> status_pb2.Status:
+        """The error with its details, as one message."""
         parts: list[Any] = [error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN)]
         if self.field:
             violation = error_details_pb2.BadRequest.FieldViolation(
@@ -63,8 +71,7 @@ class StatusError(Exception):
         for part in parts:
             packed.append(any_pb2.Any())
             packed[-1].Pack(part)
-        status = status_pb2.Status(code=self.number, message=self.message, details=packed)
-        return status.SerializeToString()
+        return status_pb2.Status(code=self.number, message=self.message, details=packed)
 
 
 def invalid(field: str, message: str) -> StatusError:
@@ -73,6 +80,38 @@ def invalid(field: str, message: str) -> StatusError:
         grpc.StatusCode.INVALID_ARGUMENT,
         f"{field}: {message}" if field else message,
         "INVALID_FIELD" if field else "INVALID_MESSAGE",
+        field=field,
+    )
+
+
+def unknown_model(given: str, served: str, field: str = "model") -> StatusError:
+    """NOT_FOUND: the server serves another model."""
+    return StatusError(
+        grpc.StatusCode.NOT_FOUND,
+        f"unknown model {given[:80]!r}; this server serves {served!r}",
+        "UNKNOWN_MODEL",
+        field=field,
+    )
+
+
+def other_weights(expected: str, version: str) -> StatusError:
+    """FAILED_PRECONDITION: the weights are not of the version that the caller expects."""
+    return StatusError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"the weights are of version {version!r}, not {expected[:80]!r}",
+        "WEIGHTS_VERSION_MISMATCH",
+        field="expected_weights_version",
+    )
+
+
+def too_large(field: str, size: int, limit: int) -> StatusError:
+    """INVALID_ARGUMENT: a default client could not read the response."""
+    return StatusError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"{field}: the response could have {size / 1e6:,.1f} MB, and gRPC clients read "
+        f"{limit / 1e6:.1f} MB by default; ask for fewer outputs, tokens or log-probabilities, "
+        "or stream",
+        "RESPONSE_TOO_LARGE",
         field=field,
     )
 

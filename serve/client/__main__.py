@@ -18,6 +18,7 @@ from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from gpt_dist.v1 import generation_pb2 as pb
 from serve.client import Client
 from serve.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from serve.client.requests import CONFIG, OWN
 from serve.client.words import ending, failure_of
 
 TYPES: dict[int, Callable[[str], Any]] = {
@@ -28,7 +29,7 @@ TYPES: dict[int, Callable[[str], Any]] = {
 TOKEN_ID = TYPES[FieldDescriptor.TYPE_UINT32]
 CONNECTION = (
     "target", "timeout", "request_id", "token", "token_file",
-    "tls", "tls_ca", "tls_cert", "tls_key",
+    "tls", "tls_ca", "tls_cert", "tls_key", "model",
 )  # fmt: skip
 """Flags that are arguments of `Client`."""
 HELP = {
@@ -79,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     ):
         connection.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
     connection.add_argument("--request-id", help="sent to the server's log")
+    connection.add_argument(
+        "--model", default="", metavar="NAME", help="fail if the server serves another model"
+    )
     shared.add_argument("--json", action="store_true", help="print messages as JSON lines")
 
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -99,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     detokenize = command("detokenize", "Convert token ids to text.")
     detokenize.add_argument("ids", nargs="+", type=TOKEN_ID, metavar="ID")
     command("info", "Describe the served model.")
+    command("status", "Tell how busy the server is.")
     command("health", "Exit with status 0 if the server accepts requests, else 1.")
     return made
 
@@ -126,6 +131,17 @@ def _parameters(group: Any) -> None:
         "--stop-token-ids", type=TOKEN_ID, nargs="+", metavar="ID", help="tokens that end the text"
     )
     group.add_argument(
+        "--truncate-prompt-tokens",
+        type=TOKEN_ID,
+        metavar="N",
+        help="keep only the last N tokens of a longer prompt",
+    )
+    group.add_argument(
+        "--expected-weights-version",
+        metavar="VERSION",
+        help="fail if the server has other weights",
+    )
+    group.add_argument(
         "--time-budget",
         type=float,
         metavar="SECONDS",
@@ -134,7 +150,7 @@ def _parameters(group: Any) -> None:
 
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = {*HELP, "stop_token_ids", "time_budget"}
+    names = {*HELP, "stop_token_ids", "time_budget", *OWN[1:], *CONFIG}
     chosen = {name: getattr(arguments, name) for name in names}
     chosen["stop_sequences"] = arguments.stop
     if arguments.logit_bias:
@@ -232,12 +248,12 @@ def _run(arguments: argparse.Namespace) -> int:
             case "detokenize":
                 text = client.detokenize(arguments.ids)
                 print(json.dumps(text, ensure_ascii=False) if arguments.json else text)
-            case "info":
-                info = client.info()
+            case "info" | "status":
+                message = client.info() if arguments.command == "info" else client.status()
                 if arguments.json:
-                    _print_json(info)
+                    _print_json(message)
                 else:
-                    print(str(info).rstrip())
+                    print(str(message).rstrip())
             case "health":
                 serving = client.health(reachable=True)
                 print(json.dumps(serving) if arguments.json else

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from gpt_dist.errors import UsageError
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
+from gpt_dist.v1.model_service_pb2_grpc import ModelServiceStub
 from serve.certificates import check_files
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -27,7 +28,10 @@ SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
 SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": "gpt_dist.v1.GenerationService"}],
+            "name": [
+                {"service": "gpt_dist.v1.GenerationService"},
+                {"service": "gpt_dist.v1.ModelService"},
+            ],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.2s",
@@ -61,6 +65,8 @@ class Connection:
         tls_cert: certificate of this client (PEM), with ``tls_key``.
         tls_key: its private key (PEM).
         request_id: sent with every call, for the server's log.
+        model: name of the model that the server has to serve; empty: any. Calls that take keywords
+            can override it.
 
     Raises:
         OSError: a file cannot be read.
@@ -82,9 +88,10 @@ class Connection:
         tls_cert: Path | None = None,
         tls_key: Path | None = None,
         request_id: str | None = None,
+        model: str = "",
     ) -> None:
         check_target(target)
-        self.timeout = timeout
+        self.timeout, self.model = timeout, model
         self.metadata = _metadata(token or read_token(token_file), request_id)
         if tls or tls_ca or tls_cert or tls_key:
             check_files(tls_cert, tls_key, tls_ca)
@@ -95,7 +102,11 @@ class Connection:
         else:
             self._channel = self._channels.insecure_channel(target, CHANNEL_OPTIONS)
         self._stub: Any = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._model_stub: Any = ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def _named(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {"model": self.model, **parameters}
 
     def _with(self, timeout: float | None) -> dict[str, Any]:
         return {"timeout": timeout or self.timeout, "metadata": self.metadata}

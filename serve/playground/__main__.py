@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     server = InProcessServer(args.checkpoint) if args.checkpoint else None
     target = server.target if server else args.target or DEFAULT_TARGET
     try:
-        info = model_info(target)
-        page = build(target, info, model_card(info, args.checkpoint))
+        info, slots = model_info(target)
+        page = build(target, info, slots, model_card(info, args.checkpoint))
         try:
             page.launch(
                 server_name=args.host, server_port=args.port, css=CSS, quiet=True,

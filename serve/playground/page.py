@@ -80,15 +80,15 @@ async def converse(
         yield ended(begun, "error"), str(failure(error, target))
 
 
-def model_info(target: str) -> Any:
-    """What the server says of its model.
+def model_info(target: str) -> tuple[Any, int]:
+    """What the server says of its model, and the number of its slots.
 
     Raises:
         GptDistError: the server does not answer.
     """
     try:
         with Client(target, timeout=10) as client:
-            return client.info()
+            return client.info(), client.status().max_slots
     except grpc.RpcError as error:
         raise failure(error, target) from None
 
@@ -109,18 +109,19 @@ def model_card(info: Any, checkpoint: Path | None) -> str:
     return f"{text}\n\n## As served\n\n{table}"
 
 
-def build(target: str, info: Any, card: str) -> gradio.Blocks:
+def build(target: str, info: Any, slots: int, card: str) -> gradio.Blocks:
     """Build the page.
 
     Args:
         target: ``host:port`` of a server.
         info: from ``model_info``; names the model and bounds the sliders.
+        slots: sequences that the server generates at once.
         card: Markdown for the second tab.
     """
     import gradio as gr
 
     longest = max(2, info.max_context - 1)  # a slider needs two values
-    most = max(2, min(MAX_SAMPLES, info.max_slots))  # beyond the slots they wait for their turn
+    most = max(2, min(MAX_SAMPLES, slots))  # beyond the slots they wait for their turn
     top_k = min(MAX_TOP_K, info.vocab_size)
     page: gradio.Blocks
     with gr.Blocks(title=f"{info.name} · gpt_dist playground", analytics_enabled=False) as page:
@@ -139,7 +140,7 @@ def build(target: str, info: Any, card: str) -> gradio.Blocks:
                     gr.Slider(
                         1,
                         most,
-                        min(2, info.max_slots),
+                        min(2, slots),
                         step=1,
                         label="Samples",
                         info="side by side",

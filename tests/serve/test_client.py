@@ -10,7 +10,7 @@ import pytest
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
-from serve.api.service import Served
+from serve.api.served import Served
 from serve.api.status import StatusError, overloaded, unavailable
 from serve.client import AsyncClient, Client
 from serve.client.__main__ import main
@@ -44,11 +44,11 @@ def test_the_client_repeats_only_what_was_unavailable(
     service, made = server.server.service, []
     accept = service.accept
 
-    def refuse_once() -> Served:
+    def refuse_once(*model: str) -> Served:
         made.append(1)
         if len(made) == 1:
             raise refusal
-        return accept()
+        return accept(*model)
 
     monkeypatch.setattr(service, "accept", refuse_once)
     client = Client(server.target)

@@ -14,12 +14,14 @@ import pytest
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
+from gpt_dist.v1 import model_service_pb2 as model_api
 from serve.client import Client, build_request
 from serve.inference import grpc_service_pb2 as kserve_pb
 from tests.serve.conftest import CONTEXT, PATIENCE, LiveServer, StartServer, errors
 
 COUNT = 100_000 if os.environ.get("SOAK") else 10_000
 SERVICE = api.DESCRIPTOR.services_by_name["GenerationService"]
+MODEL = model_api.DESCRIPTOR.services_by_name["ModelService"]
 INFERENCE = kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 VALID = {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
 
@@ -48,14 +50,15 @@ def seeds() -> dict[str, list[bytes]]:
         f"/{SERVICE.full_name}/Generate": requests,
         f"/{SERVICE.full_name}/GenerateStream": requests,
         f"/{SERVICE.full_name}/GenerateBatch": [
-            api.GenerateBatchRequest(requests=[rich, plain]).SerializeToString()
+            api.GenerateBatchRequest(request=rich).SerializeToString()
         ],
         f"/{SERVICE.full_name}/Score": [score.SerializeToString()],
         f"/{SERVICE.full_name}/Tokenize": [api.TokenizeRequest(text="x y").SerializeToString()],
         f"/{SERVICE.full_name}/Detokenize": [
             api.DetokenizeRequest(token_ids=[1, 2]).SerializeToString()
         ],
-        f"/{SERVICE.full_name}/GetModelInfo": [b""],
+        f"/{MODEL.full_name}/GetModelInfo": [b"", b"\n\x04gpt2"],
+        f"/{MODEL.full_name}/GetServerStatus": [b""],
         f"/{INFERENCE.full_name}/ModelInfer": [infer.SerializeToString()],
         f"/{INFERENCE.full_name}/ModelMetadata": [b"\n\x04gpt2"],
         "/grpc.health.v1.Health/Check": [b"", b"\n\x03abc"],

@@ -138,7 +138,7 @@ def test_reflection_needs_a_token(guarded: LiveServer) -> None:
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
         metadata = [("authorization", "Bearer alpha")]
         [answer] = stub.ServerReflectionInfo(iter(requests), metadata=metadata)
-        assert len(answer.list_services_response.service) == 3
+        assert len(answer.list_services_response.service) == 4
 
 
 def test_open_calls_are_bounded_and_health_has_room(start: StartServer, model: GPT) -> None:
@@ -150,7 +150,7 @@ def test_open_calls_are_bounded_and_health_has_room(start: StartServer, model: G
         request = build_request([1], max_new_tokens=2).SerializeToString()
         calls = [send.future(request, timeout=PATIENCE) for _ in range(2)]
         wait_until(lambda: server.open_calls == 2)
-        error = refusal(server, f"{SERVICE}/GetModelInfo")
+        error = refusal(server, "/gpt_dist.v1.ModelService/GetModelInfo")
         assert (error.code().name, reason(error)) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
         health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
@@ -158,7 +158,7 @@ def test_open_calls_are_bounded_and_health_has_room(start: StartServer, model: G
         for call in calls:
             call.result(PATIENCE)
         wait_until(lambda: server.open_calls == 0)
-        info = channel.unary_unary(f"{SERVICE}/GetModelInfo")
+        info = channel.unary_unary("/gpt_dist.v1.ModelService/GetModelInfo")
         assert info(b"", timeout=PATIENCE)
 
 

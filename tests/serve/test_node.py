@@ -53,7 +53,7 @@ def test_errors_and_cancellation(node: list[str], start: StartServer, model: GPT
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert wrong.returncode == 1
-    assert "INVALID_ARGUMENT: sampling.n" in wrong.stderr
+    assert "INVALID_ARGUMENT: config.sampling.n" in wrong.stderr
     decoder.hold()
     process = subprocess.Popen(
         [*node, "x", "--target", server.target, "--max-new-tokens", "150"],

@@ -77,7 +77,7 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
             assert status == health_pb2.HealthCheckResponse.SERVING
     with Client(target) as client:
         info = client.info()
-        assert (info.max_slots, info.name) == (3, "mine")
+        assert (client.status().max_slots, info.name) == (3, "mine")
         assert info.weights_version.startswith("step-00000100-")
         prompt = TOKENIZER.encode("to be")
         answer = client.generate("to be", temperature=0, max_new_tokens=9, ignore_eos=True)
@@ -92,7 +92,7 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: client.info().waiting >= 3)
+        wait_until(lambda: client.status().waiting >= 3)
         status, errors = process.end()
         for thread in threads:
             thread.join()
@@ -288,7 +288,7 @@ def test_the_command_line_client(processes: StartProcess, run: Path, tmp_path: P
 
     wrong = client_command("generate", "x", "--top-p", "7", *target)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: INVALID_ARGUMENT: sampling.top_p")
+    assert wrong.stderr.startswith("error: INVALID_ARGUMENT: config.sampling.top_p")
     process.end()
     gone = client_command("generate", "x", "--timeout", "60", *target)
     assert gone.returncode == 1
@@ -308,12 +308,12 @@ def test_ctrl_c_cancels_on_the_server(processes: StartProcess, run: Path) -> Non
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         with Client(target) as watcher:
-            wait_until(lambda: watcher.info().running)
+            wait_until(lambda: watcher.status().running)
             client.send_signal(signal.SIGINT)
             _, errors = client.communicate(timeout=PATIENCE)
             assert client.returncode == 130
             assert "Traceback" not in errors
-            wait_until(lambda: not (watcher.info().running or watcher.info().waiting))
+            wait_until(lambda: not (watcher.status().running or watcher.status().waiting))
     _, errors = process.end()
     records = [json.loads(line) for line in errors.splitlines()]
     codes = [record["code"] for record in records if "/Generate" in record.get("method", "")]

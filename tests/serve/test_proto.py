@@ -1,4 +1,4 @@
-"""The .proto files: the committed stubs match them, and they pass buf."""
+"""The .proto files: the committed stubs match them, and they keep what was frozen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from tests.serve.conftest import node_package
 
 ROOT = Path(__file__).parents[2]
+FROZEN = ROOT / "frozen-proto/v1"
 
 
 @pytest.mark.slow
@@ -42,19 +43,59 @@ def test_buf_lint(buf: Path) -> None:
     subprocess.run([buf, "lint"], cwd=ROOT, check=True)
 
 
+def breaking(buf: Path, directory: Path) -> str:
+    """What `buf breaking` finds in a copy of the API, against the frozen one."""
+    command = [buf, "breaking", "--against", FROZEN]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    assert not done.stderr
+    assert bool(done.returncode) == bool(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A directory with a copy of the API that a test may change."""
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    return tmp_path
+
+
 @pytest.mark.node
 @pytest.mark.slow
-def test_buf_breaking(buf: Path, tmp_path: Path) -> None:
-    """The committed API may be extended but not changed, and the check notices a change."""
-    for name in ("proto", "buf.yaml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    against = f"{ROOT}/.git#ref=HEAD"
-    command = [buf, "breaking", "--against", against]
-    kept = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert kept.returncode == 0, kept.stdout + kept.stderr
-    path = tmp_path / "proto/gpt_dist/v1/generation.proto"
-    path.write_text(path.read_text().replace("uint32 top_k = 2", "uint64 top_k = 2"))
-    changed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert changed.returncode != 0
-    assert "top_k" in changed.stdout
+def test_the_api_keeps_what_was_frozen(buf: Path, copied: Path) -> None:
+    assert breaking(buf, copied) == ""
+
+
+@pytest.mark.node
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "before", "after", "complaint"),
+    [
+        ("generation", "optional uint32 top_k = 2", "optional uint64 top_k = 2", "top_k"),
+        ("generation", "optional uint32 top_k = 2", "optional uint32 top_n = 2", "top_k"),
+        ("generation", "FINISH_REASON_LENGTH = 1;", "FINISH_REASON_LENGTH = 9;", "FinishReason"),
+        ("errors", "ERROR_REASON_QUEUE_FULL = 10", "ERROR_REASON_BUSY = 10", "QUEUE_FULL"),
+        ("generation_service", "string model = 5;", "", '"5" with name "model"'),
+        ("generation_service", "returns (stream GenerateBatch", "returns (GenerateBatch", "server"),
+        ("model_service", "rpc GetServerStatus(", "rpc GetStatus(", "GetServerStatus"),
+    ],
+)
+def test_a_breaking_change_fails(
+    buf: Path, copied: Path, file: str, before: str, after: str, complaint: str
+) -> None:
+    path = copied / f"proto/gpt_dist/v1/{file}.proto"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    assert complaint in breaking(buf, copied)
+
+
+@pytest.mark.node
+@pytest.mark.slow
+def test_an_extension_passes(buf: Path, copied: Path) -> None:
+    path = copied / "proto/gpt_dist/v1/generation.proto"
+    extended = "  // New.\n  optional uint32 new_option = 99;\n}\n\n// When a continuation ends"
+    text = path.read_text()
+    assert "}\n\n// When a continuation ends" in text
+    path.write_text(text.replace("}\n\n// When a continuation ends", extended, 1))
+    assert breaking(buf, copied) == ""

@@ -38,7 +38,7 @@ def pair(start: StartServer, model: GPT) -> list[LiveServer]:
 
 def reach(client: Client, servers: list[LiveServer]) -> None:
     """Call until each of the servers has answered: the client is connected to all of them."""
-    method = "gpt_dist.v1.GenerationService/GetModelInfo"
+    method = "gpt_dist.v1.ModelService/GetModelInfo"
 
     def answered(server: LiveServer) -> bool:
         return server.server.metrics.calls.labels(method, "OK")._value.get() > 0

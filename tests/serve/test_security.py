@@ -81,7 +81,7 @@ class Authority:
 def code(client: Client) -> str:
     """Make one call; returns the name of its status."""
     try:
-        client._stub.GetModelInfo(
+        client._model_stub.GetModelInfo(
             _info(), timeout=PATIENCE, metadata=client.metadata, wait_for_ready=False
         )
     except grpc.RpcError as error:
@@ -98,9 +98,9 @@ def look(server: LiveServer) -> None:
 
 
 def _info() -> Any:
-    from gpt_dist.v1 import generation_service_pb2 as api
+    from gpt_dist.v1 import model_service_pb2 as model_api
 
-    return api.GetModelInfoRequest()
+    return model_api.GetModelInfoRequest()
 
 
 @pytest.fixture(autouse=True)

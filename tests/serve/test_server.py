@@ -266,11 +266,8 @@ def test_draining_loses_no_accepted_request(start: StartServer, model: GPT) -> N
         stub = client._stub
         try:
             if index % 3 == 0:
-                call = stub.GenerateBatch(
-                    api.GenerateBatchRequest(
-                        requests=[build_request([1], max_new_tokens=5, ignore_eos=True)] * 20
-                    )
-                )
+                request = build_request([1], max_new_tokens=5, ignore_eos=True)
+                call = stub.GenerateBatch([api.GenerateBatchRequest(request=request)] * 20)
                 items = [item async for item in call]
                 assert len(items) == 20
                 assert all(item.HasField("response") for item in items)
@@ -390,6 +387,7 @@ def test_reflection(start: StartServer, model: GPT) -> None:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert set(database.get_services()) == {
             "gpt_dist.v1.GenerationService",
+            "gpt_dist.v1.ModelService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
             "inference.GRPCInferenceService",

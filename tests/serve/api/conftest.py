@@ -25,7 +25,11 @@ DETAILS = (
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
     """The google.rpc details of an error, by message name."""
-    status = rpc_status.from_call(error)
+    return unpacked(rpc_status.from_call(error))
+
+
+def unpacked(status: Any) -> dict[str, Any]:
+    """The details of a google.rpc.Status, by message name."""
     found = {}
     for packed in status.details:
         [message] = [kind() for kind in DETAILS if packed.Is(kind.DESCRIPTOR)]

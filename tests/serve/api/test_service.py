@@ -15,9 +15,10 @@ from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
+from gpt_dist.v1 import model_service_pb2 as model_api
 from serve.client import AsyncClient, Client, build_request
 from serve.engine.jobs import Finish
-from tests.serve.api.conftest import details, joined
+from tests.serve.api.conftest import details, joined, unpacked
 from tests.serve.conftest import (
     CONTEXT,
     PATIENCE,
@@ -143,8 +144,8 @@ def test_tokenize_and_detokenize(client: Client, server: LiveServer) -> None:
 
 
 def test_info(client: Client) -> None:
-    info = client.info()
-    assert (info.max_context, info.vocab_size, info.max_slots) == (CONTEXT, VOCABULARY, 8)
+    info, status = client.info(), client.status()
+    assert (info.max_context, info.vocab_size, status.max_slots) == (CONTEXT, VOCABULARY, 8)
     assert (info.name, info.tokenizer, info.dtype, info.device) == ("gpt2", "bpe", "fp32", "cpu")
     assert info.backend in ("kernels-avx512", "kernels-avx2", "pytorch")
     assert info.end_of_text_id == TOKENIZER.eot_id
@@ -154,24 +155,26 @@ def test_batch(client: Client, server: LiveServer) -> None:
     """A batch larger than slots and queue together, two of its requests invalid."""
     assert len(server.scheduler.decoder.free_slots) == 8
     prompts = [[1 + index % 9] * (1 + index % 50) for index in range(300)]
-    request = api.GenerateBatchRequest()
-    for index, prompt in enumerate(prompts):
-        request.requests.append(build_request(prompt, seed=index, max_new_tokens=4))
-    request.requests[7].sampling.top_p = 3
-    request.requests[8].prompt.Clear()
+    requests = [
+        build_request(prompt, seed=index, max_new_tokens=4) for index, prompt in enumerate(prompts)
+    ]
+    requests[7].config.sampling.top_p = 3
+    requests[8].prompt.Clear()
+    stream = (api.GenerateBatchRequest(request=request) for request in requests)
     answers = {}
-    for item in client._stub.GenerateBatch(request, timeout=PATIENCE):
+    for item in client._stub.GenerateBatch(stream, timeout=PATIENCE):
         assert item.request_index not in answers
         answers[item.request_index] = item
     assert set(answers) == set(range(300))
-    assert (answers[7].error.code, answers[7].error.field) == (3, "sampling.top_p")
-    assert answers[8].error.field == "prompt"
+    for index, field in ((7, "config.sampling.top_p"), (8, "prompt")):
+        assert answers[index].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+        found = unpacked(answers[index].error)
+        assert found["ErrorInfo"].reason == "INVALID_FIELD"
+        assert found["BadRequest"].field_violations[0].field == field
     for index in (0, 9, 150, 299):
         alone = client.generate(prompts[index], seed=index, max_new_tokens=4)
         assert answers[index].response.outputs == alone.outputs
-    with pytest.raises(grpc.RpcError) as caught:
-        list(client.batch([]))
-    assert details(caught.value)["BadRequest"].field_violations[0].field == "requests"
+    assert list(client.batch([])) == []
 
 
 def test_a_batch_gives_way_to_others(start: StartServer, model: GPT) -> None:
@@ -254,8 +257,8 @@ def test_request_ids(server: LiveServer, caplog: pytest.LogCaptureFixture) -> No
         client.generate([1], temperature=-1)
     assert ("x-request-id", "abc-123") in [tuple(p) for p in caught.value.trailing_metadata()]
     # The server makes one if none is given, or if it is not fit for a log.
-    _, call = client._stub.GetModelInfo.with_call(
-        api.GetModelInfoRequest(), metadata=[("x-request-id", "x" * 200)]
+    _, call = client._model_stub.GetModelInfo.with_call(
+        model_api.GetModelInfoRequest(), metadata=[("x-request-id", "x" * 200)]
     )
     made = dict(tuple(pair) for pair in call.trailing_metadata())["x-request-id"]
     assert len(made) == 32
@@ -265,7 +268,8 @@ def test_asyncio_client(server: LiveServer) -> None:
     async def run() -> None:
         async with AsyncClient(server.target) as client:
             assert await client.health()
-            assert (await client.info()).max_slots == 8
+            assert (await client.info()).max_context == CONTEXT
+            assert (await client.status()).max_slots == 8
             options = {"seed": 4, "max_new_tokens": 9}
             whole = await client.generate("to be", **options)
             pieces = [piece async for piece in client.stream("to be", **options)]

@@ -61,7 +61,7 @@ def test_a_slow_reader_gets_long_pieces_and_delays_nothing(start: StartServer, m
     async def read() -> list[api.GenerateStreamResponse]:
         """Do as the service does, with a first write that ends after the generation."""
         wanted = await parse_generation(build_request([1], **options), served.limits)
-        with Call(wanted, served.engine, served.tokenizer, server.server.metrics) as call:
+        with Call(wanted, served, server.server.metrics) as call:
             messages = call.messages()
             decoder.allow(3)
             pieces = [await anext(messages)]

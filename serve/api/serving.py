@@ -1,0 +1,218 @@
+"""What all protocols share: the model that is served, and the work accepted for it.
+
+A protocol turns its requests into messages of ``gpt_dist.v1`` and hands them to `Serving`. It gets
+messages back, or a `StatusError`, and turns these into its own answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+from gpt_dist.errors import UsageError
+from gpt_dist.v1 import generation_service_pb2 as api
+from serve.api.generation import Call
+from serve.api.logprobs import score_response
+from serve.api.parsing import (
+    MAX_TOP_LOGPROBS,
+    RESPONSE_BYTES,
+    parse_generation,
+    parse_prompt,
+    tokenize,
+)
+from serve.api.served import Served
+from serve.api.status import (
+    StatusError,
+    expired,
+    internal,
+    invalid,
+    lost,
+    other_weights,
+    overloaded,
+    too_large,
+    unavailable,
+)
+from serve.engine.engine import EngineLost
+from serve.engine.jobs import Event, Expired, Lost, QueueFull, Scored, Scoring
+from serve.metrics import Metrics
+
+
+class Serving:
+    """The served model, and the calls that were accepted and have not ended.
+
+    Args:
+        metrics: counts calls and tokens.
+        stream_interval: minimum time between two messages of a stream, in seconds.
+    """
+
+    def __init__(self, metrics: Metrics, stream_interval: float = 0.0) -> None:
+        self.metrics, self.stream_interval = metrics, stream_interval
+        self.served: Served | None = None
+        """The model; None until it is loaded."""
+        self.draining = False
+        self.open_calls = 0
+        self.idle = asyncio.Event()
+        """Whether no call is open."""
+        self.idle.set()
+
+    def accept(self, model: str = "") -> Served:
+        """Return the model, if the server accepts new work for it.
+
+        Raises:
+            StatusError: UNAVAILABLE, or NOT_FOUND for the name of another model.
+        """
+        if self.draining:
+            raise unavailable("the server is shutting down", "DRAINING")
+        if self.served is None:
+            raise unavailable("the model is loading", "LOADING")
+        if self.served.engine.failure is not None:
+            raise unavailable("the engine failed", "ENGINE_FAILED")
+        self.served.check_model(model)
+        return self.served
+
+    def __enter__(self) -> Serving:
+        self.open_calls += 1
+        self.idle.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open_calls -= 1
+        if not self.open_calls:
+            self.idle.set()
+
+    def refused(self, error: QueueFull | EngineLost) -> StatusError:
+        """The status of a call that the engine did not accept."""
+        if isinstance(error, EngineLost):
+            return unavailable(str(error), "ENGINE_FAILED")
+        assert self.served is not None
+        return overloaded(self.served.engine.scheduler.retry_after)
+
+    @asynccontextmanager
+    async def generation(
+        self, served: Served, request: Any, seconds: float | None, whole: bool = True
+    ) -> AsyncIterator[Call]:
+        """Begin to answer a request. Leaving the context cancels what is unfinished.
+
+        Args:
+            served: the model, from `accept`.
+            request: GenerateRequest or GenerateStreamRequest.
+            seconds: until the caller gives up; None if never.
+            whole: whether all outputs will be one message.
+
+        Raises:
+            StatusError: the request is invalid, or there is no room for it.
+        """
+        with self:
+            async with self.part(served, request, seconds, whole) as call:
+                yield call
+
+    @asynccontextmanager
+    async def part(
+        self, served: Served, request: Any, seconds: float | None, whole: bool = True
+    ) -> AsyncIterator[Call]:
+        """As `generation`, for a request that is part of a call that is open already."""
+        deadline = None if seconds is None else served.engine.clock() + seconds
+        served.check_model(request.model)
+        wanted = await parse_generation(request, served.limits, whole)
+        served.check_weights(wanted.expected_weights_version)
+        try:
+            with Call(wanted, served, self.metrics, deadline) as call:
+                yield call
+        except (QueueFull, EngineLost) as error:
+            raise self.refused(error) from None
+
+    async def score(
+        self, request: api.ScoreRequest, seconds: float | None = None
+    ) -> api.ScoreResponse:
+        """Compute the log-probabilities of a text.
+
+        Args:
+            request: the text.
+            seconds: until the caller gives up; None if never.
+
+        Raises:
+            StatusError: the request is invalid, there is no room for it, the deadline passed, or
+                the engine failed.
+        """
+        served = self.accept(request.model)
+        deadline = None if seconds is None else served.engine.clock() + seconds
+        expected = request.expected_weights_version
+        served.check_weights(expected)
+        if request.top_logprobs > MAX_TOP_LOGPROBS:
+            raise invalid("top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
+        prepend, eot_id = request.prepend_end_of_text, served.tokenizer.eot_id
+        if prepend and eot_id is None:
+            raise invalid("prepend_end_of_text", "this tokenizer has no end-of-text token")
+        with self:
+            ids = await parse_prompt(request.prompt, served.limits, room=int(prepend))
+            size = served.limits.response_bytes(1, len(ids), request.top_logprobs)
+            if size > RESPONSE_BYTES:
+                raise too_large("top_logprobs", size, RESPONSE_BYTES)
+            if eot_id is not None and prepend:
+                ids = np.concatenate((np.array([eot_id]), ids))
+            event = await self._scored(served, ids, request.top_logprobs, deadline)
+        if expected and event.weights_version != expected:
+            raise other_weights(expected, event.weights_version)
+        response = score_response(event, ids, served.tokenizer, prepend)
+        response.system_fingerprint = served.fingerprint(event.weights_version)
+        return response
+
+    async def _scored(
+        self, served: Served, ids: np.ndarray, top: int, deadline: float | None
+    ) -> Scored:
+        answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+
+        def listen(event: Event) -> None:
+            if not answer.done():
+                answer.set_result(event)
+
+        job = Scoring(ids, listen, deadline, top=top)
+        try:
+            served.engine.submit([job])
+        except (QueueFull, EngineLost) as error:
+            raise self.refused(error) from None
+        try:
+            event = await answer
+        finally:
+            served.engine.cancel([job])
+        match event:
+            case Scored():
+                return event
+            case Expired():
+                raise expired()
+            case Lost():
+                raise lost(event.message, event.began)
+        raise internal()
+
+    async def tokenize(self, request: api.TokenizeRequest) -> api.TokenizeResponse:
+        """Token ids of a text, and their bytes.
+
+        Raises:
+            StatusError: the text has a character that the tokenizer cannot encode.
+        """
+        served = self.accept(request.model)
+        ids = await tokenize(request.text, served.tokenizer, "text")
+        return api.TokenizeResponse(
+            token_ids=ids,
+            tokens=map(served.tokenizer.token_bytes, ids),
+            system_fingerprint=served.fingerprint(served.weights_version),
+        )
+
+    async def detokenize(self, request: api.DetokenizeRequest) -> api.DetokenizeResponse:
+        """Text of token ids.
+
+        Raises:
+            StatusError: an id is not in the vocabulary.
+        """
+        served = self.accept(request.model)
+        try:
+            text = served.tokenizer.decode(request.token_ids)
+        except UsageError as error:
+            raise invalid("token_ids", str(error)) from None
+        return api.DetokenizeResponse(
+            text=text, system_fingerprint=served.fingerprint(served.weights_version)
+        )
