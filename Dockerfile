@@ -45,6 +45,6 @@ USER gpt
 WORKDIR /work
 EXPOSE 50051 9090
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["health.sh"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["health.sh"]
 ENTRYPOINT ["entrypoint.sh"]
 CMD ["help"]

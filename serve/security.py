@@ -241,20 +241,24 @@ class Certificates(_Files):
 class TokenFile(_Files):
     """Bearer tokens, one per line. Blank lines and comments (``#``) are skipped.
 
+    Args:
+        path: the file.
+        flag: the option that names it.
+
     Raises:
         GptDistError: the file cannot be read or contains no token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flag: str = "--auth-token-file") -> None:
         self.path = path
         self._tokens: list[bytes] = []
         try:
             super().__init__([path])
             self._use()
         except OSError as error:
-            raise GptDistError(f"--auth-token-file: {describe(error)}") from None
+            raise GptDistError(f"{flag}: {describe(error)}") from None
         if not self._tokens:
-            raise GptDistError(f"--auth-token-file {path}: contains no token")
+            raise GptDistError(f"{flag} {path}: contains no token")
 
     def _use(self) -> None:
         lines = (line.strip() for line in self.path.read_bytes().splitlines())

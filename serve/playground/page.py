@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from gpt_dist.errors import GptDistError
 from serve.client import AsyncClient, Client
+from serve.client.connection import TOKEN
 from serve.client.words import failure
 from serve.playground.replies import Reply, ended, panels
 
@@ -27,7 +30,7 @@ BYTES_PER_SECOND = 1e6
 
 
 async def converse(
-    target: str,
+    connection: Mapping[str, Any],
     context: int,
     prompt: str,
     samples: float,
@@ -42,6 +45,11 @@ async def converse(
 ) -> AsyncGenerator[tuple[str, str], None]:
     """Stream replies. Closing the generator cancels the call and frees the server's slots.
 
+    Args:
+        connection: arguments of `AsyncClient`.
+        context: tokens of prompt and reply that the model takes.
+        prompt: and the other settings of the page.
+
     Yields:
         (panels as HTML, status line).
     """
@@ -50,7 +58,7 @@ async def converse(
     yield panels(replies, prompt), status
     due = 0.0
     try:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(**connection) as client:
             stream = client.stream(
                 prompt,
                 timeout=3600,
@@ -77,20 +85,29 @@ async def converse(
         yield panels(replies, prompt), status
     except grpc.RpcError as error:
         begun = panels([reply for reply in replies if reply.tokens], prompt)
-        yield ended(begun, "error"), str(failure(error, target))
+        yield ended(begun, "error"), str(_failure(error, connection))
 
 
-def model_info(target: str) -> tuple[Any, int]:
+def _failure(error: Any, connection: Mapping[str, Any]) -> GptDistError:
+    tls = any(connection.get(flag) for flag in ("tls", "tls_ca", "tls_cert"))
+    token = bool(connection.get("token_file") or os.environ.get(TOKEN))
+    return failure(error, connection["target"], tls=tls, token=token)
+
+
+def model_info(connection: Mapping[str, Any]) -> tuple[Any, int]:
     """What the server says of its model, and the number of its slots.
+
+    Args:
+        connection: arguments of `Client`.
 
     Raises:
         GptDistError: the server does not answer.
     """
     try:
-        with Client(target, timeout=10) as client:
+        with Client(**connection, timeout=10) as client:
             return client.info(), client.status().max_slots
     except grpc.RpcError as error:
-        raise failure(error, target) from None
+        raise _failure(error, connection) from None
 
 
 def model_card(info: Any, checkpoint: Path | None) -> str:
@@ -109,11 +126,11 @@ def model_card(info: Any, checkpoint: Path | None) -> str:
     return f"{text}\n\n## As served\n\n{table}"
 
 
-def build(target: str, info: Any, slots: int, card: str) -> gradio.Blocks:
+def build(connection: Mapping[str, Any], info: Any, slots: int, card: str) -> gradio.Blocks:
     """Build the page.
 
     Args:
-        target: ``host:port`` of a server.
+        connection: arguments of `AsyncClient`.
         info: from ``model_info``; names the model and bounds the sliders.
         slots: sequences that the server generates at once.
         card: Markdown for the second tab.
@@ -162,7 +179,7 @@ def build(target: str, info: Any, slots: int, card: str) -> gradio.Blocks:
             gr.Markdown(card, elem_id="card")
 
         async def respond(*values: Any) -> AsyncGenerator[tuple[str, str], None]:
-            async for update in converse(target, info.max_context, *values):
+            async for update in converse(connection, info.max_context, *values):
                 yield update
 
         def stopped(shown: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -18,13 +19,16 @@ import torch
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.export import export_hf
+from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
-from serve.playground.__main__ import main
+from serve.playground.__main__ import check_page, launch_options, main, make_parser
+from serve.playground.page import converse, model_info
 from serve.playground.replies import GROWING, Reply, ended, panels
 from tests.components import require, require_module
 from tests.conftest import free_port
-from tests.serve.conftest import PATIENCE, wait_until
+from tests.serve.conftest import CONTEXT, PATIENCE, StartServer, wait_until
+from tests.serve.test_security import Authority
 
 LONG = 3000
 ALPHABET = "abcdefghijklmnopqrstuvwxyz éß\n<>&\"'"
@@ -191,6 +195,65 @@ def test_engine_in_process(model_dir: Path, browser: Any) -> None:
         page.locator("#card").get_by_text("GPT2LMHeadModel").first.wait_for(timeout=1000 * PATIENCE)
         page.locator("#card").get_by_text("As served").first.wait_for(timeout=1000 * PATIENCE)
         page.close()
+
+
+CERTIFIED = ["--page-cert", "c.pem", "--page-key", "k.pem"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "token", "missing"),
+    [
+        ([], "", "--page-cert"),
+        (["--page-token-file", "t"], "", "--page-cert"),
+        (CERTIFIED, "", "--page-token-file"),
+        (["--allow-insecure"], "mine", "would lend its own token"),
+        ([*CERTIFIED, "--allow-anonymous"], "mine", "would lend its own token"),
+        (["--allow-insecure", "--tls-cert", "c", "--tls-key", "k"], "", "would lend its own token"),
+    ],
+)
+def test_a_page_beyond_this_machine(
+    flags: list[str], token: str, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_DIST_TOKEN", token) if token else monkeypatch.delenv(
+        "GPT_DIST_TOKEN", raising=False
+    )
+    with pytest.raises(UsageError, match=missing):
+        main(["--host", "0.0.0.0", *flags])
+
+
+def test_pages_that_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_DIST_TOKEN", "mine")
+    (tmp_path / "tokens").write_text("visitor\n")
+    login = ["--page-token-file", str(tmp_path / "tokens")]
+    for flags in ([], ["--host", "::1"], ["--host", "0.0.0.0", "--allow-insecure", *login]):
+        check_page(make_parser().parse_args(flags))
+    accepts = launch_options(make_parser().parse_args(login))["auth"]
+    assert accepts("anybody", "visitor")
+    assert not accepts("anybody", "mine")  # the page's own token is no visitor's
+
+
+def test_the_page_reaches_a_tls_server(start: StartServer, model: GPT, tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "ours")
+    cert, key = authority.issue("server")
+    (tmp_path / "tokens").write_text("alpha\n")
+    server = start(
+        Decoder(model, max_slots=1, dtype="fp32"),
+        tls_cert=cert, tls_key=key, auth_token_file=tmp_path / "tokens",
+    )  # fmt: skip
+    connection = {"target": server.target, "tls_ca": authority.path}
+    with pytest.raises(GptDistError, match="UNAUTHENTICATED: the server requires a token"):
+        model_info(connection)
+    connection["token_file"] = tmp_path / "tokens"
+    assert model_info(connection)[1] == 1
+
+    async def last() -> tuple[str, str]:
+        values = ("to be", 1, 5, 0.0, 0, 1.0, 0.0, 1.0, 3, "")
+        shown = [update async for update in converse(connection, CONTEXT, *values)]
+        return shown[-1]
+
+    replies, status = asyncio.run(last())
+    assert status == "seed 3"
+    assert "to be" in replies
 
 
 def test_replies_show_whole_characters() -> None:
