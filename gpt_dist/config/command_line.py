@@ -158,6 +158,8 @@ def choices(annotation: Any) -> str:
         return choices(args[0])
     if origin is dict:
         return "DIR or DIR:WEIGHT,DIR:WEIGHT"
+    if origin is tuple:
+        return ",".join(choices(arg) for arg in args)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(choices(arg) for arg in args)
     names = {bool: "true | false", int: "a whole number", float: "a number", str: "text"}

@@ -7,7 +7,7 @@ prints the rules as Markdown, as docs/settings.md shows them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_dist.config.settings import Config, flags, setting, show
 
@@ -31,7 +31,13 @@ MAY_CHANGE = (
         "The next step has the new size. No sequence is repeated or left out.",
     ),
     Rule(
-        ("train.micro_batch_size", "train.precision", "train.compile", "device"),
+        (
+            "train.micro_batch_size",
+            "train.precision",
+            "train.compile",
+            "device",
+            "optim.newton_schulz_precision",
+        ),
         "Rounding differs.",
     ),
     Rule(
@@ -43,6 +49,11 @@ MAY_CHANGE = (
         ),
         "Rounding differs. A checkpoint holds whole tensors, so any strategy continues it, on any "
         "number of ranks.",
+    ),
+    Rule(
+        ("optim.split_qkv",),
+        "From the next step on Muon orthogonalises other matrices. A run that began before this "
+        "setting existed counts as `false`; give that value to continue it as it was.",
     ),
     Rule(
         ("data.path", "data.tokenizer"),
@@ -74,6 +85,18 @@ FREE = {setting: rule.effect for rule in MAY_CHANGE for setting in rule.settings
 
 UNSAID = ("out_dir", "resume")
 """Settings whose change is not worth a line."""
+
+
+def as_it_ran(settings: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint, with what an earlier release did without a setting.
+
+    Args:
+        settings: nested dictionaries, as ``state.json`` holds them.
+    """
+    optim = settings.get("optim", {})
+    if optim.get("name") == "muon":  # of release 0.1, before it split matrices
+        optim = {"split_qkv": False} | optim
+    return settings | {"optim": optim}
 
 
 def fixed() -> list[str]:
@@ -131,7 +154,10 @@ def table() -> str:
         sections.setdefault(flag.rpartition(".")[0], []).append(flag)
     names = []
     for section, members in sections.items():
-        whole = section and len(members) == sum(f.startswith(f"{section}.") for f in flags())
-        names += [f"{section}.*"] if whole else members
-    lines.append(f"| {', '.join(f'`{name}`' for name in names)} | Refused. |")
+        total = sum(f.rpartition(".")[0] == section for f in flags())
+        if section and len(members) > total / 2:
+            names.append(f"`{section}.*`" + " not named above" * (len(members) < total))
+        else:
+            names += [f"`{name}`" for name in members]
+    lines.append(f"| {', '.join(names)} | Refused. |")
     return "\n".join(lines)

@@ -49,6 +49,12 @@ def _not_empty(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _numbers(value: Any) -> Any:
+    """Accept ``1,2,3`` as well as a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Triple = Annotated[tuple[float, float, float], BeforeValidator(_numbers)]
 Mixture = Annotated[dict[str, Positive], BeforeValidator(_mixture), AfterValidator(_not_empty)]
 
 
@@ -125,6 +131,23 @@ class OptimConfig(Section):
     """Decay of AdamW's second moment."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    momentum: Fraction = 0.95
+    """Muon's momentum."""
+    momentum_start: Fraction = 0.85
+    """Muon's momentum at the first step of its warm-up."""
+    momentum_warmup_steps: CountOrZero = 0
+    """Steps in which Muon's momentum rises linearly from momentum_start; 0 = no warm-up."""
+    nesterov: bool = True
+    """Muon's momentum looks ahead, as Nesterov's."""
+    newton_schulz_steps: Count = 5
+    """Iterations with which Muon orthogonalises a matrix."""
+    newton_schulz_coefficients: Triple = (3.4445, -4.7750, 2.0315)
+    """Of x, x³ and x⁵ in the polynomial of one iteration."""
+    newton_schulz_precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of those iterations. bf16 is enough to train with; in fp32 the losses hardly
+    depend on the number of ranks, which bf16's rounding changes by some 1e-5."""
+    split_qkv: bool = True
+    """Muon orthogonalises queries, keys and values each by itself; false = as one matrix."""
 
 
 class TrainConfig(Section):
@@ -262,6 +285,8 @@ def show(value: Any) -> str:
     if isinstance(value, dict):
         parts = [k if w == 1 else f"{k}:{w:g}" for k, w in value.items()]
         return ",".join(parts)
+    if isinstance(value, tuple):
+        return ",".join(map(show, value))
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
@@ -301,11 +326,6 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
             f"must be at most train.steps = {train.steps}"
         )
     parallel = config.parallel
-    if optim.name == "muon" and parallel.strategy == "deepspeed":
-        problems.append(
-            "optim.name = muon: not with parallel.strategy = deepspeed, which cuts matrices into "
-            "flat pieces; use ddp or optim.name = adamw"
-        )
     if train.compile is True and parallel.shards_weights:
         problems.append(
             "train.compile = true: not with parallel.zero_stage = 3, which gathers the weights "

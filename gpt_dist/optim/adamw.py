@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import unwrap
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from gpt_dist.optim.lean import Lean
 class GuardedOptimizer(Protocol):
     """What an engine steps: an optimizer that clips by a number, and skips a broken step."""
 
-    param_groups: list[dict[str, object]]
+    param_groups: list[dict[str, Any]]
 
     def guard(self, divisor: Tensor, skip: Tensor) -> None:
         """Prepare the next step.
@@ -31,15 +31,22 @@ class GuardedOptimizer(Protocol):
     def zero_grad(self) -> None: ...
 
 
-def parameter_groups(
-    parameters: list[nn.Parameter], weight_decay: float
-) -> list[dict[str, object]]:
-    """Matrices and embeddings decay; biases and layer norms do not."""
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters by how they are updated; those of ``model.h`` that are matrices by Muon, if any.
+
+    Matrices and embeddings decay; biases and layer norms do not.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2
+        options = {
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
+            "muon": config.name == "muon" and is_matrix and name.startswith("h."),
+        }
+        key = tuple(options.values())
+        groups.setdefault(key, {"params": [], "momentum": config.momentum, **options})
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
 
 
 class AdamW(Lean, torch.optim.AdamW):
@@ -50,13 +57,13 @@ class AdamW(Lean, torch.optim.AdamW):
     Not fused, a guarded step reads ``skip`` on the host and divides the gradients first.
 
     Args:
-        parameters: to optimize.
+        model: whose parameters to optimize.
         fused: whether the device of the parameters has the fused kernel.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], config: OptimConfig, *, fused: bool) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, *, fused: bool) -> None:
         super().__init__(
-            parameter_groups(parameters, config.weight_decay),
+            parameter_groups(model, config),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=1e-8,
@@ -80,15 +87,14 @@ class AdamW(Lean, torch.optim.AdamW):
         with torch.no_grad():
             unwrap(torch.optim.AdamW.step)(self, closure)  # see `Lean`
 
-    def make_state(self) -> None:
-        """Make the state of every parameter now, which PyTorch makes in the first step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device if self.fused else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    def make_state(self, tensors: list[Tensor]) -> None:
+        """Make the moments of some tensors now, which PyTorch makes in the first step."""
+        for tensor in tensors:
+            self.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device if self.fused else "cpu"),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
 
 
 @torch.no_grad()

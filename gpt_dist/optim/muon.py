@@ -7,94 +7,23 @@ arXiv:2502.16982), so that one learning rate and one schedule serve both.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
-from gpt_dist.optim.adamw import AdamW, divide_gradients
-from gpt_dist.optim.lean import Lean
-
-MOMENTUM = 0.95
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Newton-Schulz' quintic polynomial, from Muon's reference implementation."""
-
-ITERATIONS = 5
-"""Of Newton-Schulz."""
+from gpt_dist.optim.adamw import AdamW
+from gpt_dist.optim.blocks import Fragment, Share, blocks_of, scale
+from gpt_dist.optim.newton_schulz import orthogonalize
 
 
-@cache
-def arithmetic(device: str) -> torch.dtype:
-    """dtype of the products: bf16, or fp32 on CPUs that emulate bf16, which is 20 times slower."""
-    emulated = device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.float32 if emulated else torch.bfloat16
+class Muon(AdamW):
+    """A ``GuardedOptimizer`` whose groups with ``muon`` set are matrices for Muon.
 
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Set a matrix's singular values to about 1 (0.7 to 1.2, tiny ones less): Newton-Schulz.
-
-    Every intermediate result is rounded to bf16, whatever dtype computes it, so that a run may
-    move between machines.
-
-    Args:
-        matrix: (M, N).
-    """
-    dtype = arithmetic(matrix.device.type)
-
-    def rounded(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.bfloat16 else x.bfloat16().to(dtype)
-
-    a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = rounded(matrix).to(dtype)
-    x = x.T if tall else x
-    x = rounded(x / rounded(x.norm()).clamp(min=1e-7))
-    for _ in range(ITERATIONS):
-        gram = rounded(x @ x.T)
-        update = rounded(torch.addmm(gram, gram, gram, beta=b, alpha=c))
-        x = rounded(torch.addmm(x, update, x, beta=a))
-    return x.T if tall else x
-
-
-class Muon(Lean):
-    """Nesterov momentum, orthogonalized; its update has the RMS of AdamW's.
-
-    Args:
-        parameters: matrices.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:
-        super().__init__(parameters, {"lr": config.lr, "weight_decay": config.weight_decay})
-
-    def make_state(self) -> None:
-        """Make the momentum of every matrix."""
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                momentum = self.state[matrix]["momentum_buffer"]
-                momentum.lerp_(matrix.grad, 1 - MOMENTUM)
-                update = orthogonalize(matrix.grad.lerp(momentum, MOMENTUM))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
-
-
-class MuonWithAdamW(Lean):
-    """A ``GuardedOptimizer`` made of two: their groups, their state and their steps.
-
-    A guarded step reads ``skip`` on the host. The host waits for the device there, but the dozen
-    matrix products that orthogonalise each parameter hide it.
+    Each block of a matrix is orthogonalised once in a step, by the rank that owns it. So before
+    the first step every tensor in those groups needs a ``Share`` (``share_out``).
 
     Args:
         model: whose parameters to optimize; the matrices of ``model.h`` by Muon.
@@ -102,39 +31,89 @@ class MuonWithAdamW(Lean):
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig, *, fused: bool) -> None:
-        named = dict(model.named_parameters())
-        self.matrices = [p for n, p in named.items() if p.dim() == 2 and n.startswith("h.")]
-        chosen = {id(p) for p in self.matrices}
-        rest = [p for p in named.values() if id(p) not in chosen]
-        self.adamw = AdamW(rest, config, fused=fused)
-        self.muon = Muon(self.matrices, config)
-        super().__init__(list(named.values()), {"lr": config.lr})
-        self.param_groups = self.adamw.param_groups + self.muon.param_groups
-        self._guard: tuple[Tensor, Tensor] | None = None
+        super().__init__(model, config, fused=fused)
+        self.config = config
+        self.matrices = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.startswith("h.") and parameter.dim() == 2
+        }
+        shapes = {name: tuple(matrix.shape) for name, matrix in self.matrices.items()}
+        self.blocks = blocks_of(shapes, split_qkv=config.split_qkv)
+        fp32 = config.newton_schulz_precision == "fp32"
+        self.dtype = torch.float32 if fp32 else torch.bfloat16
+        """Of what is orthogonalised and of the result."""
+        self.shares: dict[Tensor, Share] = {}
+        """First of some tensors that are stepped together → how their blocks are shared."""
 
-    def make_state(self) -> None:
-        """Make the state of every parameter now, which PyTorch makes in the first step."""
-        self.adamw.make_state()
-        self.muon.make_state()
-        for owner in (self.adamw, self.muon):
-            for parameter, state in owner.state.items():
-                self.state[parameter] = state
+    def share_out(
+        self, tensors: list[Tensor], share: Share, kept: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Say which rank does what for tensors that are stepped together; make their momentum.
 
-    def guard(self, divisor: Tensor, skip: Tensor) -> None:
-        self._guard = divisor, skip
+        Args:
+            tensors: whole matrices, or a flat partition of them.
+            share: of their blocks.
+            kept: shape of the momentum of each tensor on this rank.
+        """
+        self.shares[tensors[0]] = share
+        for tensor, shape in zip(tensors, kept, strict=True):
+            momentum = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+            self.state[tensor] = {"momentum_buffer": momentum}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        guard, self._guard = self._guard, None
-        if guard:
-            divisor, skip = guard
-            if skip.item():
-                return
-            self.adamw.guard(divisor, skip)
-            divide_gradients(self.matrices, divisor)
-        self.adamw.step()
-        self.muon.step()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        guard, groups = self._guard, self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"] and group["params"]:
+                self._step_matrices(group, guard)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.adamw.zero_grad(set_to_none)
-        self.muon.zero_grad(set_to_none)
+    def _step_matrices(self, group: dict[str, Any], guard: tuple[Tensor, Tensor] | None) -> None:
+        tensors, lr = group["params"], group["lr"]
+        share = self.shares[tensors[0]]
+        skip = guard[1] if guard else None
+        config, sent = self.config, []
+        for shape in share.shapes:
+            directions = [self._direction(f, group, guard) for f in share.sources[shape]]
+            mine = share.to_owners(shape, directions)
+            done = orthogonalize(
+                mine, config.newton_schulz_coefficients, config.newton_schulz_steps
+            )
+            sent.append((shape, share.to_holders(shape, [x.to(self.dtype) for x in done])))
+        decay: float | Tensor = 1 - lr * group["weight_decay"]
+        if skip is not None:
+            decay = torch.where(skip, 1.0, decay)
+        for tensor in tensors:
+            tensor.mul_(decay)
+        for shape, receive in sent:
+            for fragment, update in zip(share.targets[shape], receive(), strict=True):
+                weights = part(tensors[fragment.tensor], fragment.at, fragment.size)
+                change = update if skip is None else torch.where(skip, 0.0, update)
+                weights.add_(change.to(weights.device), alpha=-lr * scale(shape))
+
+    def _direction(
+        self, fragment: Fragment, group: dict[str, Any], guard: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Advance the momentum of a fragment; returns what is to be orthogonalised, flat."""
+        tensor, beta = group["params"][fragment.tensor], group["momentum"]
+        gradient = part(tensor.grad, fragment.at, fragment.size)
+        momentum = part(self.state[tensor]["momentum_buffer"], fragment.kept, fragment.size)
+        if guard is None:
+            momentum.lerp_(gradient, 1 - beta)
+        else:
+            divisor, skip = guard
+            gradient.div_(divisor)
+            # Where the step is skipped, without asking the device: the host need not wait for it.
+            momentum.copy_(torch.where(skip, momentum, momentum.lerp(gradient, 1 - beta)))
+        direction = gradient.lerp(momentum, beta) if self.config.nesterov else momentum
+        return direction.to(self.dtype)
+
+
+def part(tensor: Tensor, first: int, size: int) -> Tensor:
+    """Consecutive elements of a tensor, as a flat view."""
+    return tensor.view(-1)[first : first + size]

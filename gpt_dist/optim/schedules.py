@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Schedules of the learning rate and of Muon's momentum."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     else:
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / max(1, span))))
     return config.min_lr + left * (config.lr - config.min_lr)
+
+
+def momentum(step: int, config: OptimConfig) -> float:
+    """Muon's momentum of update ``step`` (0-based)."""
+    if step >= config.momentum_warmup_steps:
+        return config.momentum
+    share = step / config.momentum_warmup_steps
+    return config.momentum_start + share * (config.momentum - config.momentum_start)

@@ -13,9 +13,9 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.ops import fused_accumulation
-from gpt_dist.optim.adamw import AdamW, can_fuse, global_norm
-from gpt_dist.optim.muon import MuonWithAdamW
-from gpt_dist.parallel.engine import Reader, guard_step
+from gpt_dist.optim.adamw import global_norm
+from gpt_dist.parallel.copies import CopiedState, make_optimizer
+from gpt_dist.parallel.engine import Reader, guard_step, set_rates
 from gpt_dist.parallel.world import World
 
 
@@ -35,14 +35,8 @@ class DDPEngine:
         # DDP averages the gradients of each rank's summed loss over ranks. The update itself
         # divides them by the number of tokens, which saves a pass over them.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
-        fused = can_fuse(world.device)
-        self.optimizer: AdamW | MuonWithAdamW
-        if config.optim.name == "muon":
-            self.optimizer = MuonWithAdamW(model, config.optim, fused=fused)
-        else:
-            self.optimizer = AdamW(list(model.parameters()), config.optim, fused=fused)
-        # Before the first pass: tensors that live as long as the run do not fragment the heap.
-        self.optimizer.make_state()
+        self.optimizer = make_optimizer(model, config.optim, world.device)
+        self.state = CopiedState(model, self.optimizer, world)
         self.ddp: torch.nn.Module = model
         if world.size > 1:
             self.ddp = DistributedDataParallel(
@@ -77,9 +71,8 @@ class DDPEngine:
         return detached
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, momentum: float | None = None) -> Tensor:
+        set_rates(self.optimizer.param_groups, lr, momentum)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients) * self.loss_scale
         guard_step(self.optimizer, norm, self.grad_clip, self.loss_scale)
@@ -94,23 +87,10 @@ class DDPEngine:
         return loss
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            yield f"model.{name}", parameter.detach()
-        step = torch.zeros(())
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                if key == "step":
-                    step = value
-                else:
-                    yield f"optimizer.{key}.{name}", value
-        yield "optimizer.step", step
+        return self.state.full()
 
-    @torch.no_grad()
     def load_optimizer(self, reader: Reader) -> None:
-        step = reader("optimizer.step")
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                value.copy_(step if key == "step" else reader(f"optimizer.{key}.{name}"))
+        self.state.load(reader)
 
     def whole_weights(self) -> AbstractContextManager[object]:
         return nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,8 +41,12 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, momentum: float | None = None) -> Tensor:
         """Clip, update and drop the gradients; skip the update if their norm is not finite.
+
+        Args:
+            lr: learning rate.
+            momentum: Muon's; None = as in the step before, at first ``optim.momentum``.
 
         Returns:
             The global gradient norm before clipping, a scalar on the device.
@@ -77,6 +81,14 @@ def guard_step(
         scale: what the gradients are to be multiplied by.
     """
     optimizer.guard(clip_divisor(norm, grad_clip) / scale, ~norm.isfinite())
+
+
+def set_rates(groups: list[dict[str, Any]], lr: float, momentum: float | None) -> None:
+    """Set what ``Engine.step`` is given in every group of parameters."""
+    for group in groups:
+        group["lr"] = lr
+        if momentum is not None:
+            group["momentum"] = momentum
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -20,13 +20,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.errors import UsageError
 from gpt_dist.model.gpt import GPT
-from gpt_dist.optim.adamw import AdamW, can_fuse, global_norm
-from gpt_dist.parallel.engine import Reader, guard_step
+from gpt_dist.optim.adamw import global_norm
+from gpt_dist.optim.muon import Muon
+from gpt_dist.parallel.copies import CopiedState, make_optimizer
+from gpt_dist.parallel.engine import Reader, guard_step, set_rates
+from gpt_dist.parallel.sharing import share_partition
 from gpt_dist.parallel.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -137,9 +141,10 @@ class DeepSpeedEngine:
         self.stage, self.grad_clip = config.parallel.zero_stage, config.optim.grad_clip
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         # What steps is DeepSpeed's partition of the parameters, on the host where it is offloaded.
-        fused = can_fuse(torch.device("cpu") if config.parallel.offload else world.device)
+        where = torch.device("cpu") if config.parallel.offload else world.device
         # Made first: partitioned, a parameter no longer shows whether it is a matrix.
-        self.adamw = AdamW(list(model.parameters()), config.optim, fused=fused)
+        self.optimizer = make_optimizer(model, config.optim, where)
+        kinds = [group["muon"] for group in self.optimizer.param_groups]
         if self.stage == 3:
             # Each parameter moves to the device alone and is partitioned there at once.
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
@@ -147,10 +152,12 @@ class DeepSpeedEngine:
             deepspeed.zero.register_external_parameter(model, model.head_weight)
         with errors_only(deepspeed.utils.logger):  # it warns of a class that it has not tested
             self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self.adamw, config=settings
+                model=model, optimizer=self.optimizer, config=settings
             )
         self.deepspeed = deepspeed
-        self._make_moments()
+        self.copies = CopiedState(model, self.optimizer, world) if self.stage == 0 else None
+        if self.stage:
+            self._make_state(kinds)
 
     def warm_up(self, batch: Batch) -> None:
         """A step whose gradients are not finite, so that it changes nothing."""
@@ -172,13 +179,12 @@ class DeepSpeedEngine:
         return detached
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, momentum: float | None = None) -> Tensor:
+        set_rates(self.engine.optimizer.param_groups, lr, momentum)
         if self.stage == 0:
-            # Stage 0 is plain AdamW behind an all-reduce: norm, clipping and skipping are ours.
+            # Stage 0 is our optimizer behind an all-reduce: norm, clipping and skipping are ours.
             norm = global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            guard_step(self.adamw, norm, self.grad_clip)
+            guard_step(self.optimizer, norm, self.grad_clip)
             self.engine.step()
             return norm
         self.engine.step()
@@ -202,36 +208,42 @@ class DeepSpeedEngine:
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if self.copies:
+            yield from self.copies.full()
+            return
         for name, parameter in self.model.named_parameters():
-            whole = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            yield f"model.{name}", whole
-        for key in MOMENTS:
-            for name, parameter in self.model.named_parameters():
-                if self.stage == 0:
-                    yield f"optimizer.{key}.{name}", self.adamw.state[parameter][key]
-                else:
-                    yield f"optimizer.{key}.{name}", safe_get_full_optimizer_state(parameter, key)
-        yield "optimizer.step", self.adamw.state[self._partitions()[0]]["step"]
+            yield f"model.{name}", safe_get_full_fp32_param(parameter)
+        for key, name, parameter in self._state_names():
+            yield f"optimizer.{key}.{name}", safe_get_full_optimizer_state(parameter, key)
+        yield "optimizer.step", self.optimizer.state[self._partitions()[0]]["step"]
 
     @torch.no_grad()
     def load_optimizer(self, reader: Reader) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if self.copies:
+            self.copies.load(reader)
+            return
         for partition in self._partitions():
-            self.adamw.state[partition]["step"].copy_(reader("optimizer.step"))
-        for name, parameter in self.model.named_parameters():
-            for key in MOMENTS:
-                value = reader(f"optimizer.{key}.{name}").to(self.world.device)
-                if self.stage == 0:
-                    self.adamw.state[parameter][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+            if "step" in self.optimizer.state[partition]:
+                self.optimizer.state[partition]["step"].copy_(reader("optimizer.step"))
+        for key, name, parameter in self._state_names():
+            value = reader(f"optimizer.{key}.{name}").to(self.world.device)
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _state_names(self) -> Iterator[tuple[str, str, Parameter]]:
+        """State of the optimizer that a checkpoint holds, name of the parameter, parameter."""
+        matrices = self.optimizer.matrices if isinstance(self.optimizer, Muon) else {}
+        for key in MOMENTS:
+            for name, parameter in self.model.named_parameters():
+                if name not in matrices:
+                    yield key, name, parameter
+        for name, parameter in matrices.items():
+            yield "momentum_buffer", name, parameter
 
     def _partitions(self) -> list[Tensor]:
-        """What the inner optimizer updates on this rank: parameters, or flat partitions of them."""
+        """The flat tensors that the optimizer updates on this rank."""
         zero = self.engine.optimizer
-        if self.stage == 0:
-            return list(self.model.parameters())
         partitions: list[Tensor] = (
             zero.fp32_partitioned_groups_flat
             if self.stage == 3
@@ -239,16 +251,48 @@ class DeepSpeedEngine:
         )
         return partitions
 
-    def _make_moments(self) -> None:
-        """Make the optimizer's state before the first step, so that it can be saved and loaded."""
-        for partition in self._partitions():
-            self.adamw.state[partition] = {
-                "step": torch.zeros((), device=partition.device),
-                **{key: torch.zeros_like(partition) for key in MOMENTS},
-            }
+    def _make_state(self, kinds: list[bool]) -> None:
+        """Make the optimizer's state before the first step, so that it can be saved and loaded.
+
+        Args:
+            kinds: whether each group of parameters is Muon's.
+        """
+        zero = self.engine.optimizer
+        for number, partition in enumerate(self._partitions()):
+            group = zero.sub_group_to_group_id[number] if self.stage == 3 else number
+            if kinds[group]:
+                self._share(number, partition)
+            else:
+                self.optimizer.make_state([partition])
         if self.stage in (1, 2):
-            # DeepSpeed links the moments when the first group steps; the second has none by then.
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            # DeepSpeed links the state when the first group steps; the others have none by then.
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _share(self, number: int, partition: Tensor) -> None:
+        """Let the ranks share the matrices of which one partition has parts."""
+        assert isinstance(self.optimizer, Muon)
+        zero = self.engine.optimizer
+        groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+        members = {id(parameter) for parameter in groups[number]}
+        held: dict[str, tuple[int, int, int]] = {}
+        names = [name for name, p in self.optimizer.matrices.items() if id(p) in members]
+        for name in names:
+            parameter: Any = self.optimizer.matrices[name]
+            if self.stage == 3:
+                _, at, size = zero.grad_position[zero.get_param_id(parameter)]
+                start = size * self.world.rank
+                size = min(size, parameter.ds_numel - start)  # the last part is padded
+            elif parameter._hp_mapping is None:  # all of it is on other ranks
+                continue
+            else:
+                whole, flat = (
+                    parameter._hp_mapping.lp_fragment_address,
+                    parameter._hp_mapping.hp_fragment_address,
+                )
+                start, size, at = whole.start, whole.numel, flat.start
+            if size > 0:
+                held[name] = start, size, at
+        share_partition(self.optimizer, self.world, partition, names, held)
 
 
 @contextmanager

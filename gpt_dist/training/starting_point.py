@@ -20,7 +20,7 @@ from gpt_dist.checkpoints.checkpoint import (
 )
 from gpt_dist.checkpoints.directory import aside
 from gpt_dist.config.command_line import explain
-from gpt_dist.config.resuming import changes, conflicts, way_out
+from gpt_dist.config.resuming import as_it_ran, changes, conflicts, way_out
 from gpt_dist.config.settings import Config
 from gpt_dist.errors import GptDistError, UsageError
 
@@ -158,7 +158,7 @@ def check_same_run(
     """
     try:
         # Each setting alone: whether they fit together depends on the ranks, which may change.
-        saved = Config.model_validate(state["config"])
+        saved = Config.model_validate(as_it_ran(state["config"]))
     except ValidationError as error:
         raise GptDistError(f"{source}/state.json: {'; '.join(explain(error))}") from None
     problems = conflicts(saved, config, source)

@@ -38,6 +38,16 @@ def test_every_setting_has_one_rule() -> None:
     assert {"seed", "optim.lr", "model.n_embd", "data.shuffle"} <= set(fixed())
 
 
+def test_a_run_of_muon_from_before_it_split_matrices() -> None:
+    """It says that its update changes, and keeps it if it is told to."""
+    saved = with_settings(optim__name="muon").model_dump()
+    del saved["optim"]["split_qkv"]
+    state = {"config": saved, "fingerprint": "f"}
+    for split, lines in ((True, ["changed: optim.split_qkv false → true"]), (False, [])):
+        config = with_settings(optim__name="muon", optim__split_qkv=split)
+        assert changes(check_same_run(config, state, "f", SOURCE), config) == lines
+
+
 def test_what_changed_is_named() -> None:
     config = with_settings(
         train__batch_tokens=16384,

@@ -22,6 +22,27 @@ REFUSED = [
         "train.epochs = 1",
     ),
     (["--optim.schedule", "constant", "--optim.min_lr", "1e-5"], "optim.min_lr = 1e-05", "cosine"),
+    (["--optim.momentum", "0.9"], "optim.momentum = 0.9", "optim.name = muon"),
+    (["--optim.momentum_start", "0.9"], "optim.momentum_start = 0.9", "optim.name = adamw"),
+    (["--optim.momentum_warmup_steps", "9"], "optim.momentum_warmup_steps = 9", "= adamw"),
+    (["--optim.nesterov", "false"], "optim.nesterov = false", "optim.name = adamw"),
+    (["--optim.newton_schulz_steps", "9"], "optim.newton_schulz_steps = 9", "= adamw"),
+    (
+        ["--optim.newton_schulz_precision", "fp32"],
+        "optim.newton_schulz_precision = fp32",
+        "= adamw",
+    ),
+    (["--optim.split_qkv", "false"], "optim.split_qkv = false", "optim.name = adamw"),
+    (
+        ["--optim.newton_schulz_coefficients", "2,-1.5,0.5"],
+        "optim.newton_schulz_coefficients = 2,-1.5,0.5",
+        "optim.name = muon",
+    ),
+    (
+        ["--optim.name", "muon", "--optim.momentum_start", "0.8"],
+        "optim.momentum_start = 0.8",
+        "optim.momentum_warmup_steps = 0",
+    ),
     ([*BIGRAM, "--optim.name", "muon"], "optim.name = muon", "model.n_layer = 0"),
 ]
 WARNED = [

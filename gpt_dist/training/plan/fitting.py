@@ -103,7 +103,7 @@ def strategies(plan: Plan) -> Iterator[tuple[list[str], Config]]:
     """Flags and configuration of ways to share the model, the cheapest first."""
     config = plan.config
     checkpointing = config.model.model_copy(update={"activation_checkpointing": True})
-    stages = [1, 2, 3] if config.optim.name == "adamw" and plan.ranks > 1 else []
+    stages = [1, 2, 3] if plan.ranks > 1 else []
     now = zero_stage(config)
     for recompute in (False, True):
         flags = ["--model.activation_checkpointing true"] if recompute else []

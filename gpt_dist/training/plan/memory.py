@@ -56,8 +56,14 @@ def activation_bytes(config: Config, micro_batch: int, *, low_precision: bool = 
     return layer * model.n_layer
 
 
-def optimizer_bytes(model: GPT, config: Config) -> tuple[float, str]:
-    """Bytes of the optimizer's state of the whole model, and their formula."""
+def optimizer_bytes(model: GPT, config: Config, copies: int = 1) -> tuple[float, str]:
+    """Bytes of the optimizer's state of the whole model, and their formula.
+
+    Args:
+        model: whose parameters count.
+        config: of the run.
+        copies: ranks that have whole weights and share Muon's momentum, for the bytes of each.
+    """
     parameters = model.num_parameters()
     if config.optim.name == "adamw":
         return 8.0 * parameters, "8 N"
@@ -66,6 +72,9 @@ def optimizer_bytes(model: GPT, config: Config) -> tuple[float, str]:
         for name, shape in model.shapes.items()
         if name.startswith("h.") and len(shape) == 2
     )
+    if copies > 1:
+        size = 8.0 * (parameters - matrices) + 4.0 * matrices / copies
+        return size, "8 (N - M) + 4 M / R, M in matrices of the blocks"
     return 8.0 * parameters - 4.0 * matrices, "8 N - 4 × matrices of the blocks"
 
 
@@ -76,8 +85,8 @@ def state_parts(model: GPT, config: Config, ranks: int) -> list[Part]:
     in stage 2 also of the weights.
     """
     n = model.num_parameters()
-    moments, formula = optimizer_bytes(model, config)
     stage = zero_stage(config)
+    moments, formula = optimizer_bytes(model, config, 1 if stage else ranks)
     host = config.parallel.offload and stage >= 2
 
     def part(name: str, per_model: float, formula: str, from_stage: int, on_host: bool) -> Part:
