@@ -47,6 +47,8 @@ class Gate:
         self.metrics, self._accepts = metrics, accepts
         self.max_message_bytes, self.message_seconds = max_message_bytes, message_seconds
         self.max_calls, self.max_watches = max_calls, max_watches
+        self.request_bytes = max_message_bytes
+        """No valid request of the served model is longer."""
         self.calls = self.watches = 0
         """How many are open."""
 

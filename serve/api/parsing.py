@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from gpt_dist.errors import UsageError
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.text.tokenizers import Tokenizer
+from serve.api.heavy import Heavy
 from serve.api.status import invalid, too_large
 
 MAX_OUTPUTS = 64
@@ -22,8 +22,10 @@ MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 128
 RESPONSE_BYTES = 4 << 20
 """What a gRPC client reads by default."""
-LONG_TEXT = 8192
-"""A text of at least this many characters is tokenised in a thread, to keep the event loop free."""
+MAX_TEXT = 1 << 18
+"""Characters or tokens that are converted at once."""
+OPTION_BYTES = 1 << 16
+"""What the options of a request take at most: stop sequences and biases."""
 
 SAMPLING, STOPPING, OUTPUT = "config.sampling", "config.stopping", "config.output"
 # Fields of SamplingParams that the API has elsewhere than in ``sampling``.
@@ -48,6 +50,13 @@ class Limits:
     """In bytes."""
     typical_token: int
     """In bytes: twice the mean over the vocabulary."""
+    heavy: Heavy = field(default_factory=Heavy)
+    """Does what would hold up the event loop."""
+
+    @property
+    def request_bytes(self) -> int:
+        """No valid request is longer. Parsing a message takes time, whatever it holds."""
+        return max(MAX_TEXT, self.max_context * self.longest_token) + OPTION_BYTES
 
     def response_bytes(self, outputs: int, tokens: int, top: int | None) -> int:
         """Estimate the size of a response.
@@ -212,7 +221,7 @@ async def parse_prompt(
                 raise invalid(
                     "prompt.text", f"is too long: at most {longest} tokens fit the context"
                 )
-            ids = await tokenize(prompt.text, limits.tokenizer, "prompt.text")
+            ids = await tokenize(prompt.text, limits, "prompt.text")
             if not ids:
                 if limits.tokenizer.eot_id is None:
                     raise invalid(
@@ -240,15 +249,14 @@ async def parse_prompt(
     return np.array(ids, np.int64)
 
 
-async def tokenize(text: str, tokenizer: Tokenizer, field: str) -> list[int]:
+async def tokenize(text: str, limits: Limits, field: str) -> list[int]:
     """Token ids of a text.
 
     Raises:
-        StatusError: INVALID_ARGUMENT, if the tokenizer cannot encode a character.
+        StatusError: INVALID_ARGUMENT, if the tokenizer cannot encode a character;
+            RESOURCE_EXHAUSTED, if too many long texts wait.
     """
     try:
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text)
-        return await asyncio.to_thread(tokenizer.encode, text)
+        return await limits.heavy.run(len(text), lambda: limits.tokenizer.encode(text))
     except UsageError as error:
         raise invalid(field, str(error)) from None

@@ -201,11 +201,11 @@ class _Answer:
         )
 
     def _parse(self, data: bytes) -> Message:
-        if len(data) > self.gate.max_message_bytes:
+        most = min(self.gate.max_message_bytes, self.gate.request_bytes)
+        if len(data) > most:  # first of all: only to parse it could take a second
             raise StatusError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the message has {len(data)} bytes; at most {self.gate.max_message_bytes} are "
-                "accepted",
+                f"the message has {len(data)} bytes; at most {most} are accepted",
                 "MESSAGE_TOO_LARGE",
             )
         try:
@@ -227,9 +227,11 @@ def refuse_unknown_fields(request: Message) -> None:
     known = type(request)()
     known.CopyFrom(request)
     known.DiscardUnknownFields()  # type: ignore[attr-defined]
-    if known.ByteSize() == request.ByteSize():
+    excess = request.ByteSize() - known.ByteSize()
+    if not excess:
         return
-    unknown = UnknownFieldSet(request)
+    # To list them takes long if there are many.
+    unknown: Any = UnknownFieldSet(request) if excess < 1000 else ()
     place = f"field {unknown[0].field_number}" if len(unknown) else "a part with a field"
     raise StatusError(
         grpc.StatusCode.INVALID_ARGUMENT,

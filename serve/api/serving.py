@@ -18,6 +18,7 @@ from gpt_dist.v1 import generation_service_pb2 as api
 from serve.api.generation import Call
 from serve.api.logprobs import score_response
 from serve.api.parsing import (
+    MAX_TEXT,
     MAX_TOP_LOGPROBS,
     RESPONSE_BYTES,
     parse_generation,
@@ -91,6 +92,16 @@ class Serving:
         assert self.served is not None
         return overloaded(self.served.engine.scheduler.retry_after)
 
+    def check_room(self, served: Served) -> None:
+        """Refuse work before anything is done for it, if the queue is full.
+
+        Raises:
+            StatusError: RESOURCE_EXHAUSTED.
+        """
+        scheduler = served.engine.scheduler
+        if scheduler.load >= scheduler.capacity:
+            raise overloaded(scheduler.retry_after)
+
     @asynccontextmanager
     async def generation(
         self, served: Served, request: Any, seconds: float | None, whole: bool = True
@@ -117,6 +128,7 @@ class Serving:
         """As `generation`, for a request that is part of a call that is open already."""
         deadline = None if seconds is None else served.engine.clock() + seconds
         served.check_model(request.model)
+        self.check_room(served)
         wanted = await parse_generation(request, served.limits, whole)
         served.check_weights(wanted.expected_weights_version)
         try:
@@ -147,6 +159,7 @@ class Serving:
         prepend, eot_id = request.prepend_end_of_text, served.tokenizer.eot_id
         if prepend and eot_id is None:
             raise invalid("prepend_end_of_text", "this tokenizer has no end-of-text token")
+        self.check_room(served)
         with self:
             ids = await parse_prompt(request.prompt, served.limits, room=int(prepend))
             size = served.limits.response_bytes(1, len(ids), request.top_logprobs)
@@ -155,9 +168,12 @@ class Serving:
             if eot_id is not None and prepend:
                 ids = np.concatenate((np.array([eot_id]), ids))
             event = await self._scored(served, ids, request.top_logprobs, deadline)
-        if expected and event.weights_version != expected:
-            raise other_weights(expected, event.weights_version)
-        response = score_response(event, ids, served.tokenizer, prepend)
+            if expected and event.weights_version != expected:
+                raise other_weights(expected, event.weights_version)
+            response = await served.limits.heavy.run(
+                len(ids) * (1 + request.top_logprobs),
+                lambda: score_response(event, ids, served.tokenizer, prepend),
+            )
         response.system_fingerprint = served.fingerprint(event.weights_version)
         return response
 
@@ -192,25 +208,35 @@ class Serving:
         """Token ids of a text, and their bytes.
 
         Raises:
-            StatusError: the text has a character that the tokenizer cannot encode.
+            StatusError: the text is too long, or has a character that the tokenizer cannot encode.
         """
         served = self.accept(request.model)
-        ids = await tokenize(request.text, served.tokenizer, "text")
-        return api.TokenizeResponse(
-            token_ids=ids,
-            tokens=map(served.tokenizer.token_bytes, ids),
-            system_fingerprint=served.fingerprint(served.weights_version),
-        )
+        if len(request.text) > MAX_TEXT:
+            raise invalid("text", f"has more than {MAX_TEXT} characters")
+        with self:
+            ids = await tokenize(request.text, served.limits, "text")
+            return await served.limits.heavy.run(
+                len(ids),
+                lambda: api.TokenizeResponse(
+                    token_ids=ids,
+                    tokens=map(served.tokenizer.token_bytes, ids),
+                    system_fingerprint=served.fingerprint(served.weights_version),
+                ),
+            )
 
     async def detokenize(self, request: api.DetokenizeRequest) -> api.DetokenizeResponse:
         """Text of token ids.
 
         Raises:
-            StatusError: an id is not in the vocabulary.
+            StatusError: there are too many ids, or one is not in the vocabulary.
         """
         served = self.accept(request.model)
+        ids = request.token_ids
+        if len(ids) > MAX_TEXT:
+            raise invalid("token_ids", f"has more than {MAX_TEXT} ids")
         try:
-            text = served.tokenizer.decode(request.token_ids)
+            with self:
+                text = await served.limits.heavy.run(len(ids), lambda: served.tokenizer.decode(ids))
         except UsageError as error:
             raise invalid("token_ids", str(error)) from None
         return api.DetokenizeResponse(

@@ -46,6 +46,8 @@ def test_the_deployment_fits_the_server() -> None:
     services = api.DESCRIPTOR.services_by_name
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"]["port"] == ports["grpc"]
+        assert container[probe]["timeoutSeconds"] >= 5  # the default, 1, ends in a busy second
+        assert container[probe]["failureThreshold"] >= 3
         name = container[probe]["grpc"].get("service", "")
         assert name in ("", services["GenerationService"].full_name)
     wait = float(container["lifecycle"]["preStop"]["exec"]["command"][1])

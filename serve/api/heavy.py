@@ -1,0 +1,48 @@
+"""Work of a call that would hold up all others if the event loop did it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from serve.api.status import overloaded
+
+LIGHT = 2048
+"""Characters or tokens that the event loop handles itself: about a millisecond."""
+MAX_WAITING = 64
+
+Result = TypeVar("Result")
+
+
+class Heavy:
+    """One thread for heavy work. More of them would only take the interpreter from each other.
+
+    Args:
+        most: pieces of work that may wait for the thread.
+    """
+
+    def __init__(self, most: int = MAX_WAITING) -> None:
+        self.most, self.waiting = most, 0
+        self._thread = ThreadPoolExecutor(1, "heavy")
+
+    async def run(self, size: int, work: Callable[[], Result]) -> Result:
+        """Do a piece of work: at once if it is light, else in the thread.
+
+        Args:
+            size: how much it is, in characters or tokens.
+            work: does it.
+
+        Raises:
+            StatusError: RESOURCE_EXHAUSTED, as for a full queue.
+        """
+        if size <= LIGHT:
+            return work()
+        if self.waiting >= self.most:
+            raise overloaded(1.0)
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self.waiting -= 1
