@@ -35,7 +35,7 @@ class Options:
     grace: float = 30.0
     stall_seconds: float = 30.0
     stream_interval: float = 0.05
-    max_message_bytes: int = 4 << 20
+    max_message_bytes: int = 1 << 19
     max_calls: int = 1024
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ OPEN_SERVICES = ("grpc.health.v1.Health/",)
 MAX_WATCHES = 4096
 """Maximum number of open calls of `OPEN_SERVICES`. Each takes about 25 KB."""
 MAX_CALLS = 1024
-MAX_MESSAGE_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = 1 << 19
 MESSAGE_SECONDS = 30.0
 """How long a caller may take to send its first message."""
 
@@ -49,6 +50,8 @@ class Gate:
         self.max_calls, self.max_watches = max_calls, max_watches
         self.request_bytes = max_message_bytes
         """No valid request of the served model is longer."""
+        self.parsing = asyncio.Lock()
+        """Held while a long message is parsed."""
         self.calls = self.watches = 0
         """How many are open."""
 
