@@ -82,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end when the model's context is full (default: continue with its last half)",
     )
+    add(
+        "--speculate",
+        default="auto",
+        choices=("auto", "off"),
+        help="guess tokens from earlier text and verify several at once where that is faster; "
+        "the text is the same (default: auto)",
+    )
     add("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"))
     add(
         "--dtype",
@@ -134,7 +141,13 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer.eot_id is not None and not args.ignore_eos:
         sampling = [replace(one, stop_ids=(tokenizer.eot_id,)) for one in sampling]
     slots = min(args.num_samples, 32)
-    decoder = Decoder(model, max_slots=slots, device=device, dtype=args.dtype)
+    decoder = Decoder(
+        model,
+        max_slots=slots,
+        device=device,
+        dtype=args.dtype,
+        speculate=args.speculate == "auto",
+    )
     tokens = generate_many(
         decoder,
         [ids] * args.num_samples,

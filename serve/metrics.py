@@ -53,6 +53,10 @@ class Metrics:
         self.generated_tokens = counter(
             "generated_tokens", "Generated tokens of finished sequences"
         )
+        self.drafted_tokens = counter(
+            "drafted_tokens", "Guessed tokens that steps of finished sequences verified"
+        )
+        self.accepted_tokens = counter("accepted_tokens", "Those of them that were right")
         self.finished_sequences = counter("finished", "Finished sequences, by reason", "reason")
         self.queue_time = histogram(
             "queue_seconds", "Time from arrival to the start of the computation"
@@ -101,10 +105,12 @@ class Metrics:
         self.weights.clear()
         self.weights.labels(version).set(1)
 
-    def finished(self, reason: Finish, tokens: int) -> None:
-        """Count a finished sequence."""
+    def finished(self, reason: Finish, tokens: int, drafted: int, accepted: int) -> None:
+        """Count a finished sequence and its tokens: generated, guessed and rightly guessed."""
         self.finished_sequences.labels(reason.name.lower()).inc()
         self.generated_tokens.inc(tokens)
+        self.drafted_tokens.inc(drafted)
+        self.accepted_tokens.inc(accepted)
 
     def serve(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ class Options:
     max_context: int | None = None
     prefill_chunk: int | None = None
     deterministic: bool = False
+    speculate: str = "auto"
     watch: bool = False
     watch_interval: float = 5.0
     grace: float = 30.0
@@ -38,8 +38,6 @@ class Options:
     stream_interval: float = 0.05
     max_message_bytes: int = 1 << 19
     max_calls: int = 1024
-    http_port: int | None = None
-    cors_origins: tuple[str, ...] = ()
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     tls_cert: Path | None = None
@@ -56,24 +54,14 @@ class Options:
 PORT = at_least(0, int, 65535)
 
 
-def origins(text: str) -> tuple[str, ...]:
-    """Origins of web pages, between commas."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for origin in found:
-        if not re.fullmatch(r"https?://[^/\s*]+", origin):
-            raise argparse.ArgumentTypeError(f"{origin}: must be like https://a.example:8443")
-    return found
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = Parser(
         prog="python -m serve",
-        description="Serve a model over gRPC (gpt_dist.v1.GenerationService), and over HTTP.",
+        description="Serve a model over gRPC (gpt_dist.v1.GenerationService).",
         epilog="""examples:
   python -m serve --checkpoint runs/mine
   python -m serve --checkpoint runs/mine --watch --metrics-port 9090
-  python -m serve --checkpoint runs/mine --http-port 8000    # for OpenAI's clients and curl
   python -m serve --checkpoint exported/ --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem \\
       --auth-token-file tokens.txt
 
@@ -119,6 +107,9 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         **count)  # fmt: skip
     add(engine, "deterministic", "same tokens for a seed, whatever else runs (slower)", **on)
 
+    add(engine, "speculate", "auto guesses tokens from earlier text where that is faster",
+        choices=("auto", "off"))  # fmt: skip
+
     network = made.add_argument_group("network")
     add(network, "host", "address to listen on", metavar="ADDRESS")
     add(network, "port", "0 picks a free one", type=PORT, metavar="N")
@@ -128,10 +119,6 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "tls-key", "its private key (PEM)", **path)
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
     add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
-    add(network, "http-port", "serve HTTP too, as OpenAI's clients expect it; 0 picks a free port; "
-        "default: off", type=PORT, metavar="N")  # fmt: skip
-    add(network, "cors-origins", "origins of web pages that may call over HTTP, with commas, such "
-        "as https://a.example; default: none", type=origins, metavar="URLS")  # fmt: skip
     add(network, "max-message-bytes", "maximum size of a request", **count)
     add(network, "max-calls", "maximum number of open calls", **count)
     add(
@@ -174,8 +161,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--tls-cert and --tls-key must be given together")
     if options.tls_ca is not None and options.tls_cert is None:
         raise UsageError("--tls-ca requires --tls-cert and --tls-key")
-    if options.cors_origins and options.http_port is None:
-        raise UsageError("--cors-origins requires --http-port")
     return options
 
 

@@ -24,6 +24,8 @@ class Backend(Protocol):
 
     name: str
     cache_bytes: int
+    rows_at_once: int
+    """Maximum number of rows of a step with guesses; 0 if it cannot verify any."""
 
     def load(self, model: GPT) -> Any: ...
     def set(self, slot: int, params: SamplingParams, ids: Ids) -> None: ...
@@ -33,8 +35,8 @@ class Backend(Protocol):
     def prefill(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> None: ...
     def logits(self, weights: Any, slot: int, ids: np.ndarray, start: int) -> Tensor: ...
     def step(
-        self, weights: Any, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
-        generated: np.ndarray,
+        self, weights: Any, slots: np.ndarray, ids: np.ndarray, positions: np.ndarray,
+        lengths: np.ndarray, generated: np.ndarray,
     ) -> list[np.ndarray]: ...  # fmt: skip
 
 

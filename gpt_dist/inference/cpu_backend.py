@@ -58,18 +58,18 @@ class CpuBackend:
         self._sizes = sizes
         self.cache_bytes = self._keys.nbytes + self._values.nbytes
         self._cache = kernels.Cache(self._keys.data_ptr(), self._values.data_ptr(), slots, context)
-        self._rows = max(slots, PREFILL)
-        self._inputs = np.zeros((3, self._rows), np.int32)
+        self.rows_at_once = max(slots, PREFILL)
+        self._inputs = np.zeros((3, self.rows_at_once), np.int32)
         self._stride = -(-model.vocab_size // 64) * 64
         self._vocab_size = model.vocab_size
-        self._logits = torch.zeros(slots, self._stride)
+        self._logits = torch.zeros(self.rows_at_once, self._stride)
         self._draws = (kernels.Draw * slots)()
         # Tokens of each slot's whole sequence, with room for those that still fit the cache.
         self._history = [np.zeros(0, np.int32)] * slots
         self._tables: list[list[np.ndarray]] = [[] for _ in range(slots)]
-        self._tokens = np.zeros(slots, np.int32)
-        self._logprobs = np.zeros((slots, 1 + MAX_LOGPROBS), np.float32)
-        self._top_ids = np.zeros((slots, MAX_LOGPROBS), np.int32)
+        self._tokens = np.zeros(self.rows_at_once, np.int32)
+        self._logprobs = np.zeros((self.rows_at_once, 1 + MAX_LOGPROBS), np.float32)
+        self._top_ids = np.zeros((self.rows_at_once, MAX_LOGPROBS), np.int32)
         self._scratch: Tensor | None = None
 
     def load(self, model: GPT) -> CpuWeights:
@@ -156,13 +156,14 @@ class CpuBackend:
         return logits[:, : self._vocab_size]
 
     def step(
-        self, weights: CpuWeights, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
-        generated: np.ndarray,
+        self, weights: CpuWeights, slots: np.ndarray, ids: np.ndarray, positions: np.ndarray,
+        lengths: np.ndarray, generated: np.ndarray,
     ) -> list[np.ndarray]:  # fmt: skip
-        """One token for each of ``slots``, as `TorchBackend.step`."""
+        """One token for each row, as `TorchBackend.step`."""
         rows = len(slots)
-        self._inputs[:, :rows] = ids[slots], slots, positions[slots]
-        self._forward(weights, rows, self._logits, self._draws)
+        self._inputs[:, :rows] = ids, slots, positions
+        shared = bool((slots[1:] == slots[:-1]).any())
+        self._forward(weights, rows, self._logits, self._draws, shared)
         return [self._tokens[:rows], self._logprobs[:rows], self._top_ids[:rows]]
 
     def _chunk(
@@ -171,17 +172,19 @@ class CpuBackend:
         rows = len(ids)
         self._inputs[0, :rows], self._inputs[1, :rows] = ids, slot
         self._inputs[2, :rows] = np.arange(start, start + rows)
-        self._forward(weights, rows, logits, None)
+        self._forward(weights, rows, logits, None, shared=True)
 
-    def _forward(self, weights: CpuWeights, count: int, logits: Tensor | None, draws: Any) -> None:
+    def _forward(
+        self, weights: CpuWeights, count: int, logits: Tensor | None, draws: Any, shared: bool
+    ) -> None:
         """Run the first ``count`` columns of the inputs: token ids, slots, positions."""
         if self._scratch is None:
             size = self._library.scratch_bytes(
-                weights.model, self._rows, self._cache.context, self.threads
+                weights.model, self.rows_at_once, self._cache.context, self.threads
             )
             self._scratch = kernels.buffer(size)
         addresses = (row.ctypes.data for row in self._inputs)
-        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride, draws is None)
+        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride, shared)
         self._library.forward(
             weights.model, self._cache, rows, self._scratch.data_ptr(), self.threads, draws,
             self._tokens.ctypes.data, self._logprobs.ctypes.data, self._top_ids.ctypes.data,

@@ -1,4 +1,4 @@
-"""Decoding: slots with a KV cache of fixed size, one token for all of them at a time.
+"""Decoding: slots with a KV cache of fixed size, which advance together step by step.
 
 A sequence lives in a slot::
 
@@ -7,7 +7,7 @@ A sequence lives in a slot::
     decoder.prefill(slot, ids[:-1])                  # in one piece or in chunks
     decoder.activate(slot, SamplingParams(top_k=50), ids)
     while ...:
-        result = decoder.step()                      # one token for each active slot
+        result = decoder.step()                      # one token or more for each active slot
     decoder.free(slot)
 
 Slots join and leave between steps. `Decoder.place` and `Decoder.admit` choose the slot instead, and
@@ -17,8 +17,8 @@ claimed with, so that `Decoder.use` swaps weights under running sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,41 +26,10 @@ import torch
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
 from gpt_dist.inference.prefix_cache import Place, PrefixCache
+from gpt_dist.inference.results import Chosen, Scores, StepResult, Weights
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
+from gpt_dist.inference.speculation import Memory, Speculator, with_guesses
 from gpt_dist.model.gpt import GPT
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights prepared by `Decoder.load_weights`."""
-
-    version: int
-    data: Any
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step chose: one entry per active slot, in ascending order."""
-
-    slots: list[int]
-    tokens: list[int]
-    logprobs: list[float | None]
-    """Natural log-probability of the token before any processing, where the slot asked for it."""
-    top: list[list[tuple[int, float]]]
-    """(token id, log-probability) of the most likely tokens, as many as the slot asked for."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of part of a text: those of the tokens at ``start``, ``start`` + 1, ..."""
-
-    start: int
-    logprobs: np.ndarray
-    """(n,) natural log-probability of each token, given all tokens before it."""
-    top_ids: np.ndarray
-    """(n, N) ids of the most likely tokens at its place, in descending order."""
-    top_logprobs: np.ndarray
-    """(n, N) their log-probabilities."""
 
 
 class Decoder:
@@ -78,6 +47,8 @@ class Decoder:
         dtype: of the weights. "auto" is bf16 where that is faster, else fp32. "int8" has one scale
             per output of a layer.
         deterministic: a sequence's tokens do not depend on which other slots are active.
+        speculate: guess tokens and verify several in a step where that is faster. The tokens are
+            the same. Ignored on PyTorch's backend, where a row's rounding depends on the others.
 
     Raises:
         UsageError: ``max_context`` is beyond the model's.
@@ -92,6 +63,7 @@ class Decoder:
         device: torch.device | str | None = None,
         dtype: DType = "auto",
         deterministic: bool = False,
+        speculate: bool = False,
     ) -> None:
         limit = model.config.context_length
         if max_context is not None and not 1 <= max_context <= limit:
@@ -112,6 +84,8 @@ class Decoder:
         self.backend = self._backend.name
         """What computes: ``kernels-avx512``, ``kernels-avx2`` or ``pytorch``."""
         self._prefixes = PrefixCache(max_slots, self.max_context, deterministic)
+        rows = self._backend.rows_at_once
+        self.speculator = Speculator(max_slots, rows) if speculate and rows else None
         self._lengths = np.zeros(max_slots, np.int64)
         self._tokens = np.zeros(max_slots, np.int64)
         self._generated = np.zeros(max_slots, np.int64)
@@ -165,6 +139,11 @@ class Decoder:
     def length(self, slot: int) -> int:
         """Tokens of the slot that are in the cache, also after `free`."""
         return int(self._lengths[slot])
+
+    def tokens(self, slot: int) -> np.ndarray:
+        """The slot's tokens that are in the cache, and for an active slot the one chosen last."""
+        tokens = self._prefixes.tokens(slot, self.length(slot))
+        return np.append(tokens, self._tokens[slot]) if slot in self._params else tokens
 
     def room(self, slot: int) -> int:
         """Steps that the slot can still take part in."""
@@ -267,13 +246,16 @@ class Decoder:
         self._bound[target], self._lengths[target] = self._bound[source], length
         self._claimed.add(target)
 
-    def activate(self, slot: int, sampling: SamplingParams, ids: Ids) -> None:
+    def activate(
+        self, slot: int, sampling: SamplingParams, ids: Ids, memory: Memory | None = None
+    ) -> None:
         """Let a prefilled slot take part in steps.
 
         Args:
             slot: where all of the prompt is cached, with or without its last token.
             sampling: how to continue.
             ids: the whole prompt.
+            memory: earlier outputs in which to look for guesses.
 
         Raises:
             GptDistError: the prompt is not cached.
@@ -290,13 +272,15 @@ class Decoder:
                 f"slot {slot} has {self.length(slot)} tokens cached, not the prompt's {len(tokens)}"
             )
         self._backend.set(slot, sampling, tokens)
+        if self.speculator:
+            self.speculator.begin(slot, memory)
         self._params[slot] = sampling
         self._claimed.add(slot)
         self._lengths[slot] = len(tokens) - 1
         self._tokens[slot], self._generated[slot] = tokens[-1], 0
 
     def step(self) -> StepResult:
-        """One token for each active slot.
+        """One token for each active slot, and more where guesses were right.
 
         Raises:
             GptDistError: an active slot has no room left.
@@ -305,34 +289,52 @@ class Decoder:
         for slot in slots:
             if not self.room(slot):
                 raise GptDistError(f"slot {slot} is full: free it after {self.max_context} tokens")
-        chosen: dict[int, tuple[int, float | None, list[tuple[int, float]]]] = {}
+        guesses = self._guesses(slots)
         groups: dict[int, list[int]] = {}  # by weights
         for slot in slots:
             groups.setdefault(self.version(slot), []).append(slot)
+        chosen: dict[int, list[Chosen]] = {slot: [] for slot in slots}
         for group in groups.values():
-            weights = self._bound[group[0]]
-            assert weights is not None
-            tokens, *details = self._backend.step(
-                weights.data, group, self._tokens, self._lengths, self._generated
-            )
-            self._prefixes.append(group, self._lengths[group], self._tokens[group])
-            self._tokens[group] = tokens
-            self._lengths[group] += 1
-            self._generated[group] += 1
-            for row, slot in enumerate(group):
-                asked = self._params[slot].logprobs
-                if asked is None:
-                    chosen[slot] = int(tokens[row]), None, []
-                    continue
-                logprobs, ids = details[0][row].tolist(), details[1][row].tolist()
-                top = list(zip(ids[: min(asked, self.vocab_size)], logprobs[1:], strict=False))
-                chosen[slot] = int(tokens[row]), logprobs[0], top
-        return StepResult(
-            slots,
-            [chosen[slot][0] for slot in slots],
-            [chosen[slot][1] for slot in slots],
-            [chosen[slot][2] for slot in slots],
+            self._step(group, guesses, chosen)
+        if self.speculator and slots:
+            self.speculator.learn({slot: [row[0] for row in rows] for slot, rows in chosen.items()})
+        return StepResult.of(chosen, {slot: len(guess) for slot, guess in guesses.items()})
+
+    def _guesses(self, slots: list[int]) -> dict[int, np.ndarray]:
+        """What to verify in the next step, by slot."""
+        if not self.speculator or not slots:
+            return {}
+        # The last place in the cache is for the last token that was guessed rightly.
+        room = {slot: self.room(slot) - 1 for slot in slots}
+        return self.speculator.propose({slot: partial(self.tokens, slot) for slot in slots}, room)
+
+    def _step(
+        self, group: list[int], guesses: Mapping[int, np.ndarray], chosen: dict[int, list[Chosen]]
+    ) -> None:
+        """Run a step of slots that have the same weights; adds to what was chosen for each."""
+        weights = self._bound[group[0]]
+        assert weights is not None
+        slots = np.array(group)
+        ids, positions = self._tokens[slots], self._lengths[slots]
+        if guesses:
+            slots, ids, positions = with_guesses(slots, ids, positions, guesses)
+        tokens, *details = self._backend.step(
+            weights.data, slots, ids, positions, self._lengths, self._generated
         )
+        right = np.flatnonzero(tokens >= 0)
+        slots, ids, positions = slots[right], ids[right], positions[right]
+        self._prefixes.append(slots, positions, ids)
+        self._tokens[slots] = tokens[right]  # of several for a slot the last stays
+        self._lengths[slots] = positions + 1
+        np.add.at(self._generated, slots, 1)
+        for row, slot in zip(right.tolist(), slots.tolist(), strict=True):
+            asked = self._params[slot].logprobs
+            if asked is None:
+                chosen[slot].append((int(tokens[row]), None, []))
+                continue
+            logprobs, top = details[0][row].tolist(), details[1][row].tolist()
+            best = list(zip(top[: min(asked, self.vocab_size)], logprobs[1:], strict=False))
+            chosen[slot].append((int(tokens[row]), logprobs[0], best))
 
     def slide(self, slot: int, ids: Ids) -> None:
         """Make room in an active slot: cache only the last tokens of its sequence.

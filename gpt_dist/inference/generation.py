@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from gpt_dist.errors import GptDistError
 from gpt_dist.inference.backends import Ids
-from gpt_dist.inference.decoder import Decoder, Scores
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.results import Scores
 from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.inference.speculation import Memory
 from gpt_dist.model.gpt import GPT
 
 
@@ -59,12 +61,14 @@ def generate_many(
     if isinstance(model, Decoder):
         decoder = model
     else:
-        decoder = Decoder(model, max_slots=min(len(prompts), 32), dtype="fp32")
+        slots = min(len(prompts), 32)
+        decoder = Decoder(model, max_slots=slots, dtype="fp32", speculate=True)
     context = decoder.max_context
     begins = [list(ids)[-context:] if past_context else list(ids) for ids in prompts]
     texts = [list(begin) for begin in begins]
     waiting = list(zip(range(len(prompts)), sampling, strict=True))[::-1]
     running: dict[int, int] = {}
+    memory = Memory()
     counts = [0] * len(prompts)
     try:
         while waiting or running:
@@ -77,12 +81,12 @@ def generate_many(
                 decoder.admit(place)
                 running[place.slot] = index
                 decoder.prefill(place.slot, begin[place.length : -1], place.length)
-                decoder.activate(place.slot, params, begin)
+                decoder.activate(place.slot, params, begin, memory)
             if not running:
                 return
             result = decoder.step()
-            for slot, token in zip(result.slots, result.tokens, strict=True):
-                if slot not in running:  # of another user of the same decoder
+            for slot, token, last in zip(result.slots, result.tokens, result.last, strict=True):
+                if slot not in running:  # it has ended, or is of another user of the decoder
                     continue
                 index = running[slot]
                 counts[index] += 1
@@ -90,8 +94,9 @@ def generate_many(
                 stopped = token in sampling[index].stop_ids
                 if not stopped:
                     yield index, token
-                full = not decoder.room(slot)
+                full = last and not decoder.room(slot)
                 if stopped or counts[index] == max_new_tokens or (full and not past_context):
+                    memory.add(texts[index][len(begins[index]) :])
                     decoder.free(slot)
                     del running[slot]
                 elif full:

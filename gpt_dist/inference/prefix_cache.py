@@ -56,10 +56,14 @@ class PrefixCache:
         self._tokens[slot, start:end] = tokens
         self._prefilled[slot] = end if start <= self._prefilled[slot] else self._prefilled[slot]
 
-    def append(self, slots: list[int], positions: np.ndarray, tokens: np.ndarray) -> None:
-        """Note that a step has cached one token in each slot."""
+    def append(self, slots: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
+        """Note that a step has cached tokens, each at a position in a slot."""
         self._tokens[slots, positions] = tokens
-        self._prefilled[slots] = np.minimum(self._prefilled[slots], positions)
+        np.minimum.at(self._prefilled, slots, positions)
+
+    def tokens(self, slot: int, length: int) -> np.ndarray:
+        """(length,) the first tokens of a slot."""
+        return self._tokens[slot, :length]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Note that the first ``length`` tokens of one slot are all that another holds."""

@@ -108,6 +108,7 @@ class TorchBackend:
     """
 
     name = "pytorch"
+    rows_at_once = 0  # the result of a row would depend on the guesses beside it
 
     def __init__(
         self, model: GPT, slots: int, context: int, device: torch.device, dtype: str,
@@ -185,37 +186,42 @@ class TorchBackend:
 
     @torch.inference_mode()
     def step(
-        self, weights: TorchWeights, slots: Sequence[int], ids: np.ndarray, positions: np.ndarray,
-        generated: np.ndarray,
+        self, weights: TorchWeights, slots: np.ndarray, ids: np.ndarray, positions: np.ndarray,
+        lengths: np.ndarray, generated: np.ndarray,
     ) -> list[np.ndarray]:  # fmt: skip
-        """One token for each of ``slots``.
+        """One token for each row; a row is an active slot.
+
+        Backends with ``rows_at_once`` verify guesses too: their rows follow that of the slot's
+        last token, and their tokens are -1 from the first wrong guess on.
 
         Args:
             weights: what to run.
-            slots: the k active slots.
-            ids: (slots,) last token of every slot.
-            positions: (slots,) its position, where its keys and values go.
+            slots: (R,) slot of each row.
+            ids: (R,) token of each row.
+            positions: (R,) its position, where its keys and values go.
+            lengths: (slots,) tokens in the cache of every slot, active or not.
             generated: (slots,) tokens generated before.
 
         Returns:
-            tokens (k,), and where a slot asks for log-probabilities those (k, 1 + N) and the ids
-            (k, N) of the N most likely tokens.
+            tokens (R,), and where a slot asks for log-probabilities those (R, 1 + N) and the ids
+            (R, N) of the N most likely tokens.
         """
-        self.staging[0], self.staging[1] = torch.from_numpy(ids), torch.from_numpy(positions)
-        self.staging[2] = torch.from_numpy(generated)
+        self.staging[1], self.staging[2] = torch.from_numpy(lengths), torch.from_numpy(generated)
         self.staging[3] = 0
-        self.staging[3, list(slots)] = 1
+        active = torch.from_numpy(slots)
+        self.staging[0, active] = torch.from_numpy(ids)
+        self.staging[3, active] = 1
         self.inputs.copy_(self.staging, non_blocking=True)
-        plan = self.sampler.plan(slots)
-        rows, length = self.rows(max(slots)), self.context
+        plan = self.sampler.plan(slots.tolist())
+        rows, length = self.rows(int(slots.max())), self.context
         if not self.deterministic:
             # On CUDA every shape is a graph, which takes a moment to record: there, fewer shapes.
             least = 256 if self.device.type == "cuda" else 64
-            length = min(_power(int(positions[list(slots)].max()) + 1, least), self.context)
+            length = min(_power(int(positions.max()) + 1, least), self.context)
         outputs = self._run(weights, rows, length, plan)
         # The only synchronisation: doubles hold token ids and fp32 exactly.
         host = torch.cat([part.double().view(rows, -1) for part in outputs], 1).cpu().numpy()
-        host = host[list(slots)]
+        host = host[slots]
         if len(outputs) == 1:
             return [host[:, 0].astype(np.int64)]
         top = outputs[2].shape[1]

@@ -18,6 +18,7 @@ from gpt_dist.v1.generation_service_pb2 import (
     GenerationFinished,
     GenerationStarted,
 )
+from serve.api.callers import caller
 from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
 from serve.api.served import Served
@@ -110,7 +111,7 @@ class Output:
 
     def _end(self, reason: Finish, at: float) -> None:
         self.finish, self.ended_at = reason, at
-        self.call.metrics.finished(reason, self.tokens)
+        self.call.metrics.finished(reason, self.tokens, self.job.drafted, self.job.accepted)
 
     @property
     def pending(self) -> bool:
@@ -174,8 +175,8 @@ class Output:
         """Its numbers of tokens. Output 0 has those of the prompt, so that they can be added up."""
         usage = pb.Usage(
             completion_tokens=self.tokens,
-            drafted_tokens=getattr(self.job, "drafted_tokens", 0),
-            accepted_tokens=getattr(self.job, "accepted_tokens", 0),
+            drafted_tokens=self.job.drafted,
+            accepted_tokens=min(self.job.accepted, self.tokens),
         )
         if not self.index:
             usage.prompt_tokens, usage.cached_tokens = len(self.job.ids), self.cached_tokens
@@ -226,6 +227,7 @@ class Call:
                 max_new_tokens=wanted.max_new_tokens,
                 eos_id=wanted.eos_id,
                 expires_at=None if budget is None else self.arrived + budget,
+                caller=caller.get(),
             )
 
     @property

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from gpt_dist.inference.decoder import Weights
+from gpt_dist.inference.results import Weights
 from serve.engine.jobs import Event, Failed, Job, Lost, Scoring, Sequence
 from serve.engine.scheduler import Scheduler
 

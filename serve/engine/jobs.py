@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpt_dist.inference.decoder import Scores
+from gpt_dist.inference.results import Scores
 from gpt_dist.inference.sampling import SamplingParams
 
 
@@ -124,7 +124,13 @@ class Sequence(Job):
     """The member of ``sampling.stop_ids`` whose finish reason is EOS."""
     expires_at: float | None = None
     """When to end the sequence and keep what was generated."""
+    caller: str = ""
+    """Whose it is. Guesses come from its text and from earlier outputs of the same caller."""
     generated: int = field(default=0, init=False)
+    drafted: int = field(default=0, init=False)
+    """Number of tokens that were guessed and verified."""
+    accepted: int = field(default=0, init=False)
+    """Number of its generated tokens that were guessed."""
 
     def overdue(self, now: float) -> Event | None:
         if self.expires_at is not None and now >= self.expires_at:

@@ -16,8 +16,9 @@ import torch
 from gpt_dist.checkpoints.checkpoint import resolve
 from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.errors import GptDistError, UsageError
-from gpt_dist.inference.decoder import Decoder, Weights
+from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.generation import score
+from gpt_dist.inference.results import Weights
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import Tokenizer
@@ -63,6 +64,7 @@ def load(options: Options) -> Loaded:
         device=device,
         dtype=options.dtype,  # type: ignore[arg-type]
         deterministic=options.deterministic,
+        speculate=options.speculate == "auto",
     )
     loaded = time.monotonic()
     _warm(decoder, tokenizer)

@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from gpt_dist.inference.decoder import Decoder, Weights
+from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.prefix_cache import ALIGNMENT
+from gpt_dist.inference.results import Weights
+from gpt_dist.inference.speculation import Memories
 from serve.engine.jobs import (
     Ended,
     Event,
@@ -69,6 +71,7 @@ class Scheduler:
         self._prefilling: Job | None = None
         self._pending: tuple[Weights, str] | None = None
         self._names = {decoder.weights.version: weights_version}
+        self._memories = Memories()
         self._events: list[tuple[Job, Event]] = []
         """Those of the latest tick."""
         self._released, self._interval = clock(), 1.0
@@ -171,6 +174,7 @@ class Scheduler:
         if job is self._prefilling:
             self._prefilling = None
         if job.slot >= 0:
+            self._remember(job)
             self.running.pop(job.slot, None)
             self.decoder.free(job.slot)
         now = self.clock()
@@ -231,7 +235,8 @@ class Scheduler:
             return
         self._prefilling = None
         if isinstance(job, Sequence):
-            self.decoder.activate(job.slot, job.sampling, job.ids)
+            memory = self._memories.of(job.caller)
+            self.decoder.activate(job.slot, job.sampling, job.ids, memory)
             self.running[job.slot] = job
         elif isinstance(job, Scoring):
             self._end(job, events, Scored(job.parts, self._version(job)))
@@ -259,6 +264,11 @@ class Scheduler:
             events.append((job, Started(self.clock(), place.length, self._version(job))))
         return -(-place.copied // COPIES)
 
+    def _remember(self, job: Job) -> None:
+        """Keep a sequence's output for the guesses of its caller's later ones."""
+        if isinstance(job, Sequence) and (memory := self._memories.of(job.caller)):
+            memory.add(self.decoder.tokens(job.slot)[len(job.ids) :])
+
     def _version(self, job: Job) -> str:
         return self._names[self.decoder.version(job.slot)]
 
@@ -266,16 +276,23 @@ class Scheduler:
         """Generate one token for each running sequence, and release finished ones."""
         result = self.decoder.step()
         now = self.clock()
-        rows = zip(result.slots, result.tokens, result.logprobs, result.top, strict=True)
-        for slot, token, logprob, top in rows:
-            job = self.running[slot]
+        for slot, count in result.drafted.items():
+            self.running[slot].drafted += count
+        rows = zip(
+            result.slots, result.tokens, result.logprobs, result.top, result.last, strict=True
+        )
+        for slot, token, logprob, top, last in rows:
+            job = self.running.get(slot)
+            if job is None:  # an earlier token of this step ended it
+                continue
             if token in job.sampling.stop_ids:
                 reason = Finish.EOS if token == job.eos_id else Finish.STOP_TOKEN
                 self._end(job, events, Ended(now, reason, token))
                 continue
             events.append((job, Token(now, token, logprob, top)))
             job.generated += 1
+            job.accepted += not last
             if job.generated >= job.max_new_tokens:
                 self._end(job, events, Ended(now, Finish.LENGTH))
-            elif not self.decoder.room(slot):
+            elif last and not self.decoder.room(slot):
                 self._end(job, events, Ended(now, Finish.CONTEXT_FULL))

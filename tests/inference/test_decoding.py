@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference import cpu_kernels as kernels
-from gpt_dist.inference.decoder import Decoder, Scores
+from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.generation import generate, generate_many, score
+from gpt_dist.inference.results import Scores
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT

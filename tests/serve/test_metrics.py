@@ -5,11 +5,16 @@ from __future__ import annotations
 import urllib.request
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.inference.speculation import StepTimes
 from gpt_dist.model.gpt import GPT
+from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import Client, build_request
 from tests.serve.conftest import HeldDecoder, LiveServer, StartServer, wait_until
 
@@ -71,3 +76,33 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
         values = scrape(server)
         assert values["gpt_dist_cancelled_total",] == 3
         assert values["gpt_dist_running",] == values["gpt_dist_waiting",] == 0
+
+
+def test_guessed_tokens_are_counted(
+    start: StartServer, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that repeats, for a caller with a token and for others."""
+    monkeypatch.setattr(StepTimes, "estimate", lambda self, rows: np.ones(rows + 1))
+    plain = Decoder(model, max_slots=1, dtype="fp32")
+    server = start(Decoder(model, max_slots=1, dtype="fp32", speculate=True), metrics_port=0)
+    prompt = [5, 6, 7, 8] * 3
+    request = build_request(prompt, temperature=0, max_new_tokens=60, ignore_eos=True)
+    expected = list(generate(plain, prompt, SamplingParams(temperature=0), 60))
+    drafted = accepted = 0
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GenerationServiceStub(channel)
+        by_caller = []
+        for token in ("", "", "one", "one", "other"):
+            metadata = (("authorization", f"Bearer {token}"),) if token else ()
+            reply = stub.Generate(request, metadata=metadata)
+            assert list(reply.outputs[0].token_ids) == expected
+            usage = reply.usage
+            assert 0 < usage.accepted_tokens <= min(usage.drafted_tokens, 60)
+            drafted, accepted = drafted + usage.drafted_tokens, accepted + usage.accepted_tokens
+            by_caller.append(usage.accepted_tokens)
+        [finished] = [m.finished for m in stub.GenerateStream(request) if m.HasField("finished")]
+    # Only the second call of a known caller knows the text from the first.
+    assert by_caller.pop(3) > 2 * max(by_caller)
+    values = scrape(server)
+    assert values["gpt_dist_accepted_tokens_total",] == accepted + finished.usage.accepted_tokens
+    assert values["gpt_dist_drafted_tokens_total",] == drafted + finished.usage.drafted_tokens

@@ -188,7 +188,9 @@ int64_t scratch_bytes(const Model* model, int32_t rows, int32_t context, int32_t
 
 // Runs tokens. Each is cached at its position in its slot and attends to the positions before it,
 // those of other rows in this call included. `draws` (by slot), unless null, chooses a token for
-// each row: `tokens` (rows), `logprobs` (rows, 1 + reported) and `top_ids` (rows, reported).
+// each row: `tokens` (rows), `logprobs` (rows, 1 + reported) and `top_ids` (rows, reported). Rows of
+// one slot lie side by side: all but the first are guesses, and from the first wrong one on nothing
+// is chosen: -1 in `tokens`.
 void forward(const Model* model, const Cache* cache, const Rows* rows, uint8_t* scratch,
              int32_t threads, Draw* draws, int32_t* tokens, float* logprobs, int32_t* top_ids,
              int32_t reported) {
@@ -197,17 +199,26 @@ void forward(const Model* model, const Cache* cache, const Rows* rows, uint8_t* 
     const auto kernel = model->dtype == FP32   ? forward<FP32>
                         : model->dtype == BF16 ? forward<BF16>
                                                : forward<INT8>;
+    std::vector<int> starts;  // of the rows of each slot, and the end
+    for (int row = 0; row < rows->count; row++)
+        if (row == 0 || rows->slots[row] != rows->slots[row - 1]) starts.push_back(row);
+    starts.push_back(rows->count);
 #pragma omp parallel num_threads(threads)
     {
         Team team(omp_get_thread_num(), omp_get_num_threads(), phases.data());
         kernel(team, *model, *cache, *rows, buffers);
         if (draws)
-            team.each(rows->count, [&](int row) {
+            team.each(starts.size() - 1, [&](int slot) {
                 static thread_local Sampler sampler(0);
                 const int vocab = model->head.outputs;
                 if (sampler.vocab != vocab) sampler = Sampler(vocab);
-                tokens[row] = sampler.run(draws[rows->slots[row]], rows->logits + row * rows->stride,
-                                          logprobs + row * (reported + 1), top_ids + row * reported);
+                bool right = true;
+                for (int row = starts[slot]; row < starts[slot + 1]; row++) {
+                    right = right && (row == starts[slot] || tokens[row - 1] == rows->ids[row]);
+                    tokens[row] = !right ? -1 : sampler.run(
+                        draws[rows->slots[row]], rows->logits + row * rows->stride,
+                        logprobs + row * (reported + 1), top_ids + row * reported);
+                }
             });
     }
 }

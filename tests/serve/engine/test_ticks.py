@@ -152,10 +152,10 @@ def test_no_tick_exceeds_a_chunk_and_a_step(dense: bool) -> None:
 class Traffic:
     """Random submissions, cancellations and swaps, and a record of what came out."""
 
-    def __init__(self, dense: bool, deterministic: bool, chunk: int) -> None:
+    def __init__(self, dense: bool, deterministic: bool, chunk: int, speculate: bool) -> None:
         self.dice = random.Random(0)
         self.context = 300 if deterministic else CONTEXT
-        self.decoder, self.backend = fake_decoder(6, self.context, dense, deterministic)
+        self.decoder, self.backend = fake_decoder(6, self.context, dense, deterministic, speculate)
         self.now = 0.0
         self.scheduler = Scheduler(
             self.decoder, prefill_chunk=chunk, weights_version="1", clock=lambda: self.now,
@@ -191,6 +191,7 @@ class Traffic:
                 sequence(
                     ids, dice.randrange(1 << 40), max_new_tokens=dice.randint(1, 30),
                     stop_ids=dice.choice(((), (3, 17))), eos_id=3,
+                    caller=dice.choice(("", "one", "other")),
                     deadline=self.now + 20 if dice.random() < 0.05 else None,
                     expires_at=self.now + 20 if dice.random() < 0.05 else None,
                 )
@@ -238,17 +239,23 @@ class Traffic:
 
 @pytest.mark.slow(1)
 @pytest.mark.parametrize(
-    ("dense", "deterministic", "chunk"),
-    [(False, False, 32), (True, False, 32), (False, False, 5), (True, True, 128)],
+    ("dense", "deterministic", "chunk", "speculate"),
+    [
+        (False, False, 32, False),
+        (True, False, 32, False),
+        (False, False, 5, True),
+        (False, True, 128, True),
+        (True, True, 128, False),
+    ],
 )
 def test_random_sequences_get_the_stream_of_an_undisturbed_server(
-    dense: bool, deterministic: bool, chunk: int
+    dense: bool, deterministic: bool, chunk: int, speculate: bool
 ) -> None:
-    traffic = Traffic(dense, deterministic, chunk)
+    traffic = Traffic(dense, deterministic, chunk, speculate)
     traffic.run(COUNT)
     assert traffic.decoder.free_slots == list(range(6))
     assert traffic.scheduler.load == traffic.scheduler.waiting == 0
-    reused = ended = 0
+    reused = ended = accepted = 0
     for job, events in traffic.events.items():
         if isinstance(job, Scoring):
             check_scores(job, events)
@@ -259,6 +266,8 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
             assert all(isinstance(event, Expired | Ended) for event in events)
             continue
         tokens = traffic.tokens(job)
+        assert job.accepted <= min(job.drafted, len(tokens))
+        accepted += job.accepted
         ids, weights = job.ids.tolist(), int(started[0].weights_version)
         assert weights >= traffic.oldest[job]
         match events[-1]:
@@ -275,6 +284,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
         reused += started[0].cached_tokens > 0
         ended += isinstance(events[-1], Ended)
     assert ended > COUNT / 3
+    assert (accepted > COUNT / 2) == speculate
     assert reused > COUNT / 20
     assert traffic.decoder.weights.version > 3
 
