@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from serve.api.status import StatusError
+from serve.api.status import StatusError, unavailable
 
 OVERALL = ""
 """The name that stands for the whole server."""
@@ -33,6 +33,7 @@ class Health:
         self.services = {OVERALL, *services}
         self._states = dict.fromkeys(self.services, False)
         self._changed = asyncio.Event()
+        self._closed = False
 
     @property
     def serving(self) -> bool:
@@ -46,6 +47,11 @@ class Health:
     def set_one(self, name: str, serving: bool) -> None:
         """Change the state of a name that is no service's."""
         self._update({name: serving})
+
+    def close(self) -> None:
+        """End the calls of all watchers."""
+        self._closed = True
+        self._changed.set()
 
     def _update(self, states: dict[str, bool]) -> None:
         if any(self._states.get(name) != state for name, state in states.items()):
@@ -73,5 +79,7 @@ class Health:
             if status != last:
                 last = status
                 yield Status(status=status)
+            elif self._closed:
+                raise unavailable("the server is shutting down", "DRAINING")
             else:
                 await changed.wait()

@@ -38,6 +38,7 @@ class Options:
     stream_interval: float = 0.05
     max_message_bytes: int = 1 << 19
     max_calls: int = 1024
+    max_connection_age: float = 30.0
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     tls_cert: Path | None = None
@@ -121,6 +122,9 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
     add(network, "max-message-bytes", "maximum size of a request", **count)
     add(network, "max-calls", "maximum number of open calls", **count)
+    add(network, "max-connection-age",
+        "ask clients to connect anew after this time, so that new replicas get calls; 0: never",
+        **seconds)  # fmt: skip
     add(
         network,
         "stream-interval",

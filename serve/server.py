@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -35,6 +36,10 @@ from serve.security import Access, Certificates, Reloader, TokenFile, check_port
 log = logging.getLogger("serve")
 
 MONITOR_SECONDS = 0.25
+LAST_SECONDS = 0.5
+"""For statuses on their way to callers, when the server closes."""
+LONGEST_CALL = 3600.0
+"""Seconds that calls may go on on a connection that has reached its age."""
 KEEPALIVE = [
     # Detect clients that vanished, and free their slots.
     ("grpc.keepalive_time_ms", 30_000),
@@ -118,6 +123,7 @@ class Server:
                 ("grpc.max_receive_message_length", 2 * options.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # report a port in use instead of sharing it
                 *KEEPALIVE,
+                *_age(options.max_connection_age),
             ],
         )
         for service, implementation in zip(services, implementations, strict=True):
@@ -233,32 +239,43 @@ class Server:
     async def drain(self) -> bool:
         """Refuse new calls, finish accepted ones within ``grace`` seconds, and close.
 
+        First of all grpc closes the port and tells clients to use their connections for no further
+        calls (GOAWAY). Calls that do not finish are told whether it is safe to repeat them.
+
         Returns:
             Whether all accepted calls finished.
         """
         self.service.draining = True
         self.health.set(False)
-        finished = True
-        if self.service.open_calls and self.failure is None:
+        grace = 0.0 if self.failure is not None else self.options.grace
+        if self.service.open_calls and grace:
             log.info("draining: %d calls are open", self.service.open_calls)
-        try:
-            if self.failure is None:
-                await asyncio.wait_for(self.service.idle.wait(), self.options.grace)
-        except TimeoutError:
-            pass
-        if self.service.open_calls:
+        closing = asyncio.create_task(self._grpc.stop(grace + 2 * LAST_SECONDS))
+        await self._idle(grace)
+        finished = not self.service.open_calls
+        if not finished:
             log.warning("%d calls are aborted", self.service.open_calls)
-            finished = False
+            if self.engine is not None:
+                self.engine.shed("the server is shutting down")
+            self.service.idle.clear()
+            await self._idle(LAST_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.health.close()
         # Refused calls need a moment to receive their status.
-        await self._grpc.stop(0.5)
+        await self._grpc.stop(LAST_SECONDS)
+        await closing
         if self.engine is not None:
             await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self._close_metrics)
         self._files.close()
         return finished
+
+    async def _idle(self, seconds: float) -> None:
+        """Wait until no accepted call is open, but not longer."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.service.idle.wait(), seconds)
 
     def _failed(self, error: BaseException) -> None:
         self.failure = error
@@ -278,3 +295,13 @@ class Server:
             self.health.set(
                 not stalled and not self.service.draining and self.engine.failure is None
             )
+
+
+def _age(seconds: float) -> list[tuple[str, int]]:
+    """grpc's options for the age of connections; it adds or takes off up to a tenth."""
+    if not seconds:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", int(seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(LONGEST_CALL * 1000)),
+    ]

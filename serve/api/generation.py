@@ -84,7 +84,7 @@ class Output:
             case Expired():
                 self.call.fail(expired())
             case Lost():
-                self.call.fail(lost(event.message, event.began or self.call.began))
+                self.call.fail(lost(event, event.began or self.call.began))
             case Failed():
                 self.call.fail(internal())
             case Scored():

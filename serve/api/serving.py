@@ -88,7 +88,7 @@ class Serving:
     def refused(self, error: QueueFull | EngineLost) -> StatusError:
         """The status of a call that the engine did not accept."""
         if isinstance(error, EngineLost):
-            return unavailable(str(error), "ENGINE_FAILED")
+            return unavailable(str(error), "DRAINING" if self.draining else "ENGINE_FAILED")
         assert self.served is not None
         return overloaded(self.served.engine.scheduler.retry_after)
 
@@ -201,7 +201,7 @@ class Serving:
             case Expired():
                 raise expired()
             case Lost():
-                raise lost(event.message, event.began)
+                raise lost(event, event.began)
         raise internal()
 
     async def tokenize(self, request: api.TokenizeRequest) -> api.TokenizeResponse:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from gpt_dist.v1 import errors_pb2
+
+if TYPE_CHECKING:  # it imports torch
+    from serve.engine.jobs import Lost
 
 DOMAIN = "gpt_dist"
 DETAILS = "grpc-status-details-bin"
@@ -121,15 +124,20 @@ def unavailable(message: str, reason: str, retry_after: float = 1.0) -> StatusEr
     return StatusError(grpc.StatusCode.UNAVAILABLE, message, reason, retry_after=retry_after)
 
 
-def lost(message: str, began: bool) -> StatusError:
+def lost(event: Lost, began: bool) -> StatusError:
     """The engine failed or stopped. Only a call that had not begun is safe to repeat.
 
     A call that was being computed may be what broke the engine, so it is ABORTED: clients that
     repeat UNAVAILABLE must not carry it to the next server.
+
+    Args:
+        event: what the engine said.
+        began: whether the computation of the call had begun.
     """
+    reason = "DRAINING" if event.stopped else "ENGINE_FAILED"
     if began:
-        return StatusError(grpc.StatusCode.ABORTED, message, "ENGINE_FAILED")
-    return unavailable(message, "ENGINE_FAILED")
+        return StatusError(grpc.StatusCode.ABORTED, event.message, reason)
+    return unavailable(event.message, reason)
 
 
 def overloaded(retry_after: float) -> StatusError:

@@ -35,6 +35,7 @@ class AsyncClient(Connection):
     async def close(self) -> None:
         """Close the connection. Calls in progress are cancelled."""
         await self._channel.close(None)
+        await self._health_channel.close(None)
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any

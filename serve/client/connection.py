@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ SERVICE_CONFIG = {
         }
     ],
     "loadBalancingConfig": [{"round_robin": {}}],
+    # Servers that load, drain or stall get no calls.
+    "healthCheckConfig": {"serviceName": "gpt_dist.v1.GenerationService"},
 }
 
 CHANNEL_OPTIONS = [
@@ -98,12 +101,15 @@ class Connection:
             credentials = grpc.ssl_channel_credentials(
                 *(path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
             )
-            self._channel = self._channels.secure_channel(target, credentials, CHANNEL_OPTIONS)
+            connect = partial(self._channels.secure_channel, target, credentials)
         else:
-            self._channel = self._channels.insecure_channel(target, CHANNEL_OPTIONS)
+            connect = partial(self._channels.insecure_channel, target)
+        self._channel = connect(CHANNEL_OPTIONS)
+        # The other channel has no connection to a server that is not healthy. Unused, it has none.
+        self._health_channel = connect([*CHANNEL_OPTIONS, ("grpc.inhibit_health_checking", 1)])
         self._stub: Any = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._model_stub: Any = ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health: Any = health_pb2_grpc.HealthStub(self._health_channel)  # type: ignore[no-untyped-call]
 
     def _named(self, parameters: dict[str, Any]) -> dict[str, Any]:
         return {"model": self.model, **parameters}

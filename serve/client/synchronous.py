@@ -35,6 +35,7 @@ class Client(Connection):
     def close(self) -> None:
         """Close the connection. Calls in progress are cancelled."""
         self._channel.close()
+        self._health_channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **parameters: Any

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from gpt_dist.inference.results import Weights
 from serve.engine.jobs import Event, Failed, Job, Lost, Scoring, Sequence
-from serve.engine.scheduler import Scheduler
+from serve.engine.scheduler import Scheduler, losses
 
 log = logging.getLogger("serve")
 
@@ -46,6 +46,8 @@ class Engine:
         self._loop, self._on_failure = loop, on_failure
         self._wake = threading.Event()
         self._stopping = False
+        self._shed = ""
+        """Why no more jobs are taken."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -54,10 +56,12 @@ class Engine:
 
         Raises:
             QueueFull: the queue has no room for all of them.
-            EngineLost: the thread has failed.
+            EngineLost: the thread has failed, or `shed` was called.
         """
         if self.failure is not None:
             raise EngineLost(str(self.failure))
+        if self._shed:
+            raise EngineLost(self._shed)
         self._note_idle()
         self.scheduler.submit(jobs)
         self._wake.set()
@@ -65,6 +69,15 @@ class Engine:
     def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Drop jobs before the next step."""
         self.scheduler.cancel(jobs)
+        self._wake.set()
+
+    def shed(self, message: str) -> None:
+        """End all jobs, and take no more. Their listeners learn which of them had begun."""
+        self._shed = message
+        jobs = self.scheduler.jobs
+        _deliver(losses(jobs, message, stopped=True))
+        for job in jobs:
+            job.cancelled = True
         self._wake.set()
 
     def swap(self, weights: Weights, version: str) -> None:

@@ -76,6 +76,8 @@ class Lost:
     began: bool
     """Whether its computation had begun. If not, the job cannot be what broke the engine, and it is
     safe to repeat elsewhere."""
+    stopped: bool = False
+    """Whether the engine was stopped, and did not fail."""
 
 
 @dataclass(frozen=True, slots=True)

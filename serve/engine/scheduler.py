@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.prefix_cache import ALIGNMENT
@@ -35,6 +35,12 @@ log = logging.getLogger("serve")
 
 COPIES = 16
 """So many copied tokens count as one that is computed. Copying one is at least this much faster."""
+
+
+def losses(jobs: Iterable[Job], message: str, stopped: bool = False) -> list[tuple[Job, Event]]:
+    """The end of jobs that are not finished; those that have begun come first."""
+    order = sorted(jobs, key=lambda job: job.slot < 0)
+    return [(job, Lost(message, job.slot >= 0, stopped)) for job in order]
 
 
 class Scheduler:
@@ -85,6 +91,12 @@ class Scheduler:
     def load(self) -> int:
         """Number of jobs in the scheduler."""
         return len(self._jobs)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs in the scheduler, in order of arrival."""
+        with self._lock:
+            return list(self._jobs)
 
     @property
     def waiting(self) -> int:
@@ -166,8 +178,7 @@ class Scheduler:
         with self._lock:
             jobs, self._jobs = self._jobs, {}
             self.running, self._prefilling = {}, None
-        order = sorted(jobs, key=lambda job: job.slot < 0)
-        return [*self._events, *((job, Lost(message, job.slot >= 0)) for job in order)]
+        return [*self._events, *losses(jobs, message)]
 
     def _end(self, job: Job, events: list[tuple[Job, Event]], event: Event | None) -> None:
         """Release a job and its slot."""

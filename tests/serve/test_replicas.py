@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
+from gpt_dist.v1 import generation_service_pb2 as api
+from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import Client, build_request
 from tests.serve.conftest import PATIENCE, HeldDecoder, LiveServer, StartServer, wait_until
 
@@ -120,3 +128,137 @@ def test_a_defect_of_one_call_is_internal_and_not_repeated(
         )._value.get()
         == 1
     )
+
+
+def frames(server: LiveServer) -> Iterator[int]:
+    """The kinds of the HTTP/2 frames that a server sends to an idle client."""
+    address = ("127.0.0.1", server.server.port)
+    with socket.create_connection(address, timeout=PATIENCE) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        reader = connection.makefile("rb")
+        while header := reader.read(9):
+            reader.read(int.from_bytes(header[:3], "big"))
+            yield header[3]
+
+
+GOAWAY = 7
+
+
+def test_a_drain_begins_with_goaway(start: StartServer, model: GPT) -> None:
+    """Clients learn of it while accepted calls still run, not when all is over."""
+    decoder = HeldDecoder(Decoder(model, max_slots=1, dtype="fp32"))
+    server = start(decoder, grace=PATIENCE)
+    decoder.hold()
+    with Client(server.target) as client:
+        call = client._stub.Generate.future(build_request([1], max_new_tokens=3, ignore_eos=True))
+        wait_until(lambda: decoder.held)
+        seen = frames(server)
+        assert next(seen) is not None  # it is connected
+        drain = server.begin(server.server.drain())
+        assert GOAWAY in seen
+        assert not drain.done()
+        assert not call.done()
+        decoder.release()
+        assert call.result(PATIENCE).usage.completion_tokens == 3
+        assert drain.result(PATIENCE)
+
+
+def test_calls_that_outlast_a_drain_know_whether_to_repeat(start: StartServer, model: GPT) -> None:
+    """Never CANCELLED, which says that the caller gave up."""
+    decoder = HeldDecoder(Decoder(model, max_slots=1, dtype="fp32"))
+    server = start(decoder, grace=0.1)
+    decoder.hold()
+    with grpc.insecure_channel(server.target, [("grpc.enable_retries", 0)]) as channel:
+        stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = build_request([1], max_new_tokens=9, ignore_eos=True)
+        running = stub.Generate.future(request)
+        wait_until(lambda: decoder.held)
+        waiting = [stub.Generate.future(request) for _ in range(3)]
+        batch = stub.GenerateBatch(iter([api.GenerateBatchRequest(request=request)] * 3))
+        wait_until(lambda: server.scheduler.load > 4)
+        health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        drain = server.begin(server.server.drain())
+        assert outcome(running) == "ABORTED"
+        assert [outcome(call) for call in waiting] == ["UNAVAILABLE"] * 3
+        assert {answer.error.code for answer in batch} == {grpc.StatusCode.UNAVAILABLE.value[0]}
+        with pytest.raises(grpc.RpcError) as caught:
+            list(watch)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        decoder.release()
+        assert drain.result(PATIENCE) is False
+
+
+def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT) -> None:
+    """Two servers under load; one after the other drains, and a new one takes its port."""
+    servers = [start(Decoder(model, max_slots=2, dtype="fp32")) for _ in range(2)]
+    ports = [server.server.port for server in servers]
+    outcomes: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def ask(client: Client) -> None:
+        while not stop.is_set():
+            try:
+                answer = client.generate([1, 2], max_new_tokens=5, ignore_eos=True)
+                outcomes["OK" if answer.usage.completion_tokens == 5 else "short"] += 1
+            except grpc.RpcError as error:
+                outcomes[f"{error.code().name} {error.details()}"] += 1
+
+    with Client(spread(*servers)) as client, ThreadPoolExecutor(4) as pool:
+        reach(client, servers)
+        asking = [pool.submit(ask, client) for _ in range(4)]
+        try:
+            for index in (0, 1, 0):
+                before = outcomes["OK"]
+                wait_until(lambda: outcomes["OK"] > before + 20)  # noqa: B023
+                servers[index].call(servers[index].server.drain())
+                servers[index] = start(Decoder(model, max_slots=2, dtype="fp32"), port=ports[index])
+                reach(client, [servers[index]])
+        finally:
+            stop.set()
+        for asker in asking:
+            asker.result(PATIENCE)
+    assert set(outcomes) == {"OK"}, outcomes
+
+
+def test_clients_avoid_a_server_that_is_not_healthy(pair: list[LiveServer]) -> None:
+    with Client(spread(*pair)) as client:
+        reach(client, pair)
+        pair[0].server._tasks[0].cancel()  # it would correct the state
+        pair[0].server.health.set(False)
+        watched = pair[0].server.gate
+        assert watched.watches == 1
+        method = ("gpt_dist.v1.ModelService/GetModelInfo", "OK")
+
+        def answered() -> float:
+            return float(pair[0].server.metrics.calls.labels(*method)._value.get())
+
+        def settled() -> bool:
+            """Ten calls in a row have gone to the other server."""
+            before = answered()
+            for _ in range(10):
+                client.info()
+            return answered() == before
+
+        wait_until(settled)
+        pair[0].server.health.set(True)
+        before = answered()
+        wait_until(lambda: client.info() and answered() > before)
+
+
+def test_connections_age_and_lose_no_call(start: StartServer, model: GPT) -> None:
+    decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
+    server = start(decoder, max_connection_age=0.2)
+    with Client(server.target) as client:
+        decoder.hold()
+        decoder.allow(3)
+        stream = client.stream([1], max_new_tokens=20, ignore_eos=True)
+        tokens = len(next(stream).token_ids)
+        for _ in range(3):  # connections come and go meanwhile
+            assert GOAWAY in frames(server)
+            assert client.info()
+        decoder.release()
+        assert tokens + sum(len(message.token_ids) for message in stream) == 20
+    forever = start(Decoder(model, max_slots=1, dtype="fp32"), max_connection_age=0)
+    assert next(frames(forever)) is not None
