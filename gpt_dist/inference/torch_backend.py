@@ -244,7 +244,9 @@ class TorchBackend:
                 self._step(weights, rows, length, plan)
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # thread_local: another thread may copy new weights to the device meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
                 outputs = self._step(weights, rows, length, plan)
             active.copy_(counted)
             weights.graphs[key] = graph, outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.api.gate import Gate
 from serve.client import build_request
+from serve.inference import grpc_service_pb2 as kserve
+from serve.logs import PlainFormatter
 from tests.serve.conftest import PATIENCE, HeldDecoder, LiveServer, StartServer, wait_until
 
 SERVICE = "/gpt_dist.v1.GenerationService"
@@ -127,6 +130,28 @@ def test_a_message_far_beyond_the_limit_is_counted_too(
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert line(caplog).peer.startswith("ipv4:127.0.0.1:")
     assert count(guarded, "no_message") == before + 1
+
+
+def test_a_name_from_a_caller_forges_no_log_line(
+    start: StartServer, model: GPT, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the Open Inference Protocol callers choose names of parameters."""
+    caplog.set_level(logging.INFO)
+    server = start(Decoder(model, max_slots=1, dtype="fp32"), kserve=True)
+    name = "x\n2026-01-31T12:00:00Z info gpt_dist.v1.GenerationService/Generate OK\x1b[2J" * 100
+    request = kserve.ModelInferRequest(model_name="gpt2")
+    for tensor, value in (("text_input", "a"), ("sampling_parameters", json.dumps({name: 1}))):
+        request.inputs.add(name=tensor, datatype="BYTES", shape=[1])
+        request.raw_input_contents.append(len(value).to_bytes(4, "little") + value.encode())
+    error = refusal(
+        server, "/inference.GRPCInferenceService/ModelInfer", request.SerializeToString()
+    )
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    text = PlainFormatter().format(line(caplog))
+    assert "\n" not in text
+    assert "\x1b" not in text
+    assert len(text) < 1000
+    assert text.count("inference.GRPCInferenceService/ModelInfer INVALID_ARGUMENT") == 1
 
 
 def test_reflection_needs_a_token(guarded: LiveServer) -> None:
