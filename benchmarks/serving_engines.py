@@ -56,6 +56,7 @@ def make_own(settings: dict[str, Any]) -> Run:
         began = time.perf_counter()
         for slot, ids in enumerate(prompts):
             start(slot, ids)
+        decoder.flush()
         prefilled = time.perf_counter()
         steps = []
         for _ in range(NEW):

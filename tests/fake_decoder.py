@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 
@@ -51,14 +53,17 @@ class FakeBackend:
         self.cache[target, length:] = -1
         self.copied += length
 
-    def prefill(self, weights: int, slot: int, ids: np.ndarray, start: int) -> None:
-        self.cache[slot, start : start + len(ids)] = ids + VOCABULARY * weights
-        self.cache[slot, start + len(ids) :] = -1
-        self.computed += len(ids)
+    def prefill(self, weights: int, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            end = chunk.start + len(chunk.ids)
+            self.cache[chunk.slot, chunk.start : end] = chunk.ids + VOCABULARY * weights
+            self.cache[chunk.slot, end:] = -1
+            self.computed += len(chunk.ids)
 
-    def logits(self, weights: int, slot: int, ids: np.ndarray, start: int) -> torch.Tensor:
-        self.prefill(weights, slot, ids, start)
-        rows = [chosen(self.cache[slot, : start + row + 1], 0) for row in range(len(ids))]
+    def logits(self, weights: int, chunk: Chunk) -> torch.Tensor:
+        self.prefill(weights, [chunk])
+        ends = range(chunk.start + 1, chunk.start + 1 + len(chunk.ids))
+        rows = [chosen(self.cache[chunk.slot, :end], 0) for end in ends]
         return torch.nn.functional.one_hot(torch.tensor(rows), VOCABULARY).float()
 
     def step(

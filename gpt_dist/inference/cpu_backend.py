@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from gpt_dist.inference import cpu_kernels as kernels
+from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import MAX_LOGPROBS, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
 from gpt_dist.ops.build import instruction_set
 
 PREFILL = 128
-"""Maximum number of prompt tokens that go through the model together."""
+"""Maximum number of tokens of prompts that go through the model together."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,14 @@ class CpuBackend:
         for cache, size in ((self._keys, key), (self._values, value)):
             cache[:, target, :, : length * size] = cache[:, source, :, : length * size]
 
-    def prefill(self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int) -> None:
-        """Write keys and values of ``ids`` at positions ``start``... of a slot."""
-        for at in range(0, len(ids), PREFILL):
-            self._chunk(weights, slot, ids[at : at + PREFILL], start + at, None)
+    def prefill(self, weights: CpuWeights, chunks: Sequence[Chunk]) -> None:
+        """Write the keys and values of chunks; short ones go through the model together."""
+        self._run(weights, chunks, None)
 
-    def logits(self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
-        """As `prefill`; returns (len(ids), V) logits in fp32."""
-        logits = torch.empty(len(ids), self._stride)
-        for at in range(0, len(ids), PREFILL):
-            self._chunk(weights, slot, ids[at : at + PREFILL], start + at, logits[at:])
+    def logits(self, weights: CpuWeights, chunk: Chunk) -> Tensor:
+        """As `prefill` of one chunk; returns (len(ids), V) logits in fp32."""
+        logits = torch.empty(len(chunk.ids), self._stride)
+        self._run(weights, [chunk], logits)
         return logits[:, : self._vocab_size]
 
     def step(
@@ -166,13 +165,21 @@ class CpuBackend:
         self._forward(weights, rows, self._logits, self._draws, shared)
         return [self._tokens[:rows], self._logprobs[:rows], self._top_ids[:rows]]
 
-    def _chunk(
-        self, weights: CpuWeights, slot: int, ids: np.ndarray, start: int, logits: Tensor | None
-    ) -> None:
-        rows = len(ids)
-        self._inputs[0, :rows], self._inputs[1, :rows] = ids, slot
-        self._inputs[2, :rows] = np.arange(start, start + rows)
-        self._forward(weights, rows, logits, None, shared=True)
+    def _run(self, weights: CpuWeights, chunks: Sequence[Chunk], logits: Tensor | None) -> None:
+        """Run all tokens of chunks, `PREFILL` at a time."""
+        counts = [len(chunk.ids) for chunk in chunks]
+        every = np.stack(
+            [
+                np.concatenate([chunk.ids for chunk in chunks]),
+                np.repeat([chunk.slot for chunk in chunks], counts),
+                np.concatenate([np.arange(len(chunk.ids)) + chunk.start for chunk in chunks]),
+            ]
+        )
+        for at in range(0, every.shape[1], PREFILL):
+            part = every[:, at : at + PREFILL]
+            rows = part.shape[1]
+            self._inputs[:, :rows] = part
+            self._forward(weights, rows, None if logits is None else logits[at:], None, shared=True)
 
     def _forward(
         self, weights: CpuWeights, count: int, logits: Tensor | None, draws: Any, shared: bool

@@ -10,8 +10,8 @@ A sequence lives in a slot::
         result = decoder.step()                      # one token or more for each active slot
     decoder.free(slot)
 
-Slots join and leave between steps. `Decoder.place` and `Decoder.admit` choose the slot instead, and
-reuse what another sequence with the same beginning has cached. A slot keeps the weights that it was
+Slots join and leave between steps. `Decoder.place` and `Decoder.admit` choose the slot, and reuse
+what another sequence with the same beginning has cached. A slot keeps the weights that it was
 claimed with, so that `Decoder.use` swaps weights under running sequences.
 """
 
@@ -19,17 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
+from gpt_dist.inference.checks import check_same_shape, checked_tokens
 from gpt_dist.inference.prefix_cache import Place, PrefixCache
-from gpt_dist.inference.results import Chosen, Scores, StepResult, Weights
+from gpt_dist.inference.results import Chosen, Chunk, Scores, StepResult, Weights
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
 from gpt_dist.inference.speculation import Memory, Speculator, with_guesses
 from gpt_dist.model.gpt import GPT
+
+TOGETHER = 128
+"""Collected tokens of prompts that are computed at once."""
 
 
 class Decoder:
@@ -92,6 +97,7 @@ class Decoder:
         self._bound: list[Weights | None] = [None] * max_slots
         self._params: dict[int, SamplingParams] = {}
         self._claimed: set[int] = set()
+        self._collected: list[tuple[Weights, Chunk]] = []
         self._versions = 0
         self.weights = self.load_weights(model)
 
@@ -101,13 +107,7 @@ class Decoder:
         Raises:
             UsageError: the model's shape differs.
         """
-        ignored = {"dropout", "activation_checkpointing"}
-        theirs, ours = (
-            config.model_dump(exclude=ignored) for config in (model.config, self._config)
-        )
-        for key, value in ours.items():
-            if theirs[key] != value:
-                raise UsageError(f"model.{key} = {theirs[key]}: these weights need {value}")
+        check_same_shape(model.config, self._config)
         self._versions += 1
         return Weights(self._versions, self._backend.load(model))
 
@@ -188,7 +188,8 @@ class Decoder:
     def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
         """Cache a chunk of a prompt and claim the slot.
 
-        The prompt's last token may be left out: the first step runs it anyway.
+        The prompt's last token may be left out: the first step runs it anyway. Short chunks are
+        computed later, several together.
 
         Args:
             slot: where.
@@ -203,8 +204,17 @@ class Decoder:
         tokens = self._checked(ids, start)
         weights = self._extend(slot, start, len(tokens))
         if len(tokens):
-            self._backend.prefill(weights.data, slot, tokens, start)
+            self._collected.append((weights, Chunk(slot, tokens, start)))
         self._wrote(slot, start, tokens)
+        if sum(len(chunk.ids) for _, chunk in self._collected) >= TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compute what `prefill` has collected. Whatever needs it does this by itself."""
+        collected, self._collected = self._collected, []
+        for _, same in groupby(collected, key=lambda each: each[0].version):
+            chunks = list(same)
+            self._backend.prefill(chunks[0][0].data, [chunk for _, chunk in chunks])
 
     def score(self, slot: int, ids: Ids, start: int = 0, top: int = 0) -> Scores:
         """Cache all but the last of ``ids`` as `prefill` does, and score all but the first.
@@ -222,7 +232,8 @@ class Decoder:
         tokens = self._checked(ids, start)
         inputs, targets = tokens[:-1], torch.from_numpy(tokens[1:])
         weights = self._extend(slot, start, len(inputs))
-        logits = self._backend.logits(weights.data, slot, inputs, start)
+        self.flush()
+        logits = self._backend.logits(weights.data, Chunk(slot, inputs, start))
         self._wrote(slot, start, inputs)
         values, best = log_probabilities(logits, targets.to(logits.device), top)
         host = values.cpu().numpy()
@@ -241,6 +252,7 @@ class Decoder:
         if target in self._params:
             raise GptDistError(f"slot {target} is active")
         if target != source:
+            self.flush()
             self._backend.copy(source, target, length)
             self._prefixes.copy(source, target, length)
         self._bound[target], self._lengths[target] = self._bound[source], length
@@ -289,6 +301,7 @@ class Decoder:
         for slot in slots:
             if not self.room(slot):
                 raise GptDistError(f"slot {slot} is full: free it after {self.max_context} tokens")
+        self.flush()
         guesses = self._guesses(slots)
         groups: dict[int, list[int]] = {}  # by weights
         for slot in slots:
@@ -357,7 +370,7 @@ class Decoder:
         weights = self._bound[slot]
         assert weights is not None
         if len(tokens) > 1:
-            self._backend.prefill(weights.data, slot, tokens[:-1], 0)
+            self._backend.prefill(weights.data, [Chunk(slot, tokens[:-1], 0)])
         self._prefixes.write(slot, 0, tokens[:-1])
         self._backend.slide(slot, dropped)
         self._lengths[slot], self._tokens[slot] = len(tokens) - 1, tokens[-1]
@@ -383,19 +396,11 @@ class Decoder:
             bound = self._bound[slot] = self.weights
         return bound
 
+    def _checked(self, ids: Ids, start: int) -> np.ndarray:
+        return checked_tokens(ids, start, self.max_context, self.vocab_size)
+
     def _wrote(self, slot: int, start: int, tokens: np.ndarray) -> None:
         """Note that ``tokens`` are the last that the slot has cached, and claim it."""
         self._prefixes.write(slot, start, tokens)
         self._lengths[slot] = start + len(tokens)
         self._claimed.add(slot)
-
-    def _checked(self, ids: Ids, start: int) -> np.ndarray:
-        tokens = np.asarray(ids, np.int64)
-        if start + len(tokens) > self.max_context:
-            raise UsageError(
-                f"{start + len(tokens)} tokens do not fit the context of {self.max_context}"
-            )
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
-            raise UsageError(f"token {wrong} is not in the vocabulary of {self.vocab_size}")
-        return tokens

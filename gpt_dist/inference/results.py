@@ -1,4 +1,4 @@
-"""What a decoder returns."""
+"""What goes into a decoder's backend, and what a decoder returns."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ class Weights:
 
     version: int
     data: Any
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a prompt."""
+
+    slot: int
+    ids: np.ndarray
+    """(n,) tokens, at least one."""
+    start: int
+    """Position of the first of them."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import Plan, Sampler, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
 
@@ -169,18 +170,19 @@ class TorchBackend:
         self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
 
     @torch.inference_mode()
-    def prefill(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> None:
-        """Write keys and values of ``ids`` at positions ``start``... of a slot."""
+    def prefill(self, weights: TorchWeights, chunks: Sequence[Chunk]) -> None:
+        """Write the keys and values of chunks, in this order."""
         if weights.layers:
-            for at in range(0, len(ids), PREFILL):
-                self._chunk(weights, slot, ids[at : at + PREFILL], start + at)
+            for chunk in chunks:
+                for at in range(0, len(chunk.ids), PREFILL):
+                    self._chunk(weights, chunk, at)
 
     @torch.inference_mode()
-    def logits(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
-        """As `prefill`; returns (len(ids), V) logits in fp32."""
+    def logits(self, weights: TorchWeights, chunk: Chunk) -> Tensor:
+        """As `prefill` of one chunk; returns (len(ids), V) logits in fp32."""
         parts = [
-            self._head(weights, self._chunk(weights, slot, ids[at : at + PREFILL], start + at))
-            for at in range(0, len(ids), PREFILL)
+            self._head(weights, self._chunk(weights, chunk, at))
+            for at in range(0, len(chunk.ids), PREFILL)
         ]
         return torch.cat(parts)[:, : self.sampler.vocab_size]
 
@@ -277,8 +279,9 @@ class TorchBackend:
         index = positions + self.dropped[:rows] + 1  # in the sequence, of the token to choose
         return self.sampler.sample(self._head(weights, x), plan, index, generated, active)
 
-    def _chunk(self, weights: TorchWeights, slot: int, ids: np.ndarray, start: int) -> Tensor:
-        """Final activations (n, C) of a chunk of one prompt."""
+    def _chunk(self, weights: TorchWeights, chunk: Chunk, at: int) -> Tensor:
+        """Final activations (n, C) of a chunk's tokens from ``at`` on, at most `PREFILL`."""
+        slot, ids, start = chunk.slot, chunk.ids[at : at + PREFILL], chunk.start + at
         used, end = len(ids), start + len(ids)
         if self.deterministic:  # one shape for all chunks, on the positions that exist
             padded = np.zeros(PREFILL, np.int64)

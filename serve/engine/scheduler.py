@@ -167,6 +167,8 @@ class Scheduler:
         self._prefill(events)
         if self.running:
             self._step(events)
+        else:
+            self.decoder.flush()
         return events
 
     def abandon(self, message: str) -> list[tuple[Job, Event]]:

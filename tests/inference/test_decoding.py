@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference import cpu_kernels as kernels
+from gpt_dist.inference.cpu_backend import CpuBackend
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.generation import generate, generate_many, score
 from gpt_dist.inference.results import Scores
@@ -395,4 +396,41 @@ def test_without_a_compiler_the_decoder_says_so_and_runs(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert ("out of order" if compiler == "broken" else "no C++ compiler") in caplog.text
     assert not list(tmp_path.glob("cache/**/*.so"))
+    kernels.decoder_library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_short_prompts_go_through_the_model_together(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit, in order, and with the result of one by one."""
+    use_backend("kernels", monkeypatch)
+    model = small_model()
+    together, alone = (Decoder(model, max_slots=9, dtype=dtype) for _ in range(2))  # type: ignore[arg-type]
+    calls = []
+    forward = CpuBackend._forward
+
+    def counted(self: CpuBackend, weights: Any, count: int, *rest: Any, **options: Any) -> None:
+        if self is together._backend:
+            calls.append(count)
+        forward(self, weights, count, *rest, **options)
+
+    monkeypatch.setattr(CpuBackend, "_forward", counted)
+    dice = random.Random(0)
+    prompts = [[dice.randrange(301) for _ in range(length)] for length in (1, 30, 50, 47, 3, 90, 2)]
+    for slot, ids in enumerate(prompts):
+        for decoder in (together, alone):
+            decoder.prefill(slot, ids[:-1])
+            decoder.activate(slot, SamplingParams(seed=slot), ids)
+        alone.flush()
+    # A slot that is used again while its prompt waits for others, and a copy of one that waits.
+    for decoder in (together, alone):
+        decoder.prefill(7, [1, 2, 3])
+        decoder.free(7)
+        decoder.prefill(7, prompts[1][:-1])
+        decoder.copy_prefix(7, 8, 20)
+        decoder.activate(8, SamplingParams(seed=8), prompts[1][:21])
+    results = [[decoder.step() for _ in range(4)] for decoder in (together, alone)]
+    assert results[0] == results[1]
+    assert calls[:4] == [128, 87, 33, 8]
     kernels.decoder_library.cache_clear()

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import SamplingParams
 from serve.engine.jobs import (
     Ended,
@@ -306,6 +307,6 @@ def check_scores(job: Scoring, events: list[Event]) -> None:
 def test_work_is_counted() -> None:
     """The counters that the other tests rely on count."""
     backend = FakeBackend(2, 9, dense=True)
-    backend.prefill(1, 0, np.arange(5), 0)
+    backend.prefill(1, [Chunk(0, np.arange(5), 0)])
     backend.copy(0, 1, 3)
     assert (backend.computed, backend.copied) == (5, 3)
