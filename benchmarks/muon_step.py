@@ -79,9 +79,10 @@ def ours(model: GPT, world: World, precision: str, split: bool) -> tuple[Muon, f
     return optimizer, 5.0 * sum(mine)
 
 
-def measure(world: World, size: str, repeats: int) -> dict[str, Any]:
+def measure(world: World, size: str, layers: int | None, repeats: int) -> dict[str, Any]:
     """Seconds of one step by implementation, and FLOPs by rank."""
     n_layer, width = SIZES[size]
+    n_layer = layers or n_layer
     torch.manual_seed(0)
     shape = {"n_layer": n_layer, "n_head": width // 64, "n_embd": width, "vocab_size": 128}
     model = GPT(ModelConfig.model_validate(shape)).to(world.device)
@@ -111,6 +112,7 @@ def measure(world: World, size: str, repeats: int) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - begin)
     return {
         "model": size,
+        "layers": n_layer,
         "ranks": world.size,
         "device": world.device.type,
         "threads": torch.get_num_threads(),
@@ -122,12 +124,13 @@ def measure(world: World, size: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=SIZES, default="124m")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="file for the result")
     arguments = parser.parse_args()
     with start(arguments.device) as world:
-        result = measure(world, arguments.model, arguments.repeats)
+        result = measure(world, arguments.model, arguments.layers, arguments.repeats)
         if not world.is_main:
             return
         for name, found in result["seconds"].items():

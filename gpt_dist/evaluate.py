@@ -42,6 +42,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="run directory (its newest checkpoint), checkpoint or exported directory",
     )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="score the average of the weights that the checkpoint holds (optim.average)",
+    )
     parser.add_argument("--task", required=True, metavar="NAME", help=" | ".join(TASKS))
     parser.add_argument(
         "--source",
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     directory = resolve(args.checkpoint)
     with start(args.device) as world:
         data = read(args, world)
-        model, tokenizer, _ = load_model(directory, world.device)
+        model, tokenizer, _ = load_model(directory, world.device, average=args.average)
         results = run(args, model, tokenizer, data, world)
     if not world.is_main:
         return

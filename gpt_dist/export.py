@@ -40,6 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="run directory (for its newest checkpoint), checkpoint or exported directory",
     )
     parser.add_argument(
+        "--average",
+        action="store_true",
+        help="export the average of the weights that the checkpoint holds (optim.average)",
+    )
+    parser.add_argument(
         "--out", required=True, metavar="PATH", help="new directory (hf) or file (llmc)"
     )
     parser.add_argument(
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     from gpt_dist.checkpoints.reader import load_model
 
     directory = resolve(args.checkpoint)
-    model, tokenizer, state = load_model(directory)
+    model, tokenizer, state = load_model(directory, average=args.average)
     dtype = getattr(torch, DTYPES[args.dtype])
     if args.format == "llmc":
         export_llmc(model, out, dtype)

@@ -31,8 +31,9 @@ async def serve(options: Options) -> int:
             for line in server.report:
                 print(line)
             metrics = "" if server.metrics_port is None else f", metrics on {server.metrics_port}"
+            http = "" if server.http_port is None else f", HTTP on {server.http_port}"
             security = "TLS" if options.tls_cert else "no TLS"
-            print(f"ready: {options.host}:{server.port} ({security}{metrics})", flush=True)
+            print(f"ready: {options.host}:{server.port} ({security}{http}{metrics})", flush=True)
             await stopping
     finally:
         stopping.cancel()

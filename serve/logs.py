@@ -143,7 +143,7 @@ def set_up(style: str, level: str) -> None:
     target = logging.StreamHandler(sys.stderr)
     target.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
     handler = BackgroundHandler(target)
-    for name in ("serve", "gpt_dist"):
+    for name in ("serve", "gpt_dist", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())

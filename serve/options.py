@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class Options:
     max_message_bytes: int = 1 << 19
     max_calls: int = 1024
     max_connection_age: float = 30.0
+    http_port: int | None = None
+    cors_origins: tuple[str, ...] = ()
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     tls_cert: Path | None = None
@@ -55,14 +58,24 @@ class Options:
 PORT = at_least(0, int, 65535)
 
 
+def origins(text: str) -> tuple[str, ...]:
+    """Origins of web pages, between commas."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for origin in found:
+        if not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise argparse.ArgumentTypeError(f"{origin}: must be like https://a.example:8443")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = Parser(
         prog="python -m serve",
-        description="Serve a model over gRPC (gpt_dist.v1.GenerationService).",
+        description="Serve a model over gRPC (gpt_dist.v1.GenerationService), and over HTTP.",
         epilog="""examples:
   python -m serve --checkpoint runs/mine
   python -m serve --checkpoint runs/mine --watch --metrics-port 9090
+  python -m serve --checkpoint runs/mine --http-port 8000    # for OpenAI's clients and curl
   python -m serve --checkpoint exported/ --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem \\
       --auth-token-file tokens.txt
 
@@ -120,6 +133,10 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "tls-key", "its private key (PEM)", **path)
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
     add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
+    add(network, "http-port", "serve HTTP too, as OpenAI's clients expect it; 0 picks a free port; "
+        "default: off", type=PORT, metavar="N")  # fmt: skip
+    add(network, "cors-origins", "origins of web pages that may call over HTTP, with commas, such "
+        "as https://a.example; default: none", type=origins, metavar="URLS")  # fmt: skip
     add(network, "max-message-bytes", "maximum size of a request", **count)
     add(network, "max-calls", "maximum number of open calls", **count)
     add(network, "max-connection-age",
@@ -165,6 +182,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--tls-cert and --tls-key must be given together")
     if options.tls_ca is not None and options.tls_cert is None:
         raise UsageError("--tls-ca requires --tls-cert and --tls-key")
+    if options.cors_origins and options.http_port is None:
+        raise UsageError("--cors-origins requires --http-port")
     return options
 
 

@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -32,6 +33,9 @@ from serve.inference import grpc_service_pb2 as kserve_pb
 from serve.metrics import Metrics
 from serve.options import Options
 from serve.security import Access, Certificates, Reloader, TokenFile, check_ports
+
+if TYPE_CHECKING:
+    from serve.http.listener import Listener
 
 log = logging.getLogger("serve")
 
@@ -76,6 +80,8 @@ class Server:
         self.service = Serving(self.metrics, options.stream_interval)
         self.port = 0
         self.metrics_port: int | None = None
+        self.http_port: int | None = None
+        self._http: Listener | None = None
         self.engine: Engine | None = None
         self.failure: BaseException | None = None
         self._loaded: Loaded | None = None
@@ -152,9 +158,20 @@ class Server:
                 f"cannot listen on {address}: the port is in use, or the address is not this "
                 "machine's; choose another --port, or 0 for a free one"
             ) from None
+        if options.http_port is not None:
+            self._serve_http(options.http_port)
         if options.metrics_port is not None:
             self._serve_metrics(options.metrics_host, options.metrics_port)
         await self._grpc.start()
+
+    def _serve_http(self, port: int) -> None:
+        from serve.http.app import App, application
+        from serve.http.listener import Listener
+
+        context = None if self.certificates is None else self.certificates.context()
+        app = application(App(self.service, self.gate, self.health), self.options.cors_origins)
+        self._http = Listener(app, self.options.host, port, context)
+        self.http_port = self._http.port
 
     def _serve_metrics(self, host: str, port: int) -> None:
         context = accepts = None
@@ -264,6 +281,8 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.health.close()
         # Refused calls need a moment to receive their status.
+        if self._http is not None:
+            await self._http.close(LAST_SECONDS)
         await self._grpc.stop(LAST_SECONDS)
         await closing
         if self.engine is not None:

@@ -36,6 +36,8 @@ class CheckpointDirectory:
 
     def __init__(self, path: Path, keep: int, keep_every: int = 0) -> None:
         self.path, self.keep, self.keep_every = path, keep, keep_every
+        self.spared: int | None = None
+        """A step whose checkpoint stays for good too."""
 
     def recover(self) -> None:
         """Finish or remove what a killed process left incomplete.
@@ -104,7 +106,8 @@ class CheckpointDirectory:
         best = self.path / "best"
         spared = best.resolve() if best.is_symlink() else None
         for old in complete_checkpoints(self.path)[: -self.keep]:
-            forever = self.keep_every and step_of(old) % self.keep_every == 0
+            step = step_of(old)
+            forever = step == self.spared or (self.keep_every and step % self.keep_every == 0)
             if not forever and old.resolve() != spared:
                 self._remove(old)
 

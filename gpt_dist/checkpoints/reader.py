@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt_dist.checkpoints.checkpoint import read_state, resolve, verify
 from gpt_dist.checkpoints.tensor_files import TensorFile
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.errors import GptDistError
+from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.formats.hf import load_pretrained
 from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
@@ -55,6 +55,10 @@ class CheckpointReader:
         part, _, key = name.partition(".")
         tensor = self._files[part](key)
         return pad_rows(tensor, self._rows) if is_vocabulary(name) else tensor
+
+    def __contains__(self, name: str) -> bool:
+        part, _, key = name.partition(".")
+        return key in self._files[part].names
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter, tensor) of the whole model, without padding rows."""
@@ -106,27 +110,41 @@ def describe_model(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu"
+    path: str | Path, device: str | torch.device = "cpu", *, average: bool = False
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Load a model for inference or fine-tuning from anything that ``resolve`` accepts.
+
+    Args:
+        path: what to load.
+        device: where to.
+        average: load the average of the weights (``optim.average``) in their place.
 
     Returns:
         The model in evaluation mode, its tokenizer, and ``state.json``. Of an exported model, which
         has no ``state.json``, a dictionary with ``config`` alone.
 
     Raises:
-        UsageError: there is nothing to load.
+        UsageError: there is nothing to load, or no average.
         GptDistError: a file is missing, damaged or of another model.
     """
     directory = resolve(path)
     if (directory / "config.json").is_file():
+        if average:
+            raise UsageError(f"{path}: an exported model, without a run's average of its weights")
         config, tensors, tokenizer = load_pretrained(directory)
         model = empty_model(config)
         load_weights(model, tensors, directory)
         return model.to(device).eval(), tokenizer, {"config": {"model": config.model_dump()}}
     state = read_state(directory)
-    verify(directory, state, optimizer=False)
+    verify(directory, state, optimizer=average)
     model = empty_model(ModelConfig.model_validate(state["config"]["model"]))
-    file = TensorFile(directory / "model.safetensors")
-    load_weights(model, ((name, file(name)) for name in sorted(file.names)), file.path)
+    prefix = "average." if average else ""
+    file = TensorFile(directory / f"{'optimizer' if average else 'model'}.safetensors")
+    names = [name for name in sorted(file.names) if name.startswith(prefix)]
+    if not names:
+        raise UsageError(
+            f"{directory}: holds no average of the weights; a run has one with optim.average above "
+            "0, in the last part of its steps"
+        )
+    load_weights(model, ((name.removeprefix(prefix), file(name)) for name in names), file.path)
     return model.to(device).eval(), load_tokenizer(directory), state

@@ -80,6 +80,10 @@ class CheckpointWriter:
         )
         self._thread.start()
 
+    def spare(self, step: int | None) -> None:
+        """Keep the checkpoint of a step for good."""
+        self._directory.spared = step
+
     def busy(self, patience: float) -> bool:
         """Whether a write is still under way, after waiting up to ``patience`` seconds for it."""
         if self._thread is not None:

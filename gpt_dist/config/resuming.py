@@ -23,8 +23,19 @@ class Rule(NamedTuple):
 
 MAY_CHANGE = (
     Rule(
-        ("train.steps", "train.epochs"),
-        "The learning rate follows the schedule of the new length from the next step on.",
+        (
+            "train.steps",
+            "train.epochs",
+            "optim.decay_share",
+            "optim.decay_shape",
+            "optim.decay_power",
+        ),
+        "The learning rate follows the new schedule from the next step on.",
+    ),
+    Rule(
+        ("optim.average", "optim.average_share"),
+        "From the next step on; an average that begins later begins with the weights of then. The "
+        "weights themselves do not depend on it.",
     ),
     Rule(
         ("train.batch_tokens",),

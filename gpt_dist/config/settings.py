@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -112,6 +113,32 @@ class DataConfig(Section):
     """Tokens between the starts of two windows; null = context_length (no overlap)."""
 
 
+class KindConfig(Section):
+    """How one kind of parameters is updated, where that differs from the others."""
+
+    lr: Positive | None = None
+    """Peak learning rate; null = optim.lr. It follows the schedule of optim.lr in proportion."""
+    beta1: Fraction | None = None
+    """Decay of AdamW's first moment; null = optim.beta1."""
+    beta2: Fraction | None = None
+    """Decay of AdamW's second moment; null = optim.beta2."""
+    weight_decay: NonNegative | None = None
+    """Decoupled weight decay; null = optim.weight_decay, of vectors 0."""
+
+
+class RatesConfig(Section):
+    """Learning rate, betas and weight decay by kind of parameters."""
+
+    matrices: KindConfig = KindConfig()
+    """Of attention and MLP."""
+    embedding: KindConfig = KindConfig()
+    """Of tokens and positions; of tokens also the head where it is tied."""
+    head: KindConfig = KindConfig()
+    """The output head where it is not tied."""
+    vectors: KindConfig = KindConfig()
+    """Biases and layer norms."""
+
+
 class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (matrices by Muon, the rest by AdamW)."""
@@ -122,13 +149,29 @@ class OptimConfig(Section):
     warmup_steps: CountOrZero = 715
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine; wsd (constant, linear to min_lr over the last fifth); constant."""
+    """After warm-up: cosine; wsd (constant, then to min_lr at the end, the decay); constant."""
+    decay_share: Share = 0.2
+    """Share of the steps that wsd's decay takes."""
+    decay_shape: Literal["linear", "cosine", "sqrt", "power"] = "linear"
+    """Shape of wsd's decay. Where a share x of it is left: linear x; cosine; sqrt 1 - √(1 - x);
+    power x to the power of decay_power."""
+    decay_power: Positive = 2.0
+    """Exponent of the shape power."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices and embeddings only."""
     beta1: Fraction = 0.9
     """Decay of AdamW's first moment."""
     beta2: Fraction = 0.95
     """Decay of AdamW's second moment."""
+    eps: Positive = 1e-8
+    """What AdamW adds to the root of the second moment."""
+    rates: RatesConfig = RatesConfig()
+    """By kind of parameters, where one differs."""
+    average: Fraction = 0.0
+    """Decay of a moving average of the weights over the last part of the run, which checkpoints
+    hold beside the weights; 0 = none."""
+    average_share: Share = 0.2
+    """Share of the steps that the average is over."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     momentum: Fraction = 0.95
@@ -318,6 +361,17 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
     train, optim = config.train, config.optim
     if optim.schedule != "constant" and optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr = {optim.min_lr:g}: must be at most optim.lr = {optim.lr:g}")
+    if config.optim.rates.head != KindConfig() and config.model.tie_embeddings:
+        problems.append(
+            "optim.rates.head: needs model.tie_embeddings = false; a tied head is the embedding"
+        )
+    if optim.name == "muon" and (optim.rates.matrices.beta1, optim.rates.matrices.beta2) != (
+        None,
+        None,
+    ):
+        problems.append(
+            "optim.rates.matrices.beta1, beta2: need optim.name = adamw; Muon has optim.momentum"
+        )
     if train.steps is None and train.epochs is None:
         problems.append("train.steps = null: set train.steps or train.epochs")
     if train.epochs is None and train.steps is not None and optim.warmup_steps > train.steps:

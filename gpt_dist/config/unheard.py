@@ -70,6 +70,27 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("optim.decay_share", "optim.decay_shape"),
+        "optim.schedule",
+        lambda config: config.optim.schedule != "wsd",
+        "optim.schedule = wsd",
+        refused=True,
+    ),
+    Rule(
+        ("optim.decay_power",),
+        "optim.decay_shape",
+        lambda config: config.optim.decay_shape != "power",
+        "optim.decay_shape = power",
+        refused=True,
+    ),
+    Rule(
+        ("optim.average_share",),
+        "optim.average",
+        lambda config: config.optim.average == 0,
+        "optim.average above 0",
+        refused=True,
+    ),
+    Rule(
         ("optim.momentum_start",),
         "optim.momentum_warmup_steps",
         lambda config: config.optim.name == "muon" and config.optim.momentum_warmup_steps == 0,

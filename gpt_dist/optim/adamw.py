@@ -31,18 +31,40 @@ class GuardedOptimizer(Protocol):
     def zero_grad(self) -> None: ...
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters by how they are updated; those of ``model.h`` that are matrices by Muon, if any.
+def kind_of(name: str, parameter: Tensor) -> str:
+    """Which field of ``optim.rates`` a parameter of the model belongs to."""
+    if parameter.dim() < 2:
+        return "vectors"
+    if name.startswith("h."):
+        return "matrices"
+    return "head" if name.startswith("lm_head") else "embedding"
 
-    Matrices and embeddings decay; biases and layer norms do not.
+
+def options_of(kind: str, config: OptimConfig) -> dict[str, Any]:
+    """How a kind of parameters is updated, as options of a group."""
+    own = getattr(config.rates, kind)
+    decay = 0.0 if kind == "vectors" else config.weight_decay
+    beta1, beta2 = own.beta1, own.beta2
+    return {
+        "factor": 1.0 if own.lr is None else own.lr / config.lr,
+        "betas": (
+            config.beta1 if beta1 is None else beta1,
+            config.beta2 if beta2 is None else beta2,
+        ),
+        "weight_decay": decay if own.weight_decay is None else own.weight_decay,
+        "muon": config.name == "muon" and kind == "matrices",
+    }
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters by how they are updated.
+
+    Beside PyTorch's options a group has ``factor``, its learning rate beside ``optim.lr``;
+    ``muon``, whether Muon updates it; and Muon's ``momentum``.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2
-        options = {
-            "weight_decay": config.weight_decay if is_matrix else 0.0,
-            "muon": config.name == "muon" and is_matrix and name.startswith("h."),
-        }
+        options = options_of(kind_of(name, parameter), config)
         key = tuple(options.values())
         groups.setdefault(key, {"params": [], "momentum": config.momentum, **options})
         groups[key]["params"].append(parameter)
@@ -65,8 +87,7 @@ class AdamW(Lean, torch.optim.AdamW):
         super().__init__(
             parameter_groups(model, config),
             lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=1e-8,
+            eps=config.eps,
             fused=fused,
         )
         self.fused = fused

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
-from gpt_dist.optim.adamw import AdamW
+from gpt_dist.optim.adamw import AdamW, kind_of
 from gpt_dist.optim.blocks import Fragment, Share, blocks_of, scale
 from gpt_dist.optim.newton_schulz import orthogonalize
 
@@ -36,7 +36,7 @@ class Muon(AdamW):
         self.matrices = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if name.startswith("h.") and parameter.dim() == 2
+            if kind_of(name, parameter) == "matrices"
         }
         shapes = {name: tuple(matrix.shape) for name, matrix in self.matrices.items()}
         self.blocks = blocks_of(shapes, split_qkv=config.split_qkv)

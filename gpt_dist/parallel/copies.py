@@ -11,6 +11,7 @@ from torch import Tensor
 from gpt_dist.config.settings import OptimConfig
 from gpt_dist.model.gpt import GPT
 from gpt_dist.optim.adamw import AdamW, can_fuse
+from gpt_dist.optim.average import advance_average, begin_average
 from gpt_dist.optim.muon import Muon
 from gpt_dist.parallel.engine import Reader
 from gpt_dist.parallel.sharing import Exchange, share_copies
@@ -38,12 +39,26 @@ class CopiedState:
 
     def __init__(self, model: GPT, optimizer: AdamW, world: World) -> None:
         self.model, self.optimizer, self.world = model, optimizer, world
+        self.averages = False
         self.exchange: Exchange | None = None
         for group in optimizer.param_groups:
             if not group["muon"]:
                 optimizer.make_state(group["params"])
             elif isinstance(optimizer, Muon):
                 self.exchange = share_copies(optimizer, world)
+
+    def begin_average(self) -> None:
+        """Begin an average of the weights."""
+        begin_average(self.optimizer, list(self.model.parameters()))
+        self.averages = True
+
+    def average(self, decay: float | None) -> None:
+        """Advance the average after a step, if there is a decay; the first time it begins."""
+        if decay is None:
+            return
+        if not self.averages:
+            self.begin_average()
+        advance_average(self.optimizer, list(self.model.parameters()), decay)
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of model and optimizer, as ``Engine.full_state`` yields them."""

@@ -71,13 +71,16 @@ class DDPEngine:
         return detached
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None = None) -> Tensor:
+    def step(
+        self, lr: float, momentum: float | None = None, average: float | None = None
+    ) -> Tensor:
         set_rates(self.optimizer.param_groups, lr, momentum)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients) * self.loss_scale
         guard_step(self.optimizer, norm, self.grad_clip, self.loss_scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.state.average(average)
         return norm
 
     @torch.no_grad()
@@ -88,6 +91,9 @@ class DDPEngine:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         return self.state.full()
+
+    def begin_average(self) -> None:
+        self.state.begin_average()
 
     def load_optimizer(self, reader: Reader) -> None:
         self.state.load(reader)

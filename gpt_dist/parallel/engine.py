@@ -41,12 +41,15 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float, momentum: float | None = None) -> Tensor:
+    def step(
+        self, lr: float, momentum: float | None = None, average: float | None = None
+    ) -> Tensor:
         """Clip, update and drop the gradients; skip the update if their norm is not finite.
 
         Args:
-            lr: learning rate.
+            lr: learning rate of the parameters whose kind has none of its own.
             momentum: Muon's; None = as in the step before, at first ``optim.momentum``.
+            average: decay of the average of the weights; None = it stays as it is.
 
         Returns:
             The global gradient norm before clipping, a scalar on the device.
@@ -59,6 +62,10 @@ class Engine(Protocol):
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of model and optimizer, one whole tensor at a time."""
+        ...
+
+    def begin_average(self) -> None:
+        """Begin an average of the weights, with what they are now; from now on it is state."""
         ...
 
     def load_optimizer(self, reader: Reader) -> None:
@@ -86,7 +93,7 @@ def guard_step(
 def set_rates(groups: list[dict[str, Any]], lr: float, momentum: float | None) -> None:
     """Set what ``Engine.step`` is given in every group of parameters."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["factor"]
         if momentum is not None:
             group["momentum"] = momentum
 

@@ -27,6 +27,7 @@ from gpt_dist.data.loader import Batch
 from gpt_dist.errors import UsageError
 from gpt_dist.model.gpt import GPT
 from gpt_dist.optim.adamw import global_norm
+from gpt_dist.optim.average import AVERAGE, advance_average, begin_average
 from gpt_dist.optim.muon import Muon
 from gpt_dist.parallel.copies import CopiedState, make_optimizer
 from gpt_dist.parallel.engine import Reader, guard_step, set_rates
@@ -155,6 +156,7 @@ class DeepSpeedEngine:
                 model=model, optimizer=self.optimizer, config=settings
             )
         self.deepspeed = deepspeed
+        self.averages = False
         self.copies = CopiedState(model, self.optimizer, world) if self.stage == 0 else None
         if self.stage:
             self._make_state(kinds)
@@ -179,7 +181,19 @@ class DeepSpeedEngine:
         return detached
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None = None) -> Tensor:
+    def step(
+        self, lr: float, momentum: float | None = None, average: float | None = None
+    ) -> Tensor:
+        norm = self._step(lr, momentum)
+        if self.copies:
+            self.copies.average(average)
+        elif average is not None:
+            if not self.averages:
+                self.begin_average()
+            advance_average(self.optimizer, self._partitions(), average)
+        return norm
+
+    def _step(self, lr: float, momentum: float | None) -> Tensor:
         set_rates(self.engine.optimizer.param_groups, lr, momentum)
         if self.stage == 0:
             # Stage 0 is our optimizer behind an all-reduce: norm, clipping and skipping are ours.
@@ -240,6 +254,9 @@ class DeepSpeedEngine:
                     yield key, name, parameter
         for name, parameter in matrices.items():
             yield "momentum_buffer", name, parameter
+        if self.averages:
+            for name, parameter in self.model.named_parameters():
+                yield AVERAGE, name, parameter
 
     def _partitions(self) -> list[Tensor]:
         """The flat tensors that the optimizer updates on this rank."""
@@ -265,8 +282,24 @@ class DeepSpeedEngine:
             else:
                 self.optimizer.make_state([partition])
         if self.stage in (1, 2):
-            # DeepSpeed links the state when the first group steps; the others have none by then.
-            zero._lazy_init_hp_params_optimizer_state()
+            self._link_state()
+
+    def begin_average(self) -> None:
+        if self.copies:
+            self.copies.begin_average()
+            return
+        begin_average(self.optimizer, self._partitions())
+        self.averages = True
+        if self.stage in (1, 2):
+            self._link_state()
+
+    def _link_state(self) -> None:
+        """Tell DeepSpeed which state there is.
+
+        It asks for itself when the first group steps; the others have none by then.
+        """
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _share(self, number: int, partition: Tensor) -> None:
         """Let the ranks share the matrices of which one partition has parts."""

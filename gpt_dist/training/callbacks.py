@@ -193,7 +193,8 @@ class Save:
     def on_schedule(self, trainer: Trainer) -> bool:
         """Whether there is a regular checkpoint at this step."""
         cadences = self.config.checkpoint_every, self.config.keep_every
-        return trainer.is_last or any(trainer.on_schedule(every) for every in cadences)
+        special = trainer.is_last or trainer.run.progress.step == trainer.run.decay_start
+        return special or any(trainer.on_schedule(every) for every in cadences)
 
     def is_best(self, trainer: Trainer) -> bool:
         """Whether the checkpoint of this step is the best so far and worth being written.

@@ -16,6 +16,7 @@ from gpt_dist.errors import UsageError
 from gpt_dist.evaluation.validation import ValidationSplit
 from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT
+from gpt_dist.optim.schedules import averaging, decay_start
 from gpt_dist.parallel.compiling import compile_blocks
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.engine import Engine, pick_dtype
@@ -66,6 +67,13 @@ class Run:
     def is_complete(self) -> bool:
         """Whether all steps are done."""
         return self.progress.step >= self.total_steps
+
+    @property
+    def decay_start(self) -> int | None:
+        """The step before ``wsd`` decays: whoever wants a longer run continues from there."""
+        optim = self.config.optim
+        wanted = optim.schedule == "wsd" and self.config.train.checkpoint_every > 0
+        return decay_start(optim, self.total_steps) if wanted else None
 
     def headline(self) -> str:
         """A few lines that say what is about to run."""
@@ -128,6 +136,7 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
     config = world.together(lambda: with_vocabulary(shaped, tokenizer))
     data = world.together(lambda: TrainingData(config, datasets))
     start = directory.claim(config, data.fingerprint, world) if directory else None
+    total_steps = count_steps(config, data.windows)
     dtype = pick_dtype(config.train.precision, world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -140,7 +149,11 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         compiled = compile_blocks(model.train(), world, config, dtype)
         engine = make_engine(model, world, config, dtype)
         if start:
-            engine.load_optimizer(CheckpointReader(start.path, model))
+            reader, step = CheckpointReader(start.path, model), start.state["step"]
+            averages = step and averaging(step - 1, config.optim, total_steps) is not None
+            if averages and "optimizer.average.wte.weight" in reader:
+                engine.begin_average()
+            engine.load_optimizer(reader)
         return engine, compiled
 
     engine, compiled = world.together(build)
@@ -172,7 +185,7 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         dtype=dtype,
         loader=loader,
         progress=progress,
-        total_steps=count_steps(config, data.windows),
+        total_steps=total_steps,
         start=start.path if start else None,
         notes=start.notes if start else (),
     )

@@ -15,6 +15,7 @@ from gpt_dist.checkpoints.checkpoint import (
     candidates,
     read_state,
     resolve,
+    step_name,
     step_of,
     verify,
 )
@@ -23,6 +24,7 @@ from gpt_dist.config.command_line import explain
 from gpt_dist.config.resuming import as_it_ran, changes, conflicts, way_out
 from gpt_dist.config.settings import Config
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.optim.schedules import decay_start
 
 
 class Start(NamedTuple):
@@ -135,7 +137,21 @@ def open_start(path: Path, config: Config, fingerprint: str | None) -> Start:
         )
     saved = check_same_run(config, state, fingerprint, path)
     verify(path, state)
-    return Start(path, state, notes=tuple(changes(saved, config)))
+    return Start(path, state, notes=(*changes(saved, config), *decayed(saved, config, path, state)))
+
+
+def decayed(saved: Config, config: Config, path: Path, state: dict[str, Any]) -> list[str]:
+    """A line where a run goes on whose learning rate was already falling (``wsd``)."""
+    before, now = saved.train.steps, config.train.steps
+    epochs = saved.train.epochs, config.train.epochs
+    if saved.optim.schedule != "wsd" or epochs != (None, None) or before is None or now is None:
+        return []
+    first = decay_start(saved.optim, before)
+    if now <= before or state["step"] <= first:
+        return []
+    earlier = path.with_name(step_name(first))
+    advice = f"; better continue --resume {earlier} in another --out_dir" * earlier.is_dir()
+    return [f"optim.schedule = wsd: the learning rate fell since step {first}{advice}"]
 
 
 def damage_of(path: Path) -> DamagedError | None:

@@ -23,7 +23,7 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import to_batch
 from gpt_dist.data.order import key_of
 from gpt_dist.errors import GptDistError
-from gpt_dist.optim.schedules import learning_rate, momentum
+from gpt_dist.optim.schedules import averaging, learning_rate, momentum
 from gpt_dist.parallel import world as distributed
 from gpt_dist.parallel.compiling import warm_up
 from gpt_dist.parallel.watchdog import print_after_agent
@@ -78,6 +78,7 @@ def train_here(config: Config, world: World, stop: Callable[[], bool]) -> str:
                 out_dir
             )
         run.say(run.headline())
+        writer.spare(run.decay_start)
         first = run.data.sequences(np.arange(run.micro_batch))
         warm_up(run.engine, world, config, to_batch(first, world.device))
         # Up to here nothing in the directory has changed: a run that cannot start leaves no trace.
@@ -188,7 +189,11 @@ class Trainer:
         if self.stop():
             numbers[1] = 1
         world.all_reduce(numbers)
-        numbers[2] = run.engine.step(lr, momentum(progress.step, config.optim))
+        numbers[2] = run.engine.step(
+            lr,
+            momentum(progress.step, config.optim),
+            averaging(progress.step, config.optim, run.total_steps),
+        )
         progress.step += 1
         progress.sequences = run.loader.consumed
         self.trace.step()

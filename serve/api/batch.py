@@ -1,54 +1,50 @@
-"""Many requests in one call, each answered when it is ready."""
+"""Many pieces of work in one call, each answered when it is ready."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, TypeVar
 
-from gpt_dist.v1 import generation_service_pb2 as api
-from serve.api.served import Served
-from serve.api.serving import Serving
 from serve.api.status import StatusError
 
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
-class Batch:
-    """The requests of one call of GenerateBatch.
 
-    Twice as many run as there are slots, so that the engine's queue has work when a slot becomes
-    free. Further requests are not read before there is room for them.
+class Batch(Generic[Request, Answer]):
+    """Runs requests in a window that moves on, and reads no more than there is room for.
 
     Args:
-        serving: answers them.
-        served: the model.
-        seconds: until the caller gives up; None if never.
+        work: answers one request.
+        most: maximum number of requests that run at once.
     """
 
-    def __init__(self, serving: Serving, served: Served, seconds: float | None) -> None:
-        self.serving, self.served, self.seconds = serving, served, seconds
+    def __init__(self, work: Callable[[Request], Awaitable[Answer]], most: int) -> None:
+        self.work = work
         self.requests = self.answered = 0
-        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}
-        """Of the answered requests."""
-        self._most = self._window = 2 * served.limits.max_slots
-        self._running: dict[asyncio.Task[api.GenerateResponse], int] = {}
-        self._given: dict[int, api.GenerateRequest] = {}
+        self._most = self._window = most
+        self._running: dict[asyncio.Task[Answer], int] = {}
+        self._given: dict[int, Request] = {}
         """Requests that have no answer yet."""
         self._refused: list[int] = []
         """Those of them that found the queue full."""
 
     async def answers(
-        self, requests: AsyncIterator[api.GenerateBatchRequest]
-    ) -> AsyncGenerator[api.GenerateBatchResponse, None]:
-        """Yield an answer to each request, in any order.
+        self, requests: AsyncIterator[Request]
+    ) -> AsyncGenerator[tuple[int, Answer | StatusError], None]:
+        """Yield the place of each request and its answer or failure, in any order.
 
         Raises:
             StatusError: there was no room for the first of them, or one could not be parsed.
         """
 
-        async def read() -> api.GenerateBatchRequest | None:
-            return await anext(requests, None)
+        async def read() -> tuple[Request] | None:
+            async for request in requests:
+                return (request,)
+            return None
 
-        reading: asyncio.Task[api.GenerateBatchRequest | None] | None
+        reading: asyncio.Task[tuple[Request] | None] | None
         reading = asyncio.create_task(read())
         try:
             while reading or self._given:
@@ -60,10 +56,9 @@ class Batch:
                     tasks.add(reading)
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if reading in done:
-                    message = reading.result()
-                    reading = None
-                    if message is not None:
-                        self._given[self.requests] = message.request
+                    read_now, reading = reading.result(), None
+                    if read_now is not None:
+                        self._given[self.requests] = read_now[0]
                         self._start(self.requests)
                         self.requests += 1
                         reading = asyncio.create_task(read())
@@ -78,26 +73,17 @@ class Batch:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self, index: int) -> None:
-        self._running[asyncio.create_task(self._generate(self._given[index]))] = index
+        async def work() -> Answer:
+            return await self.work(self._given[index])
 
-    async def _generate(self, request: api.GenerateRequest) -> api.GenerateResponse:
-        async with self.serving.part(self.served, request, self.seconds) as call:
-            return await call.finished()
+        self._running[asyncio.create_task(work())] = index
 
-    async def _answer(
-        self, task: asyncio.Task[api.GenerateResponse]
-    ) -> api.GenerateBatchResponse | None:
-        """The answer that a task found, or None if it has to be tried again."""
+    async def _answer(self, task: asyncio.Task[Answer]) -> tuple[int, Answer | StatusError] | None:
+        """What a task found, or None if it has to be tried again."""
         index = self._running.pop(task)
         error = task.exception()
-        answer = api.GenerateBatchResponse(request_index=index)
-        if error is None:
-            answer.response.CopyFrom(task.result())
-            for name in self.tokens:
-                self.tokens[name] += getattr(answer.response.usage, name)
-        elif not isinstance(error, StatusError):
-            raise error
-        elif error.reason == "QUEUE_FULL":  # other calls fill the queue
+        if isinstance(error, StatusError) and error.reason == "QUEUE_FULL":
+            # Other calls fill the queue.
             self._refused.append(index)
             self._window = max(1, len(self._running))
             if not self._running:
@@ -105,9 +91,9 @@ class Batch:
                     raise error
                 await asyncio.sleep(error.retry_after or 0)
             return None
-        else:
-            answer.error.CopyFrom(error.status())
+        if error is not None and not isinstance(error, StatusError):
+            raise error
         del self._given[index]
         self.answered += 1
         self._window = min(self._window + 1, self._most)
-        return answer
+        return index, task.result() if error is None else error

@@ -13,7 +13,7 @@ from serve.api.status import StatusError
 if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
     from serve.metrics import Metrics
 
-OPEN_SERVICES = ("grpc.health.v1.Health/",)
+OPEN_SERVICES = ("grpc.health.v1.Health/", "GET /health")
 """Services that need no token. Probes have none, and health reveals only the state."""
 MAX_WATCHES = 4096
 """Maximum number of open calls of `OPEN_SERVICES`. Each takes about 25 KB."""
@@ -67,7 +67,7 @@ class Gate:
             if not (isinstance(authorization, str) and self._accepts(authorization)):
                 raise StatusError(
                     grpc.StatusCode.UNAUTHENTICATED,
-                    "no valid token: send metadata `authorization: Bearer TOKEN`",
+                    "no valid token: send `authorization: Bearer TOKEN`",
                     "UNAUTHENTICATED",
                 )
         if free and self.watches >= self.max_watches:

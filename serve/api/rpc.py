@@ -251,6 +251,38 @@ class _Answer:
         )
 
 
+def call_record(given: Any) -> CallRecord:
+    """The record of a call with the request id that its caller gave, if that is fit for a log."""
+    valid = isinstance(given, str) and _VALID_ID.fullmatch(given)
+    return CallRecord(given if valid else uuid.uuid4().hex)
+
+
+def log_call(
+    gate: Gate, name: str, code: grpc.StatusCode, began: float, peer: str, record: CallRecord
+) -> None:
+    """Count a call that has ended, and write its line to the log."""
+    seconds = time.monotonic() - began
+    gate.metrics.calls.labels(name, code.name).inc()
+    gate.metrics.call_seconds.labels(name).observe(seconds)
+    # Probes ask every few seconds, and each client watches: that is for --log-level debug.
+    quiet = name.startswith(OPEN_SERVICES) and "error" not in record.notes
+    log.log(
+        logging.DEBUG if quiet else logging.INFO,
+        "%s %s %.1f ms",
+        name,
+        code.name,
+        seconds * 1000,
+        extra={
+            "request_id": record.request_id,
+            "method": name,
+            "code": code.name,
+            "ms": round(seconds * 1000, 3),
+            "peer": peer,
+            **record.notes,
+        },
+    )
+
+
 class _Frame:
     """From the arrival of a call to its log line."""
 
@@ -263,9 +295,7 @@ class _Frame:
         self._entered = False
 
     def __enter__(self) -> _Frame:
-        given = self.metadata.get(REQUEST_ID, "")
-        valid = isinstance(given, str) and _VALID_ID.fullmatch(given)
-        self.record = CallRecord(given if valid else uuid.uuid4().hex)
+        self.record = call_record(self.metadata.get(REQUEST_ID, ""))
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
         current.set(self.record)
         caller.set(identify(self.metadata.get("authorization", "")))
@@ -303,24 +333,4 @@ class _Frame:
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED
         if self._entered:
             self.gate.leave(self.name)
-        seconds = time.monotonic() - self.began
-        metrics = self.gate.metrics
-        metrics.calls.labels(self.name, self.code.name).inc()
-        metrics.call_seconds.labels(self.name).observe(seconds)
-        # Probes ask every few seconds, and each client watches: that is for --log-level debug.
-        quiet = self.name.startswith(OPEN_SERVICES) and "error" not in self.record.notes
-        log.log(
-            logging.DEBUG if quiet else logging.INFO,
-            "%s %s %.1f ms",
-            self.name,
-            self.code.name,
-            seconds * 1000,
-            extra={
-                "request_id": self.record.request_id,
-                "method": self.name,
-                "code": self.code.name,
-                "ms": round(seconds * 1000, 3),
-                "peer": self.peer,
-                **self.record.notes,
-            },
-        )
+        log_call(self.gate, self.name, self.code, self.began, self.peer, self.record)

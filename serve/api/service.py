@@ -11,6 +11,7 @@ from gpt_dist.v1 import model_service_pb2 as model_api
 from serve.api.batch import Batch
 from serve.api.rpc import note, seconds_left
 from serve.api.serving import Serving
+from serve.api.status import StatusError
 
 
 class GenerationService:
@@ -42,14 +43,29 @@ class GenerationService:
     async def GenerateBatch(
         self, requests: AsyncIterator[api.GenerateBatchRequest], context: Any
     ) -> AsyncGenerator[api.GenerateBatchResponse, None]:
-        batch = Batch(self.serving, self.serving.accept(), seconds_left(context))
+        served, seconds = self.serving.accept(), seconds_left(context)
+        tokens = {"prompt_tokens": 0, "completion_tokens": 0}
+
+        async def generate(message: api.GenerateBatchRequest) -> api.GenerateResponse:
+            async with self.serving.part(served, message.request, seconds) as call:
+                return await call.finished()
+
+        # Twice the slots, so that the engine's queue has work when a slot becomes free.
+        batch = Batch(generate, 2 * served.limits.max_slots)
         try:
             with self.serving:
                 async with aclosing(batch.answers(requests)) as answers:
-                    async for answer in answers:
-                        yield answer
+                    async for index, answer in answers:
+                        item = api.GenerateBatchResponse(request_index=index)
+                        if isinstance(answer, StatusError):
+                            item.error.CopyFrom(answer.status())
+                        else:
+                            item.response.CopyFrom(answer)
+                            for name in tokens:
+                                tokens[name] += getattr(answer.usage, name)
+                        yield item
         finally:
-            note(requests=batch.requests, **batch.tokens)
+            note(requests=batch.requests, **tokens)
 
     async def Score(self, request: api.ScoreRequest, context: Any) -> api.ScoreResponse:
         response = await self.serving.score(request, seconds_left(context))

@@ -38,6 +38,14 @@ REFUSED = [
         "optim.newton_schulz_coefficients = 2,-1.5,0.5",
         "optim.name = muon",
     ),
+    (["--optim.decay_share", "0.3"], "optim.decay_share = 0.3", "optim.schedule = wsd"),
+    (["--optim.decay_shape", "sqrt"], "optim.decay_shape = sqrt", "optim.schedule = cosine"),
+    (
+        ["--optim.schedule", "wsd", "--optim.decay_power", "3"],
+        "optim.decay_power = 3",
+        "optim.decay_shape = linear",
+    ),
+    (["--optim.average_share", "0.5"], "optim.average_share = 0.5", "optim.average above 0"),
     (
         ["--optim.name", "muon", "--optim.momentum_start", "0.8"],
         "optim.momentum_start = 0.8",

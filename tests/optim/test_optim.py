@@ -15,9 +15,9 @@ from gpt_dist.config.settings import Config, OptimConfig
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.optim import newton_schulz
-from gpt_dist.optim.adamw import global_norm, parameter_groups
+from gpt_dist.optim.adamw import global_norm, kind_of, parameter_groups
 from gpt_dist.optim.newton_schulz import orthogonalize
-from gpt_dist.optim.schedules import learning_rate, momentum
+from gpt_dist.optim.schedules import averaging, decay_start, learning_rate, momentum
 from gpt_dist.parallel import copies
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.world import World
@@ -314,3 +314,109 @@ assert "torch._dynamo" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_shapes_of_the_decay() -> None:
+    """Each from the peak to the floor over the last two fifths of 100 steps."""
+    wsd = OptimConfig(
+        lr=1.0, min_lr=0.0, warmup_steps=0, schedule="wsd", decay_share=0.4, decay_power=3.0
+    )
+    middle = {"linear": 0.25, "cosine": 0.5 * (1 - math.cos(math.pi / 4)),
+              "sqrt": 1 - math.sqrt(0.75), "power": 0.25**3}  # fmt: skip
+    for shape, expected in middle.items():
+        config = wsd.model_copy(update={"decay_shape": shape})
+        assert decay_start(config, 100) == 60
+        rates = [learning_rate(step, config, 100) for step in range(101)]
+        assert rates[:61] == [1.0] * 61
+        assert rates[90] == pytest.approx(expected)
+        assert rates[100] == pytest.approx(0.0)
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_rates_by_kind() -> None:
+    """Three steps of AdamW with other rates, betas, decay and eps, by hand in float64."""
+    rates = {
+        "matrices": {"lr": 2e-2, "weight_decay": 0.0},
+        "embedding": {"lr": 5e-3, "beta1": 0.5, "beta2": 0.8},
+        "head": {"lr": 1e-3},
+        "vectors": {"weight_decay": 0.3},
+    }
+    config, engine = make(0.0, optim={"rates": rates, "eps": 1e-3}, tie_embeddings=False)
+    expected = {  # kind → rate beside optim.lr, betas, decay
+        "matrices": (2.0, 0.9, 0.95, 0.0),
+        "embedding": (0.5, 0.5, 0.8, 0.1),
+        "head": (0.1, 0.9, 0.95, 0.1),
+        "vectors": (1.0, 0.9, 0.95, 0.3),
+    }
+    names = {
+        "h.1.mlp.c_fc.weight": "matrices",
+        "wpe.weight": "embedding",
+        "wte.weight": "embedding",
+        "lm_head.weight": "head",
+        "ln_f.weight": "vectors",
+        "h.0.mlp.c_fc.bias": "vectors",
+    }
+    parameters = dict(engine.model.named_parameters())
+    exact = {name: parameters[name].detach().double() for name in names}
+    first = {name: torch.zeros_like(p) for name, p in exact.items()}
+    second = {name: torch.zeros_like(p) for name, p in exact.items()}
+    for step, batch in enumerate(batches(3), 1):
+        engine.micro_step(batch, last=True)
+        lr = 1e-2 / step
+        for name, kind in names.items():
+            factor, beta1, beta2, decay = expected[kind]
+            gradient = parameters[name].grad
+            assert gradient is not None
+            g = gradient.double() * engine.loss_scale
+            first[name] = beta1 * first[name] + (1 - beta1) * g
+            second[name] = beta2 * second[name] + (1 - beta2) * g * g
+            m, v = first[name] / (1 - beta1**step), second[name] / (1 - beta2**step)
+            exact[name] *= 1 - factor * lr * decay
+            exact[name] -= factor * lr * m / (v.sqrt() + 1e-3)
+        engine.step(lr)
+    for name, p in exact.items():
+        torch.testing.assert_close(parameters[name].double(), p, rtol=1e-4, atol=1e-6)
+    kinds = {kind_of(n, p) for n, p in parameters.items()}
+    assert kinds == set(expected) == set(type(config.optim.rates).model_fields)
+    assert len(engine.optimizer.param_groups) == 4
+
+
+def test_muon_has_a_rate_of_its_own() -> None:
+    """Four times the rate for matrices is four times their update, and changes nothing else."""
+    changes = []
+    for rates in ({}, {"matrices": {"lr": 4e-2}}):
+        _, engine = make(1.0, "muon", {"rates": rates, "weight_decay": 0.0})
+        before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+        engine.micro_step(batches(1)[0], last=True)
+        engine.step(1e-2)
+        changes.append({n: p.detach() - before[n] for n, p in engine.model.named_parameters()})
+    for name, change in changes[0].items():
+        factor = 4 if name.startswith("h.") and name.endswith("weight") and "ln" not in name else 1
+        torch.testing.assert_close(changes[1][name], factor * change, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_average_of_the_weights(optimizer: str) -> None:
+    """It begins with the weights of its first step and follows; weights do not depend on it."""
+    _, engine = make(1.0, optimizer)
+    _, plain = make(1.0, optimizer)
+    expected: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches(5)):
+        for each in (engine, plain):
+            each.micro_step(batch, last=True)
+        engine.step(1e-2, average=None if number < 2 else 0.75)
+        plain.step(1e-2)
+        for name, p in engine.model.named_parameters():
+            if number == 2:
+                expected[name] = p.detach().double()
+            elif number > 2:
+                expected[name] = 0.75 * expected[name] + 0.25 * p.detach().double()
+    state = dict(engine.full_state())
+    for name, tensor in plain.full_state():
+        assert torch.equal(state[name], tensor), name
+    for name, p in expected.items():
+        average = state[f"optimizer.average.{name}"]
+        torch.testing.assert_close(average.double(), p, rtol=1e-6, atol=1e-7)
+    config = OptimConfig(average=0.9, average_share=0.25)
+    assert [averaging(step, config, 40) for step in (0, 29, 30, 39)] == [None, None, 0.9, 0.9]
+    assert averaging(39, OptimConfig(), 40) is None

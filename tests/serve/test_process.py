@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -64,7 +65,7 @@ def client_command(*arguments: str, stdin: str = "") -> subprocess.CompletedProc
 def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -> None:
     process = processes(
         "--checkpoint", run, "--port", 0, "--metrics-port", 0, "--dtype", "fp32",
-        "--log-format", "json", "--grace", PATIENCE,
+        "--log-format", "json", "--grace", PATIENCE, "--http-port", 0,
         GPT_DIST_SERVE_MAX_SLOTS="3", GPT_DIST_SERVE_MODEL_NAME="mine",
     )  # fmt: skip
     target = process.ready()
@@ -82,6 +83,10 @@ def test_from_start_to_sigterm(processes: StartProcess, run: Path, model: GPT) -
         prompt = TOKENIZER.encode("to be")
         answer = client.generate("to be", temperature=0, max_new_tokens=9, ignore_eos=True)
         assert list(answer.outputs[0].token_ids) == list(generate(model, prompt, GREEDY, 9))
+        told = re.search(r"HTTP on (\d+)", process.lines[-1])
+        assert told
+        with urllib.request.urlopen(f"http://127.0.0.1:{told[1]}/v1/models") as models:
+            assert json.load(models)["data"][0]["id"] == "mine"
 
         # On SIGTERM, accepted calls finish and later ones are refused.
         answers = []

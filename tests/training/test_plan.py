@@ -99,6 +99,9 @@ def test_muon_needs_less() -> None:
         (8 * 124_439_808 - 4 * matrices) / 1e9, abs=0.006
     )
     assert "muon" in row(text, "memory")
+    averaged = plan("--optim.average", "0.99")
+    assert gigabytes(averaged, "optimizer state") == pytest.approx(12 * 0.1244398, abs=0.006)
+    assert "8 N + 4 N (average)" in row(averaged, "optimizer state")
     shared = plan("--optim.name", "muon", "--ranks", "4")
     assert gigabytes(shared, "optimizer state") == pytest.approx(
         (8 * (124_439_808 - matrices) + 4 * matrices / 4) / 1e9, abs=0.006

@@ -16,7 +16,8 @@ def disk_rows(plan: Plan) -> list[Row]:
     train = plan.config.train
     one = 4.0 * plan.parameters + optimizer_bytes(plan.model, plan.config)[0]
     for_good = (plan.steps or 0) // train.keep_every if train.keep_every else 0
-    kept = train.keep_checkpoints + 1 + for_good
+    spared = plan.config.optim.schedule == "wsd" and train.checkpoint_every > 0
+    kept = train.keep_checkpoints + 1 + for_good + spared
     # The next one is written before the oldest goes.
     need, free = one * (kept + 1), free_space(Path(plan.config.out_dir))
     text = f"{file_size(one)} a checkpoint, {kept + 1} at the same time: {file_size(need)}; "

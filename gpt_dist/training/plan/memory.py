@@ -65,6 +65,15 @@ def optimizer_bytes(model: GPT, config: Config, copies: int = 1) -> tuple[float,
         copies: ranks that have whole weights and share Muon's momentum, for the bytes of each.
     """
     parameters = model.num_parameters()
+    moments, formula = moment_bytes(model, config, copies)
+    if config.optim.average:
+        return moments + 4.0 * parameters, f"{formula} + 4 N (average)"
+    return moments, formula
+
+
+def moment_bytes(model: GPT, config: Config, copies: int) -> tuple[float, str]:
+    """The part of ``optimizer_bytes`` that updates need."""
+    parameters = model.num_parameters()
     if config.optim.name == "adamw":
         return 8.0 * parameters, "8 N"
     matrices = sum(

@@ -1,0 +1,184 @@
+"""The frame around every endpoint: the gate, the body, errors, the log line, callers that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import StatusCode
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from serve.api.gate import Gate
+from serve.api.rpc import REJECTIONS, REQUEST_ID, call_record, current, log_call
+from serve.api.status import StatusError, internal
+from serve.http import errors
+
+log = logging.getLogger("serve")
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+
+
+@dataclass
+class Reply:
+    """A whole answer."""
+
+    content: bytes
+    status: int = 200
+    kind: str = JSON
+    headers: dict[str, str] | None = None
+
+    @classmethod
+    def json(cls, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
+        """A value as JSON."""
+        return cls(encode(value), status, headers=headers)
+
+
+Events = AsyncGenerator[bytes, None]
+Behaviour = Callable[[bytes], Awaitable[Reply | Events]]
+"""Answers a request with this body: at once, or piece by piece."""
+
+
+def encode(value: Any) -> bytes:
+    """JSON, in one line of UTF-8."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+async def answer(
+    name: str, behaviour: Behaviour, gate: Gate, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer one request. If the caller leaves, the work is cancelled at once.
+
+    Args:
+        name: of the endpoint, for metrics and the log: ``POST /v1/completions``.
+        behaviour: answers.
+        gate: admits.
+        scope: of the request (ASGI).
+        receive: its body, and that the caller has left.
+        send: takes the answer.
+    """
+    began = time.monotonic()
+    head = Headers(scope=scope)
+    record = call_record(head.get(REQUEST_ID, ""))
+    current.set(record)
+    client = scope.get("client")
+    peer = f"{client[0]}:{client[1]}" if client else ""
+    writer = _Writer(send, record.request_id)
+    code = StatusCode.CANCELLED
+    entered = False
+    try:
+        gate.enter(name, dict(head))
+        entered = True
+        work = asyncio.create_task(_work(behaviour, await _body(receive, gate), writer))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                code = StatusCode.OK
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+    except _Left:
+        pass
+    except Exception as error:
+        if not isinstance(error, StatusError):
+            log.exception("%s failed", name, extra={"request_id": record.request_id})
+            error = internal()
+        code = error.code
+        if error.reason in REJECTIONS:
+            gate.refused(error.reason)
+        record.notes["error"] = error.message
+        await writer.fail(error)
+    finally:
+        if entered:
+            gate.leave(name)
+        log_call(gate, name, code, began, peer, record)
+
+
+class _Left(Exception):
+    """The caller left before its request was complete."""
+
+
+class _Writer:
+    """Sends an answer, which may fail before or after its first byte."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self._request_id = send, request_id
+        self.started = False
+
+    async def whole(self, reply: Reply) -> None:
+        length = {"content-length": str(len(reply.content))}
+        await self.start(reply.status, reply.kind, length | (reply.headers or {}))
+        await self.more(reply.content, last=True)
+
+    async def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
+        self.started = True
+        fields = {"content-type": kind, REQUEST_ID: self._request_id, **headers}
+        pairs = [(name.encode(), value.encode()) for name, value in fields.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def more(self, data: bytes, last: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def fail(self, error: StatusError) -> None:
+        """Send an error: as the answer, or as the last event of a stream."""
+        content = errors.body(error)
+        if self.started:
+            await self.more(b"data: " + encode(content) + b"\n\n", last=True)
+        else:
+            await self.whole(Reply.json(content, errors.status_of(error), errors.headers(error)))
+
+
+async def _work(behaviour: Behaviour, body: bytes, writer: _Writer) -> None:
+    reply = await behaviour(body)
+    if isinstance(reply, Reply):
+        await writer.whole(reply)
+        return
+    async with aclosing(reply) as events:
+        async for event in events:  # a failure before the first one has a status of its own
+            if not writer.started:
+                await writer.start(200, EVENTS, {"cache-control": "no-store"})
+            await writer.more(event)
+    await writer.more(b"", last=True)
+
+
+async def _body(receive: Receive, gate: Gate) -> bytes:
+    parts, size, more = [], 0, True
+    try:
+        async with asyncio.timeout(gate.message_seconds):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise _Left
+                part = message.get("body", b"")
+                size += len(part)
+                if size > gate.max_message_bytes:
+                    raise StatusError(
+                        StatusCode.RESOURCE_EXHAUSTED,
+                        f"the body is larger than {gate.max_message_bytes} bytes",
+                        "MESSAGE_TOO_LARGE",
+                    )
+                parts.append(part)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise StatusError(
+            StatusCode.DEADLINE_EXCEEDED,
+            f"no complete body within {gate.message_seconds:g} s",
+            "NO_MESSAGE",
+        ) from None
+    return b"".join(parts)
+
+
+async def _gone(receive: Receive) -> None:
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()

@@ -1,0 +1,78 @@
+"""Listens for HTTP, in the event loop that serves gRPC too."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from gpt_dist.errors import GptDistError
+
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open."""
+MAX_HEADER_BYTES = 1 << 16
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # the server has its own
+        yield
+
+
+class Listener:
+    """Serves an application on a port.
+
+    Args:
+        app: the application.
+        host: the address.
+        port: 0 picks a free one.
+        context: for TLS; None serves in the clear.
+
+    Raises:
+        GptDistError: the port is in use, or the address is not this machine's.
+    """
+
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None = None
+    ) -> None:
+        host = host.strip("[]")
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            # With the protocol's name, asyncio sets TCP_NODELAY. Else an answer waits for 40 ms.
+            self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(2048)
+        except OSError as error:
+            raise GptDistError(
+                f"cannot serve HTTP on {host}:{port}: {error.strerror or error}; "
+                "choose another --http-port, or 0 for a free one"
+            ) from None
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        )
+        config.load()
+        config.ssl = context
+        self._server = _Uvicorn(config)
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+
+    async def close(self, seconds: float) -> None:
+        """Stop listening, and end open connections: at the latest after so many seconds."""
+        self._server.should_exit = True
+        self._server.config.timeout_graceful_shutdown = max(1, round(seconds))
+        await asyncio.gather(self._task, return_exceptions=True)
