@@ -151,6 +151,13 @@ class Serving:
                 the engine failed.
         """
         served = self.accept(request.model)
+        with self:
+            return await self.score_part(served, request, seconds)
+
+    async def score_part(
+        self, served: Served, request: api.ScoreRequest, seconds: float | None = None
+    ) -> api.ScoreResponse:
+        """As `score`, for a request that is part of a call that is open already."""
         deadline = None if seconds is None else served.engine.clock() + seconds
         expected = request.expected_weights_version
         served.check_weights(expected)
@@ -160,20 +167,19 @@ class Serving:
         if prepend and eot_id is None:
             raise invalid("prepend_end_of_text", "this tokenizer has no end-of-text token")
         self.check_room(served)
-        with self:
-            ids = await parse_prompt(request.prompt, served.limits, room=int(prepend))
-            size = served.limits.response_bytes(1, len(ids), request.top_logprobs)
-            if size > RESPONSE_BYTES:
-                raise too_large("top_logprobs", size, RESPONSE_BYTES)
-            if eot_id is not None and prepend:
-                ids = np.concatenate((np.array([eot_id]), ids))
-            event = await self._scored(served, ids, request.top_logprobs, deadline)
-            if expected and event.weights_version != expected:
-                raise other_weights(expected, event.weights_version)
-            response = await served.limits.heavy.run(
-                len(ids) * (1 + request.top_logprobs),
-                lambda: score_response(event, ids, served.tokenizer, prepend),
-            )
+        ids = await parse_prompt(request.prompt, served.limits, room=int(prepend))
+        size = served.limits.response_bytes(1, len(ids), request.top_logprobs)
+        if size > RESPONSE_BYTES:
+            raise too_large("top_logprobs", size, RESPONSE_BYTES)
+        if eot_id is not None and prepend:
+            ids = np.concatenate((np.array([eot_id]), ids))
+        event = await self._scored(served, ids, request.top_logprobs, deadline)
+        if expected and event.weights_version != expected:
+            raise other_weights(expected, event.weights_version)
+        response = await served.limits.heavy.run(
+            len(ids) * (1 + request.top_logprobs),
+            lambda: score_response(event, ids, served.tokenizer, prepend),
+        )
         response.system_fingerprint = served.fingerprint(event.weights_version)
         return response
 

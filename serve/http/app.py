@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.api.gate import Gate
 from serve.api.rpc import UNKNOWN, note
+from serve.api.served import Served
 from serve.api.serving import Serving
 from serve.api.status import StatusError
 from serve.health import Health
@@ -24,8 +24,8 @@ from serve.http.frame import Behaviour, Events, Reply, answer
 from serve.http.logprobs import token_text
 from serve.http.openapi import openapi
 
-LONG_BODY = 1 << 16
-"""Bytes of a body that is parsed in a thread, to keep the event loop free."""
+PARSED = 16
+"""So many bytes of JSON are as much work as one character to tokenise."""
 
 Body = TypeVar("Body", bound=schema.AnyBody)
 
@@ -42,7 +42,6 @@ class App:
     def __init__(self, serving: Serving, gate: Gate, health: Health) -> None:
         self.serving, self.gate, self.health = serving, gate, health
         self._began = int(time.time())
-        self._parsing = asyncio.Semaphore(1)
         self.endpoints: dict[str, dict[str, Behaviour]] = {
             "/v1/completions": {"POST": self.completions},
             "/v1/models": {"GET": self.models},
@@ -85,15 +84,10 @@ class App:
 
         return UNKNOWN, refuse
 
-    async def _parse(self, data: bytes, kind: type[Body]) -> Body:
-        if len(data) < LONG_BODY:
-            return schema.parse(data, kind)
-        async with self._parsing:
-            return await asyncio.to_thread(schema.parse, data, kind)
-
     async def completions(self, data: bytes) -> Reply | Events:
-        self.serving.accept()
-        body = await self._parse(data, schema.CompletionRequest)
+        served = self.serving.accept()
+        self.serving.check_room(served)
+        body = await _parse(served, data, schema.CompletionRequest)
         completion = Completion(self.serving, body)
         if body.stream:
             return completion.events()
@@ -119,7 +113,7 @@ class App:
 
     async def tokenize(self, data: bytes) -> Reply:
         served = self.serving.accept()
-        body = await self._parse(data, schema.TokenizeRequest)
+        body = await _parse(served, data, schema.TokenizeRequest)
         request = api.TokenizeRequest(
             text=schema.utf8("prompt", body.prompt), model=schema.utf8("model", body.model)
         )
@@ -135,8 +129,8 @@ class App:
         )
 
     async def detokenize(self, data: bytes) -> Reply:
-        self.serving.accept()
-        body = await self._parse(data, schema.DetokenizeRequest)
+        served = self.serving.accept()
+        body = await _parse(served, data, schema.DetokenizeRequest)
         request = api.DetokenizeRequest(
             token_ids=body.tokens, model=schema.utf8("model", body.model)
         )
@@ -155,6 +149,10 @@ class App:
 
     async def openapi(self, _: bytes) -> Reply:
         return Reply.json(openapi())
+
+
+async def _parse(served: Served, data: bytes, kind: type[Body]) -> Body:
+    return await served.limits.heavy.run(len(data) // PARSED, lambda: schema.parse(data, kind))
 
 
 def application(app: App, origins: tuple[str, ...]) -> ASGIApp:

@@ -39,7 +39,6 @@ class Echo:
 
     text: str = ""
     tokens: list[pb.TokenLogprob] = field(default_factory=list)
-    scored: api.ScoreResponse | None = None
 
 
 class Completion:
@@ -129,14 +128,19 @@ class Completion:
         found = []
         for place, output in enumerate(outputs):
             tokens = [*(echo.tokens if echo else ()), *output.logprobs]
-            choice = choice_object(
-                index * self.n + place,
-                (echo.text if echo else "") + output.text,
-                self._logprobs(tokens, Offsets()),
-                output,
-            )
-            found.append(encode(choice))
-            await asyncio.sleep(0)  # a long choice takes milliseconds
+            text = (echo.text if echo else "") + output.text
+
+            def choice(
+                place: int = place,
+                tokens: list[pb.TokenLogprob] = tokens,
+                text: str = text,
+                output: pb.GenerationOutput = output,
+            ) -> bytes:
+                scores = self._logprobs(tokens, Offsets())
+                return encode(choice_object(index * self.n + place, text, scores, output))
+
+            size = len(tokens) * (1 + (self.body.logprobs or 0))
+            found.append(await self.served.limits.heavy.run(size, choice))
         return found
 
     async def _echo(self, index: int) -> Echo | None:
@@ -157,9 +161,9 @@ class Completion:
                 top_logprobs=self.body.logprobs,
                 expected_weights_version=request.expected_weights_version,
             )
-            echo.scored = await self.serving.score(wanted)
-            echo.tokens = list(echo.scored.tokens)
-            self.fingerprint = echo.scored.system_fingerprint
+            scored = await self.serving.score_part(self.served, wanted)
+            echo.tokens = list(scored.tokens)
+            self.fingerprint = scored.system_fingerprint
         if self.body.max_tokens == 0:
             self.usage.prompt_tokens += len(ids)
         return echo
