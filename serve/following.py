@@ -1,4 +1,4 @@
-"""Follows a training run: serves each new checkpoint, and survives those that cannot be loaded."""
+"""Follows a training run: switches to each new checkpoint, whatever goes wrong with one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from serve.options import Options
 log = logging.getLogger("serve")
 
 MAX_WEIGHTS = 2
-"""Sets of weights in memory: the newest, and one that is being loaded or that running sequences
-still use. With more than that a fast run would fill the memory."""
+"""Maximum number of weight sets in memory: the newest, plus one that is loading or still in use.
+Without a limit, a run that saves often would exhaust the memory."""
 LONGEST_WAIT = 300.0
 """Seconds between two attempts to load the same checkpoint, at most."""
 
@@ -28,9 +28,9 @@ LONGEST_WAIT = 300.0
 class Follower:
     """Looks for new checkpoints.
 
-    Whatever goes wrong is logged, counted and shown by the health of `WATCH`; the weights in use
-    stay. The same checkpoint is tried again, each time after twice the wait: training may delete it
-    while it is read, or a file system may fail for a moment.
+    Any failure is logged, counted and reported as the health of `WATCH`, and the current weights
+    stay. The checkpoint is retried with exponential backoff, because the failure may be temporary:
+    training may delete a checkpoint while it is read.
 
     Args:
         options: ``checkpoint`` and ``watch_interval``.

@@ -18,7 +18,7 @@ from serve.api.status import StatusError, unavailable
 OVERALL = ""
 """The name that stands for the whole server."""
 WATCH = "gpt_dist.watch"
-"""The name that tells, with ``--watch``, whether the newest checkpoint could be loaded."""
+"""With ``--watch``: the name whose state is whether the newest checkpoint could be loaded."""
 Status = health_pb2.HealthCheckResponse
 
 
@@ -45,7 +45,7 @@ class Health:
         self._update(dict.fromkeys(self.services, serving))
 
     def set_one(self, name: str, serving: bool) -> None:
-        """Change the state of a name that is no service's."""
+        """Change the state of a single name."""
         self._update({name: serving})
 
     def close(self) -> None:

@@ -17,13 +17,13 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 MOST = 500
-"""Characters of a value or message that are logged. Callers choose some of them."""
+"""Maximum length of a logged value or message: callers choose some of them."""
 _PLAIN = re.compile(r"[!#-'*-<>-~]+")
 """What needs no quotes: printable ASCII without spaces, quotes, parentheses and ``=``."""
 _CONTROL = re.compile(
     r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u2028-\u202f\u2066-\u2069]"
 )
-"""What may start a new line, move the cursor or turn the direction of a text."""
+"""Characters that could start a line, move the cursor or change the direction of the text."""
 
 
 def cut(text: str) -> str:
@@ -37,7 +37,7 @@ def escape(text: str) -> str:
 
 
 def quote(value: Any) -> str:
-    """A value in a plain line. Whatever it holds, it looks like one value."""
+    """Format a value for a plain line, so that it cannot look like several."""
     text = cut(str(value))
     return text if _PLAIN.fullmatch(text) else escape(json.dumps(text, ensure_ascii=False))
 
@@ -49,7 +49,8 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 class PlainFormatter(logging.Formatter):
     """``2026-01-31T12:00:00Z info message (request_id=…)``.
 
-    No text of a caller can look like a line of its own: the lines of a traceback begin with ``|``.
+    Text from callers cannot forge a line: control characters are escaped, and the lines of a
+    traceback begin with ``|``.
     """
 
     converter = time.gmtime  # type: ignore[assignment]  # as in the logging cookbook

@@ -143,7 +143,8 @@ class Metrics:
         kind = _ServerV6 if ":" in host else _Server
         server = make_server(host, port, answer, kind, _Handler)
         if context is not None:
-            # The handshake is left to the thread of the connection: it may take its time.
+            # Each connection's thread does its handshake, so that a slow client blocks no
+            # other.
             server.socket = context.wrap_socket(
                 server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -156,7 +157,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing of a scraper that broke off, or that does not speak TLS."""
+        """Ignore broken connections and clients without TLS."""
 
 
 class _ServerV6(_Server):
@@ -167,4 +168,4 @@ class _Handler(WSGIRequestHandler):
     timeout = 10.0
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing of scrapes."""
+        """Do not log scrapes."""

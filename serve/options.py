@@ -127,8 +127,8 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     network = made.add_argument_group("network")
     add(network, "host", "address to listen on", metavar="ADDRESS")
     add(network, "port", "0 picks a free one", type=PORT, metavar="N")
-    add(network, "allow-anonymous", "with TLS, beyond this machine: answer everybody", **on)
-    add(network, "allow-insecure", "the network is trusted: any --host without TLS", **on)
+    add(network, "allow-anonymous", "allow anonymous callers (requires TLS)", **on)
+    add(network, "allow-insecure", "trust the network: any --host without TLS", **on)
     add(network, "tls-cert", "certificate chain (PEM)", **path)
     add(network, "tls-key", "its private key (PEM)", **path)
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
@@ -140,7 +140,7 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "max-message-bytes", "maximum size of a request", **count)
     add(network, "max-calls", "maximum number of open calls", **count)
     add(network, "max-connection-age",
-        "ask clients to connect anew after this time, so that new replicas get calls; 0: never",
+        "close connections gracefully after this time, so that new replicas get calls; 0: never",
         **seconds)  # fmt: skip
     add(
         network,

@@ -1,7 +1,7 @@
 """``python -m serve.probe``: whether the server of this container is healthy.
 
-It asks as the server listens: host, port and TLS are read from the server's own command line and
-environment. A container that runs another command is healthy as long as it runs.
+Host, port and TLS settings are read from the server's own command line and environment. A container
+that runs another command is healthy as long as it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serve.options import PREFIX, Options, parse
 
 PROC = Path("/proc")
 ANY = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
-"""Where a server that listens everywhere is reached from its own machine."""
+"""Wildcard addresses, and the loopback address to connect to instead."""
 
 
 def find_server() -> int | None:
@@ -66,17 +66,17 @@ def healthy(options: Options, timeout: float) -> bool:
     """Whether the server reports SERVING.
 
     Raises:
-        GptDistError: it listens on a port that it chose itself.
+        GptDistError: its port is unknown.
         OSError: it cannot be reached.
     """
     if not options.port:
-        raise GptDistError("the server chose its port itself (--port 0): give it a fixed one")
+        raise GptDistError("the server runs with --port 0; give it a fixed port")
     host = ANY.get(options.host, options.host)
     target = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
     if options.tls_cert is None or options.tls_key is None:
         channel = grpc.insecure_channel(target)
     else:
-        # The certificate is for the name that callers use. The file itself says whom to trust.
+        # The certificate names the public host, not loopback. Trust exactly this certificate.
         cert, key = options.tls_cert.read_bytes(), options.tls_key.read_bytes()
         client = (key, cert) if options.tls_ca is not None else (None, None)
         name = ("grpc.ssl_target_name_override", _name(options, host, timeout))
@@ -88,8 +88,10 @@ def healthy(options: Options, timeout: float) -> bool:
     except grpc.RpcError as error:
         if options.tls_ca is None:
             raise GptDistError(f"{target}: {error.details()}") from None
-        print(f"{target} shakes hands; --tls-ca does not accept the server's own certificate, so "
-              "its state cannot be asked for")  # fmt: skip
+        print(
+            f"{target} answers the TLS handshake, but --tls-ca does not accept the server's own "
+            "certificate: its health is unknown"
+        )
         return True
     finally:
         channel.close()

@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class Access:
-    """What protects a port, and what its operator allows."""
+    """How a port is protected, and which exceptions its operator allows."""
 
     tls: bool = False
     tokens: bool = False
@@ -49,9 +49,9 @@ class Access:
         )
 
     def guards(self, host: str) -> bool:
-        """Whether a port for operators (metrics) asks for what the port for callers asks for.
+        """Whether the metrics port requires the TLS and credentials of the gRPC port.
 
-        On loopback, and on a trusted network, it is open.
+        It is open on loopback and on trusted networks.
         """
         return not is_loopback(host) and not self.allow_insecure
 
@@ -63,20 +63,20 @@ def check_exposure(
     encryption: str = "--tls-cert and --tls-key",
     authentication: str = "--auth-token-file or --tls-ca",
 ) -> None:
-    """Refuse to serve strangers by accident. All ports of all commands are decided here.
+    """Refuse to expose a port by accident. The rule for every port of every command.
 
-    Beyond this machine a port needs TLS and a way to know its callers, unless its operator allows
-    anonymous callers, or trusts the network.
+    A port that other machines can reach needs TLS and authentication, unless the operator allows
+    anonymous callers or trusts the network.
 
     Args:
         flag: the option that names the host.
         host: its value.
         access: what protects the port.
         encryption: the options that give TLS.
-        authentication: the options by which callers are known.
+        authentication: the options that authenticate callers.
 
     Raises:
-        UsageError: strangers could read or call.
+        UsageError: the port would be exposed.
     """
     if is_loopback(host) or access.allow_insecure:
         return
@@ -92,10 +92,10 @@ def check_exposure(
 
 
 def check_ports(options: Options) -> None:
-    """Decide on all ports of a server.
+    """Check all ports of a server.
 
     Raises:
-        UsageError: strangers could read or call.
+        UsageError: a port would be exposed.
     """
     access = Access.of(options)
     check_exposure("--host", options.host, access)
@@ -104,7 +104,7 @@ def check_ports(options: Options) -> None:
 
 
 class Reloader:
-    """Looks at files in a thread of its own: a file system that hangs must not hold up calls.
+    """Checks files for changes in its own thread, so that a hanging file system blocks no call.
 
     Args:
         interval: seconds between two looks.
@@ -117,13 +117,13 @@ class Reloader:
         self._thread = threading.Thread(target=self._run, name="files", daemon=True)
 
     def add(self, files: Certificates | TokenFile) -> None:
-        """Look at these files too."""
+        """Check these files too."""
         self._files.append(files)
         if not self._thread.is_alive():
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread, but do not wait for a file system."""
+        """Stop the thread without waiting for it: the file system may hang."""
         self._closed.set()
 
     def _run(self) -> None:
@@ -133,7 +133,7 @@ class Reloader:
 
 
 class _Files:
-    """The content of files, read again when they change. What cannot be used changes nothing."""
+    """Files that are loaded again when they change. If that fails, the old content stays."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -155,7 +155,7 @@ class _Files:
         raise NotImplementedError
 
     def look(self) -> None:
-        """Use the files if they have changed. Failures are logged once, and tried again."""
+        """Load the files if they have changed. A failure is logged once and retried."""
         try:
             stamp = self._stamps()
             if stamp == self._stamp:
@@ -194,7 +194,8 @@ class Certificates(_Files):
         self._given = self._configuration
 
     def _use(self) -> None:
-        # What is checked must be what is used: another process may replace a file in between.
+        # Use exactly the bytes that were checked: another process may replace a file in
+        # between.
         before = [path.read_bytes() for path in self.paths]
         check_files(self.cert, self.key, self.ca)
         if before != [path.read_bytes() for path in self.paths]:
@@ -207,7 +208,7 @@ class Certificates(_Files):
             self._fill(context)
 
     def context(self) -> ssl.SSLContext:
-        """For ports that are not grpc's. It is kept up to date, too."""
+        """A context for ports that gRPC does not serve. It is updated when the files change."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._fill(context)

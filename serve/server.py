@@ -41,9 +41,9 @@ log = logging.getLogger("serve")
 
 MONITOR_SECONDS = 0.25
 LAST_SECONDS = 0.5
-"""For statuses on their way to callers, when the server closes."""
+"""Time for final statuses to reach callers before the connections close."""
 LONGEST_CALL = 3600.0
-"""Seconds that calls may go on on a connection that has reached its age."""
+"""Seconds that calls may continue on a connection that has reached its maximum age."""
 KEEPALIVE = [
     # Detect clients that vanished, and free their slots.
     ("grpc.keepalive_time_ms", 30_000),
@@ -69,7 +69,7 @@ class Server:
         clock: the time in seconds, for deadlines, time budgets and stall detection.
 
     Raises:
-        UsageError: strangers could call it, or read its metrics.
+        UsageError: a port would be exposed.
         GptDistError: the TLS files or the token file cannot be used.
     """
 
@@ -124,8 +124,8 @@ class Server:
         )
         self._grpc = grpc.aio.server(
             options=[
-                # Twice the limit: what is between them is refused here, with a reason. What is
-                # longer is refused by grpc, which takes less time and memory.
+                # Twice the limit. Messages up to here are refused by this server, with a reason;
+                # gRPC refuses longer ones at less cost.
                 ("grpc.max_receive_message_length", 2 * options.max_message_bytes),
                 ("grpc.so_reuseport", 0),  # report a port in use instead of sharing it
                 *KEEPALIVE,
@@ -256,8 +256,8 @@ class Server:
     async def drain(self) -> bool:
         """Refuse new calls, finish accepted ones within ``grace`` seconds, and close.
 
-        First of all grpc closes the port and tells clients to use their connections for no further
-        calls (GOAWAY). Calls that do not finish are told whether it is safe to repeat them.
+        The port closes first, and clients are told to open no further calls (GOAWAY). Calls that do
+        not finish get ABORTED, or UNAVAILABLE if they had not begun.
 
         Returns:
             Whether all accepted calls finished.
@@ -317,7 +317,7 @@ class Server:
 
 
 def _age(seconds: float) -> list[tuple[str, int]]:
-    """grpc's options for the age of connections; it adds or takes off up to a tenth."""
+    """gRPC options for the maximum age of connections; gRPC varies it by up to 10 %."""
     if not seconds:
         return []
     return [

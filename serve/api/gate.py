@@ -1,4 +1,4 @@
-"""What every call passes before its message is read: a valid token, and room for one more call."""
+"""Checks every call before its message is read: authentication and the number of open calls."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class Gate:
         self.max_message_bytes, self.message_seconds = max_message_bytes, message_seconds
         self.max_calls, self.max_watches = max_calls, max_watches
         self.request_bytes = max_message_bytes
-        """No valid request of the served model is longer."""
+        """Maximum size of a valid request to the served model."""
         self.parsing = asyncio.Lock()
         """Held while a long message is parsed."""
         self.calls = self.watches = 0
         """How many are open."""
 
     def enter(self, method: str, metadata: Mapping[str, Any]) -> None:
-        """Admit a call of ``package.Service/Method``. Each entry needs one `leave`.
+        """Admit a call to ``package.Service/Method``. `leave` must be called once after it.
 
         Raises:
             StatusError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED.
@@ -77,7 +77,7 @@ class Gate:
         self._add(free, 1)
 
     def leave(self, method: str) -> None:
-        """A call that entered has ended."""
+        """Note that an admitted call has ended."""
         self._add(method.startswith(OPEN_SERVICES), -1)
 
     def _add(self, free: bool, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Work of a call that would hold up all others if the event loop did it."""
+"""Slow work of single calls, kept off the event loop so that other calls do not wait."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Heavy:
-    """One thread for heavy work. More of them would only take the interpreter from each other.
+    """One thread for slow work. More threads would only compete for the interpreter lock.
 
     Args:
         most: pieces of work that may wait for the thread.
@@ -28,7 +28,7 @@ class Heavy:
         self._thread = ThreadPoolExecutor(1, "heavy")
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
-        """Do a piece of work: at once if it is light, else in the thread.
+        """Run ``work``: directly if it is small, otherwise in the thread.
 
         Args:
             size: how much it is, in characters or tokens.

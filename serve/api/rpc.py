@@ -1,9 +1,9 @@
 """The frame around every method: the gate, parsing, statuses with details, metrics, the log line.
 
-If grpc parses the requests, bytes that are not a message end with INTERNAL or UNKNOWN, as if the
-server were at fault. If grpc reads the request of a unary call, a caller without a token has sent
-its message before it is refused, and a message that is too long leaves no trace. Therefore grpc
-hands over the stream of bytes, and they are read and parsed here.
+If grpc parses requests, malformed bytes end with INTERNAL or UNKNOWN, as if the server were at
+fault. If grpc reads the request of a unary call, callers without a token are refused
+only after they have sent it, and messages that are too long are not logged. Handlers therefore
+receive a stream of bytes, which they read and parse here.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ REQUEST_ID = "x-request-id"
 _VALID_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 LONG_MESSAGE = 1 << 14
-"""Bytes from which on a message is parsed by itself: that takes milliseconds."""
+"""Messages of at least this many bytes are parsed one at a time: each takes milliseconds."""
 UNKNOWN = "unknown"
-"""Stands for the method in the metrics and the log if there is no such method."""
+"""Name of unknown methods in the metrics and the log."""
 
 REJECTIONS = frozenset(
     {
@@ -47,7 +47,7 @@ REJECTIONS = frozenset(
         "UNAUTHENTICATED", "UNKNOWN_METHOD", "MESSAGE_TOO_LARGE", "NO_MESSAGE",
     }
 )  # fmt: skip
-"""Reasons (see `StatusError`) of calls that were turned away; the others were answered."""
+"""Reasons (see `StatusError`) that the metrics count as rejections."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ def generic_handler(service: ServiceDescriptor, implementation: object, gate: Ga
 
 
 class UnknownMethods(grpc.GenericRpcHandler):  # type: ignore[misc,type-arg]
-    """Answers what no other handler knows. Register it last."""
+    """Answers calls to unknown methods. Register it last."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -199,13 +199,13 @@ class _Answer:
             ) from None
         raise StatusError(
             grpc.StatusCode.INVALID_ARGUMENT,
-            "no message arrived: it is far too long, or the caller left",
+            "no message arrived: it is far too long, or the caller disconnected",
             "NO_MESSAGE",
         )
 
     async def _message(self, data: bytes) -> Message:
         most = min(self.gate.max_message_bytes, self.gate.request_bytes)
-        if len(data) > most:  # first of all: only to parse it could take a second
+        if len(data) > most:  # before parsing, which could take seconds
             raise StatusError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"the message has {len(data)} bytes; at most {most} are accepted",
@@ -213,7 +213,7 @@ class _Answer:
             )
         if len(data) < LONG_MESSAGE:
             return self._parse(data)
-        async with self.gate.parsing:  # one after the other, with room for short calls in between
+        async with self.gate.parsing:  # one at a time, so that short calls run in between
             request = self._parse(data)
             await asyncio.sleep(0)
         return request

@@ -127,8 +127,8 @@ def unavailable(message: str, reason: str, retry_after: float = 1.0) -> StatusEr
 def lost(event: Lost, began: bool) -> StatusError:
     """The engine failed or stopped. Only a call that had not begun is safe to repeat.
 
-    A call that was being computed may be what broke the engine, so it is ABORTED: clients that
-    repeat UNAVAILABLE must not carry it to the next server.
+    A call that had begun may have caused the failure, so it is ABORTED: clients repeat UNAVAILABLE,
+    and would break the next server with it.
 
     Args:
         event: what the engine said.

@@ -105,7 +105,8 @@ class Connection:
         else:
             connect = partial(self._channels.insecure_channel, target)
         self._channel = connect(CHANNEL_OPTIONS)
-        # The other channel has no connection to a server that is not healthy. Unused, it has none.
+        # The main channel avoids unhealthy servers, so checks need their own. It connects on first
+        # use.
         self._health_channel = connect([*CHANNEL_OPTIONS, ("grpc.inhibit_health_checking", 1)])
         self._stub: Any = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._model_stub: Any = ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]

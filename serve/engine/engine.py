@@ -72,7 +72,7 @@ class Engine:
         self._wake.set()
 
     def shed(self, message: str) -> None:
-        """End all jobs, and take no more. Their listeners learn which of them had begun."""
+        """End all jobs and accept no more. Listeners learn whether their job had begun."""
         self._shed = message
         jobs = self.scheduler.jobs
         _deliver(losses(jobs, message, stopped=True))

@@ -74,15 +74,15 @@ class Lost:
 
     message: str
     began: bool
-    """Whether its computation had begun. If not, the job cannot be what broke the engine, and it is
-    safe to repeat elsewhere."""
+    """Whether its computation had begun. If not, it cannot have caused the failure and is safe to
+    repeat elsewhere."""
     stopped: bool = False
     """Whether the engine was stopped, and did not fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job itself raised an error, which the log has. Other jobs are not affected."""
+    """The job raised an error of its own, which is logged. Other jobs are not affected."""
 
 
 Event = Started | Token | Ended | Scored | Expired | Lost | Failed

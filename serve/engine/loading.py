@@ -131,7 +131,7 @@ def _match(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _check_finite(model: GPT, directory: Path) -> None:
-    """Refuse a model whose training diverged: it would answer every call with nothing.
+    """Refuse the weights of a diverged run, which would give only empty answers.
 
     Raises:
         GptDistError: a weight or a logit is NaN or infinite.

@@ -228,12 +228,12 @@ class Scheduler:
             budget -= max(count, 1)
             try:
                 self._compute(job, count, events)
-            except RuntimeError:  # the device's: nobody knows what still works
+            except RuntimeError:  # a device error: its state is unknown
                 raise
             except Exception:
                 log.exception("a request failed")
                 self.decoder.free(job.slot)
-                self.decoder.prefill(job.slot, [])  # forget a cache that may be half written
+                self.decoder.prefill(job.slot, [])  # drop the partly written cache
                 self._end(job, events, Failed())
 
     def _compute(self, job: Job, count: int, events: list[tuple[Job, Event]]) -> None:
@@ -270,7 +270,8 @@ class Scheduler:
             return 0
         if place is None or place.copied > COPIES * budget:
             return 0
-        job.slot, job.done = place.slot, place.length  # first: from here on it may be to blame
+        # Before admit: if that fails, this job may be why.
+        job.slot, job.done = place.slot, place.length
         self.decoder.admit(place)
         self._prefilling = job
         if isinstance(job, Sequence):

@@ -3,8 +3,8 @@
     python -m serve.playground --target 127.0.0.1:50051
     python -m serve.playground --checkpoint runs/mine
 
-With ``--checkpoint``, a server runs in this process, on a loopback port. A page that others can
-reach asks them for a token of ``--page-token-file``: it never lends its own to strangers.
+With ``--checkpoint``, a server runs in this process, on a loopback port. A page that other machines
+can reach asks visitors for a token of ``--page-token-file``; it never lends its own.
 """
 
 from __future__ import annotations
@@ -112,16 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         page.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
     page.add_argument(
-        "--allow-anonymous", action="store_true", help="with TLS: let everybody use the page"
+        "--allow-anonymous", action="store_true", help="allow anonymous visitors (requires TLS)"
     )
-    page.add_argument(
-        "--allow-insecure", action="store_true", help="the network is trusted: any --host"
-    )
+    page.add_argument("--allow-insecure", action="store_true", help="trust the network: any --host")
     return parser
 
 
 def check_page(args: argparse.Namespace) -> None:
-    """Refuse a page that strangers can use by accident, or with this page's credential.
+    """Refuse to expose the page by accident, or to lend its credential to unknown visitors.
 
     Raises:
         UsageError: the page needs TLS or a login.
@@ -153,7 +151,7 @@ def launch_options(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if args.page_cert:
         options |= {"ssl_certfile": str(args.page_cert), "ssl_keyfile": str(args.page_key)}
-        options["ssl_verify"] = False  # Gradio asks its own page whether it is up
+        options["ssl_verify"] = False  # Gradio checks its own page at the start
     if args.page_token_file:
         tokens = TokenFile(args.page_token_file, "--page-token-file")
         options["auth"] = lambda name, token: tokens.accepts(f"Bearer {token}")

@@ -50,13 +50,13 @@ def test_tls_and_client_certificates(
     # The server's own certificate is no client's.
     files["tls_ca"] = theirs.path
     assert ask(start(decoder, **files), **files)
-    assert "its state cannot be asked for" in capsys.readouterr().out
+    assert "its health is unknown" in capsys.readouterr().out
 
 
 def test_nobody_answers() -> None:
     with pytest.raises(GptDistError, match=r"127\.0\.0\.1"):
         healthy(Options(Path("x"), port=free_port()), PATIENCE)
-    with pytest.raises(GptDistError, match="give it a fixed one"):
+    with pytest.raises(GptDistError, match="give it a fixed port"):
         healthy(Options(Path("x"), port=0), PATIENCE)
 
 
