@@ -50,21 +50,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 @cache
-def measured_matmul_flops(dtype: torch.dtype, threads: int, seconds: float = 0.2) -> float:
+def measured_matmul_flops(dtype: torch.dtype, threads: int) -> float:
     """Best FLOP/s of a square matrix product with this process's threads.
 
-    The product grows up to (1024, 1024) as long as it is quick: bf16 takes seconds at that size on
-    a CPU that emulates it.
+    The product grows up to (1024, 1024), or until it would take a quarter of a second: bf16 takes
+    several at that size on a CPU that emulates it.
     """
-    best, size = 0.0, 128
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    torch.mm(a, b)
-    end = time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        torch.mm(a, b)
-        now = time.perf_counter()
-        best = max(best, 2 * size**3 / (now - start))
-        if size < 1024 and 16 * (now - start) < end - now:
-            size *= 2
-            a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best, size, took = 0.0, 64, 0.0
+    while size < 1024 and 8 * took < 0.25:
+        size *= 2
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        took = min(_seconds(a, b) for _ in range(3))
+        best = max(best, 2 * size**3 / took)
     return best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b)
+    return time.perf_counter() - start
