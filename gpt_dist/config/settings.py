@@ -174,6 +174,11 @@ class OptimConfig(Section):
     """Share of the steps that the average is over."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    skip_loss_z: NonNegative = 0.0
+    """Skip an update whose loss is more than this many standard deviations above the mean of the
+    last 128 steps; 0 = never. 6 is a usual value."""
+    skip_norm_z: NonNegative = 0.0
+    """The same for the gradient norm before clipping."""
     momentum: Fraction = 0.95
     """Muon's momentum."""
     momentum_start: Fraction = 0.85

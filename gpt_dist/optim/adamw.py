@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from gpt_dist.config.settings import OptimConfig
 from gpt_dist.optim.lean import Lean
 
+Guard = tuple[Tensor, Tensor]
+"""What gradients are divided by, and whether the step is skipped: scalars."""
+
 
 class GuardedOptimizer(Protocol):
     """What an engine steps: an optimizer that clips by a number, and skips a broken step."""
@@ -91,13 +94,15 @@ class AdamW(Lean, torch.optim.AdamW):
             fused=fused,
         )
         self.fused = fused
-        self._guard: tuple[Tensor, Tensor] | None = None
+        self._guard: Guard | None = None
+        self.ask: Callable[[], Guard] | None = None
+        """Asked by a step for what ``guard`` is otherwise told."""
 
     def guard(self, divisor: Tensor, skip: Tensor) -> None:
         self._guard = divisor, skip
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        guard, self._guard = self._guard, None
+        guard, self._guard = self.next_guard(), None
         self.grad_scale = self.found_inf = None
         if guard and self.fused:
             self.grad_scale, self.found_inf = guard[0], guard[1].float()
@@ -107,6 +112,10 @@ class AdamW(Lean, torch.optim.AdamW):
             divide_gradients([p for group in self.param_groups for p in group["params"]], guard[0])
         with torch.no_grad():
             unwrap(torch.optim.AdamW.step)(self, closure)  # see `Lean`
+
+    def next_guard(self) -> Guard | None:
+        """What the next step is guarded by."""
+        return self._guard or (self.ask() if self.ask else None)
 
     def make_state(self, tensors: list[Tensor]) -> None:
         """Make the moments of some tensors now, which PyTorch makes in the first step."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_dist.config.settings import OptimConfig
-from gpt_dist.optim.adamw import AdamW, kind_of
+from gpt_dist.optim.adamw import AdamW, Guard, kind_of
 from gpt_dist.optim.blocks import Fragment, Share, blocks_of, scale
 from gpt_dist.optim.newton_schulz import orthogonalize
 
@@ -63,7 +63,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        guard, groups = self._guard, self.param_groups
+        guard, groups = self.next_guard(), self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             super().step()
@@ -73,7 +73,7 @@ class Muon(AdamW):
             if group["muon"] and group["params"]:
                 self._step_matrices(group, guard)
 
-    def _step_matrices(self, group: dict[str, Any], guard: tuple[Tensor, Tensor] | None) -> None:
+    def _step_matrices(self, group: dict[str, Any], guard: Guard | None) -> None:
         tensors, lr = group["params"], group["lr"]
         share = self.shares[tensors[0]]
         skip = guard[1] if guard else None
@@ -93,12 +93,12 @@ class Muon(AdamW):
         for shape, receive in sent:
             for fragment, update in zip(share.targets[shape], receive(), strict=True):
                 weights = part(tensors[fragment.tensor], fragment.at, fragment.size)
-                change = update if skip is None else torch.where(skip, 0.0, update)
-                weights.add_(change.to(weights.device), alpha=-lr * scale(shape))
+                change = update.to(weights.device)
+                if skip is not None:
+                    change = torch.where(skip, 0.0, change)
+                weights.add_(change, alpha=-lr * scale(shape))
 
-    def _direction(
-        self, fragment: Fragment, group: dict[str, Any], guard: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _direction(self, fragment: Fragment, group: dict[str, Any], guard: Guard | None) -> Tensor:
         """Advance the momentum of a fragment; returns what is to be orthogonalised, flat."""
         tensor, beta = group["params"][fragment.tensor], group["momentum"]
         gradient = part(tensor.grad, fragment.at, fragment.size)

@@ -14,8 +14,9 @@ from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.ops import fused_accumulation
 from gpt_dist.optim.adamw import global_norm
+from gpt_dist.optim.spikes import make_spikes
 from gpt_dist.parallel.copies import CopiedState, make_optimizer
-from gpt_dist.parallel.engine import Reader, guard_step, set_rates
+from gpt_dist.parallel.engine import Reader, guard_step, load_spikes, set_rates, spikes_state
 from gpt_dist.parallel.world import World
 
 
@@ -36,6 +37,7 @@ class DDPEngine:
         # divides them by the number of tokens, which saves a pass over them.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         self.optimizer = make_optimizer(model, config.optim, world.device)
+        self.spikes = make_spikes(config.optim, world.device)
         self.state = CopiedState(model, self.optimizer, world)
         self.ddp: torch.nn.Module = model
         if world.size > 1:
@@ -72,12 +74,17 @@ class DDPEngine:
 
     @torch.no_grad()
     def step(
-        self, lr: float, momentum: float | None = None, average: float | None = None
+        self,
+        lr: float,
+        momentum: float | None = None,
+        average: float | None = None,
+        loss: Tensor | None = None,
     ) -> Tensor:
         set_rates(self.optimizer.param_groups, lr, momentum)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients) * self.loss_scale
-        guard_step(self.optimizer, norm, self.grad_clip, self.loss_scale)
+        spike = self.spikes.skip(loss, norm) if self.spikes and loss is not None else None
+        guard_step(self.optimizer, norm, self.grad_clip, self.loss_scale, spike)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.average(average)
@@ -90,13 +97,15 @@ class DDPEngine:
         return loss
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        return self.state.full()
+        yield from self.state.full()
+        yield from spikes_state(self.spikes)
 
     def begin_average(self) -> None:
         self.state.begin_average()
 
     def load_optimizer(self, reader: Reader) -> None:
         self.state.load(reader)
+        load_spikes(self.spikes, reader)
 
     def whole_weights(self) -> AbstractContextManager[object]:
         return nullcontext()

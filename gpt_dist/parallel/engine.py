@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.optim.adamw import GuardedOptimizer, clip_divisor
+from gpt_dist.optim.spikes import Spikes
 
 Reader = Callable[[str], Tensor]
 """Name → full tensor on the host, as ``Engine.full_state`` yields them."""
@@ -25,6 +26,8 @@ class Engine(Protocol):
     """
 
     model: GPT
+    spikes: Spikes | None
+    """Decides which updates to skip beside those that are not finite."""
 
     def warm_up(self, batch: Batch) -> None:
         """Run a micro-batch forward and backward and drop the gradients.
@@ -42,7 +45,11 @@ class Engine(Protocol):
         ...
 
     def step(
-        self, lr: float, momentum: float | None = None, average: float | None = None
+        self,
+        lr: float,
+        momentum: float | None = None,
+        average: float | None = None,
+        loss: Tensor | None = None,
     ) -> Tensor:
         """Clip, update and drop the gradients; skip the update if their norm is not finite.
 
@@ -50,6 +57,7 @@ class Engine(Protocol):
             lr: learning rate of the parameters whose kind has none of its own.
             momentum: Muon's; None = as in the step before, at first ``optim.momentum``.
             average: decay of the average of the weights; None = it stays as it is.
+            loss: of the step, the same on all ranks; needed where ``spikes`` is set.
 
         Returns:
             The global gradient norm before clipping, a scalar on the device.
@@ -78,7 +86,11 @@ class Engine(Protocol):
 
 
 def guard_step(
-    optimizer: GuardedOptimizer, norm: Tensor, grad_clip: float, scale: float = 1.0
+    optimizer: GuardedOptimizer,
+    norm: Tensor,
+    grad_clip: float,
+    scale: float = 1.0,
+    spike: Tensor | None = None,
 ) -> None:
     """Let the optimizer's next step clip, and skip itself where the norm is not finite.
 
@@ -86,8 +98,22 @@ def guard_step(
         norm: global norm of the gradients times ``scale``, a scalar on their device.
         grad_clip: largest norm; 0 = no clipping.
         scale: what the gradients are to be multiplied by.
+        spike: bool scalar; where it is set, the step skips itself too.
     """
-    optimizer.guard(clip_divisor(norm, grad_clip) / scale, ~norm.isfinite())
+    skip = ~norm.isfinite()
+    optimizer.guard(clip_divisor(norm, grad_clip) / scale, skip if spike is None else skip | spike)
+
+
+def spikes_state(spikes: Spikes | None) -> Iterator[tuple[str, Tensor]]:
+    """The part of ``Engine.full_state`` that decides which updates to skip."""
+    if spikes:
+        yield "optimizer.spikes", spikes.values
+
+
+def load_spikes(spikes: Spikes | None, reader: Reader) -> None:
+    """Set what ``spikes_state`` yields."""
+    if spikes:
+        spikes.values.copy_(reader("optimizer.spikes"))
 
 
 def set_rates(groups: list[dict[str, Any]], lr: float, momentum: float | None) -> None:

@@ -26,11 +26,12 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
 from gpt_dist.errors import UsageError
 from gpt_dist.model.gpt import GPT
-from gpt_dist.optim.adamw import global_norm
+from gpt_dist.optim.adamw import Guard, global_norm
 from gpt_dist.optim.average import AVERAGE, advance_average, begin_average
 from gpt_dist.optim.muon import Muon
+from gpt_dist.optim.spikes import make_spikes
 from gpt_dist.parallel.copies import CopiedState, make_optimizer
-from gpt_dist.parallel.engine import Reader, guard_step, set_rates
+from gpt_dist.parallel.engine import Reader, guard_step, load_spikes, set_rates, spikes_state
 from gpt_dist.parallel.sharing import share_partition
 from gpt_dist.parallel.world import World
 
@@ -156,6 +157,7 @@ class DeepSpeedEngine:
                 model=model, optimizer=self.optimizer, config=settings
             )
         self.deepspeed = deepspeed
+        self.spikes = make_spikes(config.optim, world.device)
         self.averages = False
         self.copies = CopiedState(model, self.optimizer, world) if self.stage == 0 else None
         if self.stage:
@@ -182,9 +184,13 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def step(
-        self, lr: float, momentum: float | None = None, average: float | None = None
+        self,
+        lr: float,
+        momentum: float | None = None,
+        average: float | None = None,
+        loss: Tensor | None = None,
     ) -> Tensor:
-        norm = self._step(lr, momentum)
+        norm = self._step(lr, momentum, loss)
         if self.copies:
             self.copies.average(average)
         elif average is not None:
@@ -193,16 +199,38 @@ class DeepSpeedEngine:
             advance_average(self.optimizer, self._partitions(), average)
         return norm
 
-    def _step(self, lr: float, momentum: float | None) -> Tensor:
+    def _step(self, lr: float, momentum: float | None, loss: Tensor | None) -> Tensor:
         set_rates(self.engine.optimizer.param_groups, lr, momentum)
         if self.stage == 0:
             # Stage 0 is our optimizer behind an all-reduce: norm, clipping and skipping are ours.
             norm = global_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            guard_step(self.optimizer, norm, self.grad_clip)
+            spike = self.spikes.skip(loss, norm) if self.spikes and loss is not None else None
+            guard_step(self.optimizer, norm, self.grad_clip, 1.0, spike)
             self.engine.step()
             return norm
+        if self.spikes is None or loss is None:
+            self.engine.step()
+            return self._norm()
+        # DeepSpeed knows the norm before it lets the optimizer step, group by group, and not at
+        # all where the norm is not finite.
+        known: list[Tensor] = []
+        spikes, where = self.spikes, self._partitions()[0].device
+
+        def ask() -> Guard:
+            if not known:
+                known.append(spikes.skip(loss, self._norm()).to(where))
+            return torch.ones((), device=where), known[0]
+
+        self.optimizer.ask = ask
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+        self.optimizer.ask = None
+        ask()
+        return self._norm()
+
+    def _norm(self) -> Tensor:
+        """The global gradient norm of the step that DeepSpeed takes or took last."""
+        norm = self.engine.optimizer._global_grad_norm
+        return torch.as_tensor(norm, device=self.world.device)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -224,17 +252,20 @@ class DeepSpeedEngine:
 
         if self.copies:
             yield from self.copies.full()
+            yield from spikes_state(self.spikes)
             return
         for name, parameter in self.model.named_parameters():
             yield f"model.{name}", safe_get_full_fp32_param(parameter)
         for key, name, parameter in self._state_names():
             yield f"optimizer.{key}.{name}", safe_get_full_optimizer_state(parameter, key)
         yield "optimizer.step", self.optimizer.state[self._partitions()[0]]["step"]
+        yield from spikes_state(self.spikes)
 
     @torch.no_grad()
     def load_optimizer(self, reader: Reader) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        load_spikes(self.spikes, reader)
         if self.copies:
             self.copies.load(reader)
             return

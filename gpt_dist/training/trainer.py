@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpt_dist.checkpoints.writer import CheckpointWriter
-from gpt_dist.config.settings import Config
+from gpt_dist.config.settings import Config, OptimConfig
 from gpt_dist.data.loader import to_batch
 from gpt_dist.data.order import key_of
 from gpt_dist.errors import GptDistError
@@ -181,7 +181,8 @@ class Trainer:
         config, world = run.config, run.world
         lr = learning_rate(progress.step, config.optim, run.total_steps)
         exact = torch.float32 if world.device.type == "mps" else torch.float64
-        numbers = torch.zeros(3, dtype=exact, device=world.device)
+        spikes = run.engine.spikes
+        numbers = torch.zeros(3 if spikes is None else 5, dtype=exact, device=world.device)
         for micro, batch in enumerate(run.loader.step()):
             if config.model.dropout:
                 torch.manual_seed(key_of(config.seed, progress.step, micro, world.rank) >> 1)
@@ -193,7 +194,10 @@ class Trainer:
             lr,
             momentum(progress.step, config.optim),
             averaging(progress.step, config.optim, run.total_steps),
+            numbers[0],
         )
+        if spikes:
+            numbers[3:] = spikes.scores
         progress.step += 1
         progress.sequences = run.loader.consumed
         self.trace.step()
@@ -210,7 +214,7 @@ class Trainer:
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        loss, stop, norm = pending.read()
+        loss, stop, norm, *scores = pending.read()
         now = time.perf_counter()
         seconds, self.lap = now - self.lap, now
         self.stopping = self.stopping or stop > 0
@@ -229,6 +233,7 @@ class Trainer:
                 "tokens_per_second": speed,
                 "mfu": flops / self.peak if self.peak else None,
                 "step_ms": seconds * 1e3,
+                **spike_row(scores, norm, config.optim),
             }
         )
         if self.skipped >= MAX_SKIPPED:
@@ -247,18 +252,36 @@ class PendingStep:
     sequences: int
     lr: float
     numbers: Tensor
-    """Loss summed over all ranks, number of ranks that were asked to stop, gradient norm."""
+    """Loss summed over all ranks, number of ranks that were asked to stop, gradient norm; and the
+    z-scores of loss and norm where they may skip an update."""
 
     def __post_init__(self) -> None:
         if self.numbers.device.type == "cuda":
-            host = torch.empty(3, dtype=self.numbers.dtype, pin_memory=True)
+            host = torch.empty(len(self.numbers), dtype=self.numbers.dtype, pin_memory=True)
             host.copy_(self.numbers, non_blocking=True)
             self.numbers, self._arrived = host, torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> tuple[float, float, float]:
+    def read(self) -> list[float]:
         """Wait for the numbers."""
         if hasattr(self, "_arrived"):
             self._arrived.synchronize()
-        loss, stop, norm = self.numbers.tolist()
-        return loss, stop, norm
+        numbers: list[float] = self.numbers.tolist()
+        return numbers
+
+
+def spike_row(scores: list[float], norm: float, config: OptimConfig) -> Row:
+    """What ``metrics.jsonl`` says of a step whose update an outlier may skip.
+
+    Args:
+        scores: z-scores of loss and gradient norm; empty where nothing is skipped for them.
+        norm: the gradient norm.
+        config: the limits.
+    """
+    if not scores:
+        return {}
+    limits = config.skip_loss_z, config.skip_norm_z
+    above = any(limit and score > limit for score, limit in zip(scores, limits, strict=True))
+    loss_z, norm_z = scores
+    skipped = above or not math.isfinite(norm)
+    return {"loss_z": loss_z, "grad_norm_z": norm_z, "skipped": skipped}

@@ -18,6 +18,7 @@ from gpt_dist.optim import newton_schulz
 from gpt_dist.optim.adamw import global_norm, kind_of, parameter_groups
 from gpt_dist.optim.newton_schulz import orthogonalize
 from gpt_dist.optim.schedules import averaging, decay_start, learning_rate, momentum
+from gpt_dist.optim.spikes import make_spikes
 from gpt_dist.parallel import copies
 from gpt_dist.parallel.ddp import DDPEngine
 from gpt_dist.parallel.world import World
@@ -420,3 +421,53 @@ def test_the_average_of_the_weights(optimizer: str) -> None:
     config = OptimConfig(average=0.9, average_share=0.25)
     assert [averaging(step, config, 40) for step in (0, 29, 30, 39)] == [None, None, 0.9, 0.9]
     assert averaging(39, OptimConfig(), 40) is None
+
+
+def test_z_scores_are_those_of_llm_c() -> None:
+    """Against its formula over the last 128 values, once there are as many."""
+    config = OptimConfig(skip_loss_z=3.0, skip_norm_z=5.0)
+    spikes = make_spikes(config, torch.device("cpu"))
+    assert spikes is not None
+    assert make_spikes(OptimConfig(), torch.device("cpu")) is None
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, 2, generator=generator, dtype=torch.float64).clamp(-2, 2)
+    values[150, 0], values[160, 1], values[170, 1] = 5.0, 4.0, 50.0
+    skipped = []
+    for step, (loss, norm) in enumerate(values):
+        if spikes.skip(loss, norm):
+            skipped.append(step)
+        if step < 127:
+            assert spikes.scores.isnan().all()
+            continue
+        window = values[step - 127 : step + 1]
+        mean = window.sum(0) / 128
+        variance = (window**2).sum(0) / 128 - mean**2
+        torch.testing.assert_close(spikes.scores, (values[step] - mean) / variance.sqrt())
+    assert skipped == [150, 170]
+    spikes.skip(torch.tensor(1.0), torch.tensor(torch.inf))
+    assert spikes.values.isfinite().all()
+    for _ in range(128):
+        assert not spikes.skip(torch.tensor(1.0), torch.tensor(2.0))  # no deviation, no outlier
+    assert spikes.scores.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_outlier_leaves_everything_bitwise_alone(optimizer: str) -> None:
+    _, engine = make(1.0, optimizer, {"skip_norm_z": 6.0})
+    assert engine.spikes is not None
+    loss = torch.tensor(2.0)
+    engine.micro_step(batches(1)[0], last=True)
+    engine.step(1e-2, loss=loss)  # too few values to judge by
+    before = {name: tensor.clone() for name, tensor in engine.full_state()}
+    ordinary = torch.rand(2, 128, dtype=torch.float64)
+    for values, changes in ((ordinary * 1e-3, False), (ordinary * 1e3, True)):
+        engine.load_optimizer(
+            lambda name, v=values: v if name == "optimizer.spikes" else before[name]  # type: ignore[misc]
+        )
+        engine.micro_step(batches(1)[0], last=True)
+        assert math.isfinite(engine.step(1e-2, loss=loss))
+        after = dict(engine.full_state())
+        assert set(after) == set(before)
+        same = [torch.equal(t, before[n]) for n, t in after.items() if n != "optimizer.spikes"]
+        assert all(same) != changes

@@ -84,7 +84,7 @@ def steps(engine: Engine, world: World, config: Config, first: int, last: int) -
             batch = Batch(ids[at : at + size, :-1], ids[at : at + size, 1:])
             loss += engine.micro_step(batch, last=micro == count - 1)
         world.all_reduce(loss)
-        norm = engine.step(3e-3, 0.95 if step > 4 else 0.9, 0.8 if step else None)
+        norm = engine.step(3e-3, 0.95 if step > 4 else 0.9, 0.8 if step else None, loss)
         rows += [float(loss) / config.train.batch_tokens, float(norm)]
     return rows
 
@@ -133,6 +133,23 @@ def interrupted(world: World, strategy: str) -> bool:
     return same and rows[0] == rows[1]
 
 
+def spike(world: World, strategy: str) -> list[bool]:
+    """Whether a step that is an outlier, and the next one that is not, leave the state alone."""
+    config = settings(strategy, 4, skip_norm_z=6.0)
+    engine = start(world, config)
+    steps(engine, world, config, 0, 1)
+    same = []
+    assert engine.spikes is not None
+    for usual in (1e-3, 1e3):
+        before = saved(engine)
+        engine.spikes.values.copy_(torch.linspace(0, usual, 256).view(2, 128))
+        steps(engine, world, config, 1, 2)
+        after = saved(engine)
+        names = [n for n in before if "average" not in n and "spikes" not in n]
+        same.append(all(torch.equal(before[name], after[name]) for name in names))
+    return same
+
+
 def work(world: World, state: dict[str, Any], first: int) -> dict[str, Any]:
     """All that one set of ranks is to show; DeepSpeed takes seconds to import."""
     strategies = STRATEGIES[world.size]
@@ -143,6 +160,7 @@ def work(world: World, state: dict[str, Any], first: int) -> dict[str, Any]:
             for accumulation, (count, names) in COUNTS[world.size].items()
             for name in names
         },
+        "spike": {name: spike(world, name) for name in SPIKY if world.size == 2},
         "same": {name: interrupted(world, name) for name in strategies if world.size == 2},
         "relay": [],
     }
@@ -162,6 +180,7 @@ STRATEGIES = {
 """By number of ranks; in this order one continues what the one before it saved."""
 
 FOUR = ["ddp", "zero-1", "zero-2", "zero-3"]
+SPIKY = ["ddp", "zero-0", "zero-1", "zero-3"]
 COUNTS = {2: {1: (20, FOUR), 2: (2, ["zero-0", "offload-2", "offload-3"]), 8: (3, FOUR)},
           4: {1: (20, FOUR)}}  # fmt: skip
 """By number of ranks: by micro-batches in a step, number of steps and strategies."""
@@ -221,6 +240,13 @@ def test_a_run_is_handed_from_engine_to_engine(shown: dict[int, list[dict[str, A
 def test_a_run_that_was_stopped_continues_bitwise(shown: dict[int, list[dict[str, Any]]]) -> None:
     for found in shown[2]:
         assert found["same"] == dict.fromkeys(STRATEGIES[2], True)
+
+
+def test_an_outlier_is_skipped_under_every_strategy(
+    shown: dict[int, list[dict[str, Any]]],
+) -> None:
+    for found in shown[2]:
+        assert found["spike"] == {name: [True, False] for name in SPIKY}
 
 
 def test_blocks_are_shared_evenly() -> None:

@@ -92,3 +92,22 @@ def test_the_average_is_saved_continued_evaluated_and_exported(
                   "--json", "--device", "cpu", *flags])  # fmt: skip
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[1] == losses[2] != losses[0]
+
+
+def test_an_outlier_is_logged_and_a_run_continues_with_its_window(
+    tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Row by row and bitwise, wherever the run was stopped; the limit is one that is exceeded."""
+    config = tiny_config(
+        model=SMALL,
+        optim={"skip_norm_z": 1.5, "schedule": "constant", "warmup_steps": 0},
+        train={"steps": 150, "batch_tokens": 64, "checkpoint_every": 130, "eval_every": 0},
+    )
+    rows = run(config, tmp_path / "whole")
+    assert {row["skipped"] for row in rows[:127]} == {False}
+    assert {row["grad_norm_z"] for row in rows[:127]} == {None}
+    for row in rows[127:]:
+        assert row["skipped"] == (row["grad_norm_z"] > 1.5)
+    assert any(row["skipped"] for row in rows)
+    stopped = tmp_path / "whole/checkpoints/step-00000130"
+    assert run(config, tmp_path / "again", "--resume", str(stopped)) == rows[130:]

@@ -82,7 +82,7 @@ class ConsoleSink:
         edge = self._step in (self._first + 1, self._steps)
         # Frequent at first, while someone watches; later rare, so that logs stay short.
         interval = min(10.0, 1 + (now - self._started) / 30)
-        if edge or not math.isfinite(row["grad_norm"]) or now - self._last_line >= interval:
+        if edge or is_skipped(row) or now - self._last_line >= interval:
             self._last_line = now
             parts = {"step": f"step {self._step:>{len(str(self._steps))}}/{self._steps}"}
             self._print(GAP.join(fitting(parts | self._parts, self._width).values()))
@@ -137,6 +137,11 @@ class ConsoleSink:
             self._live.stop()
 
 
+def is_skipped(row: Row) -> bool:
+    """Whether the update of a step was skipped."""
+    return bool(row.get("skipped")) or not math.isfinite(row["grad_norm"])
+
+
 def format_numbers(row: Row, speed: float) -> dict[str, str]:
     """The numbers of a step as people read them, by name.
 
@@ -150,7 +155,7 @@ def format_numbers(row: Row, speed: float) -> dict[str, str]:
     parts = {
         "loss": f"loss {row['train_loss']:.4f}",
         "lr": f"lr {row['lr']:.2e}",
-        "norm": f"norm {norm:.2f}" if math.isfinite(norm) else f"norm {norm} (update skipped)",
+        "norm": f"norm {norm:.2f}" + " (update skipped)" * is_skipped(row),
         "speed": f"{human(speed)} tok/s",
     }
     if row["mfu"] is not None:

@@ -20,7 +20,10 @@ class Sink(Protocol):
     """A destination of a run's numbers. Only world rank 0 has any."""
 
     def train(self, row: Row) -> None:
-        """A training step: train_loss, lr, grad_norm, tokens, tokens_per_second, mfu, step_ms."""
+        """A training step: train_loss, lr, grad_norm, tokens, tokens_per_second, mfu, step_ms.
+
+        Where an outlier may skip an update also loss_z, grad_norm_z, skipped.
+        """
 
     def validation(self, row: Row) -> None:
         """A validation: step, val_loss, val_bpb and further scores."""
@@ -84,7 +87,8 @@ class TensorBoard:
             self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def train(self, row: Row) -> None:
-        for key in ("train_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_ms"):
+        numbers = ("train_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_ms")
+        for key in (*numbers, "loss_z", "grad_norm_z"):
             if row.get(key) is not None:
                 self._writer.add_scalar(f"train/{key}", row[key], row["step"])
 
