@@ -1,0 +1,173 @@
+"""Decoding with and without guesses, in turns, on text that repeats and on text that does not.
+
+    python benchmarks/speculation.py --json benchmarks/results/speculation.json
+
+Each kind of text has prompts of its own for every sequence of a batch. The tokens must be the same
+with and without guesses. Without a checkpoint the model is GPT-2 124M with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import statistics
+import time
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from bandwidth import bandwidth
+from record import record
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gpt_dist.checkpoints.reader import load_model
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.errors import run_main
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate_many
+from gpt_dist.inference.sampling import SamplingParams
+from gpt_dist.model.gpt import GPT
+from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
+
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+GREEDY, DRAWN = {"temperature": 0.0}, {"temperature": 1.0}
+
+
+def passage(index: int, length: int = 400) -> str:
+    """A passage of Shakespeare, another one for each index."""
+    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
+    text = gzip.decompress(asset.read_bytes()).decode()
+    start = 5000 * (index + 1) % (len(text) - length)
+    return text[start : start + length]
+
+
+KINDS: dict[str, tuple[Callable[[int], str], dict[str, float]]] = {
+    "list": (
+        lambda n: "".join(f"{i}. The {['big', 'red', 'tree'][i % 3]} {n}.\n" for i in range(1, 12)),
+        GREEDY,
+    ),
+    "code": (
+        lambda n: "".join(
+            f"def get_{name}{n}(self):\n    return self.{name}{n}\n\n" for name in "abcdefg"
+        ),
+        GREEDY,
+    ),
+    "copied passage": (lambda n: 2 * (passage(n) + "\n\n") + passage(n)[:40], GREEDY),
+    "story": (lambda n: f"Once upon a time there was a girl with {n} dogs. She", GREEDY),
+    "story, drawn": (lambda n: f"Once upon a time there was a girl with {n} dogs. She", DRAWN),
+    "noise": (lambda n: "", DRAWN),
+}
+"""Prompts by index, and how they are continued. Noise begins with random tokens."""
+
+
+def prompts(kind: str, batch: int, tokenizer: Tokenizer, room: int) -> list[list[int]]:
+    dice = np.random.default_rng(0)
+    return [
+        tokenizer.encode(KINDS[kind][0](index))[-room:]
+        or dice.integers(tokenizer.vocab_size, size=64).tolist()
+        for index in range(batch)
+    ]
+
+
+def run(
+    decoder: Decoder, texts: list[list[int]], params: list[SamplingParams], new: int
+) -> tuple[float, int, list[tuple[int, int]]]:
+    """Seconds, steps and tokens of one batch, prefill included."""
+    steps, step = 0, decoder.step
+
+    def counted() -> Any:
+        nonlocal steps
+        steps += 1
+        return step()
+
+    decoder.step = counted  # type: ignore[method-assign]
+    began = time.perf_counter()
+    tokens = list(generate_many(decoder, texts, params, new))
+    seconds = time.perf_counter() - began
+    decoder.step = step  # type: ignore[method-assign]
+    return seconds, steps, sorted(tokens)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures by kind of text and batch size."""
+    if args.checkpoint:
+        model, tokenizer, _ = load_model(args.checkpoint)
+    else:
+        torch.manual_seed(0)
+        model, tokenizer = GPT(ModelConfig(vocab_size=50257)).eval(), load_tokenizer("gpt2")
+    decoders = {
+        name: Decoder(model, max_slots=max(args.batch), dtype=args.dtype, speculate=name == "auto")
+        for name in ("off", "auto")
+    }
+    room = decoders["off"].max_context - args.new
+    found: dict[str, Any] = {}
+    cases = [(kind, batch) for kind in args.kind for batch in args.batch]
+    for kind, batch in track(cases, "measuring", console=Console(stderr=True)):
+        texts = prompts(kind, batch, tokenizer, room)
+        params = [SamplingParams(seed=index, **KINDS[kind][1]) for index in range(batch)]
+        rounds: list[dict[str, tuple[float, int, list[tuple[int, int]]]]] = []
+        for number in range(-1, args.rounds):
+            order = list(decoders) if number % 2 else list(decoders)[::-1]
+            results = {name: run(decoders[name], texts, params, args.new) for name in order}
+            if results["off"][2] != results["auto"][2]:
+                raise SystemExit(f"{kind}, batch {batch}: the tokens differ")
+            rounds.append(results)
+        rounds = rounds[1:]  # the first one warms up
+        count = len(rounds[0]["off"][2])
+        ratios = [each["off"][0] / each["auto"][0] for each in rounds]
+        found.setdefault(kind, {})[batch] = {
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+            "tokens_per_second": {
+                name: count / statistics.median(each[name][0] for each in rounds)
+                for name in decoders
+            },
+            "tokens_per_step": count / statistics.median(each["auto"][1] for each in rounds),
+        }  # fmt: skip
+    size = model.num_parameters(embeddings=False) * BYTES[decoders["off"].dtype]
+    return {
+        "model": f"{model.num_parameters():,} parameters, {decoders['off'].dtype}",
+        "backend": decoders["off"].backend,
+        "one_token_a_pass_per_second": bandwidth() / size,
+        "by_text": found,
+    }
+
+
+def show(results: dict[str, Any], batches: list[int]) -> None:
+    table = Table("auto / off (tokens a step)", *(f"batch {batch}" for batch in batches))
+    for kind, by_batch in results["by_text"].items():
+        cells = (by_batch[batch] for batch in batches)
+        table.add_row(
+            kind,
+            *(
+                f"{c['ratio']:.2f}× ({c['lowest']:.2f}–{c['highest']:.2f}), "
+                f"{c['tokens_per_second']['auto']:,.0f} tok/s ({c['tokens_per_step']:.1f})"
+                for c in cells
+            ),
+        )
+    Console().print(table)
+    limit = results["one_token_a_pass_per_second"]
+    print(f"limit of one token for each pass over the weights: {limit:,.0f} tok/s at batch 1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--checkpoint", help="a run; default: GPT-2 124M with random weights")
+    parser.add_argument("--dtype", default="bf16", choices=list(BYTES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--new", type=int, default=64, help="tokens of each sequence")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    results = measure(args)
+    show(results, args.batch)
+    record(args.json, results, packages=("torch",))
+
+
+if __name__ == "__main__":
+    run_main(main)
