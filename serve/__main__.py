@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 
@@ -28,6 +29,9 @@ async def serve(options: Options) -> int:
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
+            # What was imported and loaded stays: looking through it again takes 0.3 s.
+            gc.collect()
+            gc.freeze()
             for line in server.report:
                 print(line)
             metrics = "" if server.metrics_port is None else f", metrics on {server.metrics_port}"

@@ -118,15 +118,19 @@ class App:
             text=schema.utf8("prompt", body.prompt), model=schema.utf8("model", body.model)
         )
         made = await self.serving.tokenize(request)
-        return Reply.json(
-            {
-                "count": len(made.token_ids),
-                "max_model_len": served.limits.max_context,
-                "tokens": list(made.token_ids),
-                "token_strs": [token_text(token) for token in made.tokens],
-                "system_fingerprint": made.system_fingerprint,
-            }
-        )
+
+        def reply() -> Reply:
+            return Reply.json(
+                {
+                    "count": len(made.token_ids),
+                    "max_model_len": served.limits.max_context,
+                    "tokens": list(made.token_ids),
+                    "token_strs": [token_text(token) for token in made.tokens],
+                    "system_fingerprint": made.system_fingerprint,
+                }
+            )
+
+        return await served.limits.heavy.run(len(made.token_ids), reply)
 
     async def detokenize(self, data: bytes) -> Reply:
         served = self.serving.accept()

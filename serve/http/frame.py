@@ -15,6 +15,7 @@ from grpc import StatusCode
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from serve.api.callers import caller, identify
 from serve.api.gate import Gate
 from serve.api.rpc import REJECTIONS, REQUEST_ID, call_record, current, log_call
 from serve.api.status import StatusError, internal
@@ -68,6 +69,7 @@ async def answer(
     head = Headers(scope=scope)
     record = call_record(head.get(REQUEST_ID, ""))
     current.set(record)
+    caller.set(identify(head.get("authorization", "")))
     client = scope.get("client")
     peer = f"{client[0]}:{client[1]}" if client else ""
     writer = _Writer(send, record.request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +13,9 @@ from serve.api.parsing import MAX_STOPS, MAX_TOP_LOGPROBS, Limits
 from serve.api.status import invalid
 
 MAX_PROMPTS = 2048
+MAX_NESTED = MAX_PROMPTS + 64
+"""Lists and objects of a body. To make a hundred thousand of them takes a tenth of a second."""
+STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
@@ -141,6 +145,8 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     Raises:
         StatusError: INVALID_ARGUMENT.
     """
+    if _nested(data) > MAX_NESTED and _nested(STRINGS.sub(b"", data)) > MAX_NESTED:
+        raise invalid("", f"the body has more than {MAX_NESTED} lists and objects")
     try:
         value = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -155,6 +161,10 @@ def parse(data: bytes, kind: type[Body]) -> Body:
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             raise invalid(field, f"unknown; valid are {', '.join(kind.model_fields)}") from None
         raise invalid(field, first["msg"][:200]) from None
+
+
+def _nested(data: bytes) -> int:
+    return data.count(b"[") + data.count(b"{")
 
 
 def _no_constant(name: str) -> Any:
