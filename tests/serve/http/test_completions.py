@@ -11,9 +11,12 @@ import openai
 import pytest
 import torch
 
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.speculation import StepTimes
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
-from tests.serve.conftest import CONTEXT, TOKENIZER, LiveServer
+from tests.serve.conftest import CONTEXT, TOKENIZER, LiveServer, StartServer
+from tests.serve.http.conftest import openai_client
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 
@@ -219,3 +222,20 @@ def test_truncated_prompts_echo_what_was_used(ai: openai.OpenAI) -> None:
     )
     assert long.usage is not None
     assert long.usage.prompt_tokens == 7
+
+
+def test_guesses_from_earlier_answers_to_the_same_key(
+    start: StartServer, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepTimes, "estimate", lambda self, rows: np.ones(rows + 1))
+    server = start(Decoder(model, max_slots=1, dtype="fp32", speculate=True), http_port=0)
+    accepted = []
+    for key in ("one", "one", "other"):
+        answer = openai_client(server, api_key=key).completions.create(
+            model="gpt2", prompt=[5, 6, 7, 8] * 3, temperature=0, max_tokens=60,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens_details is not None
+        accepted.append(answer.usage.completion_tokens_details.accepted_prediction_tokens or 0)
+    assert accepted[1] > 2 * max(accepted[0], accepted[2])
