@@ -267,7 +267,11 @@ class Server:
         grace = 0.0 if self.failure is not None else self.options.grace
         if self.service.open_calls and grace:
             log.info("draining: %d calls are open", self.service.open_calls)
-        closing = asyncio.create_task(self._grpc.stop(grace + 2 * LAST_SECONDS))
+        if self.gate.watches:
+            # Clients that watch health go elsewhere. grpc cancels calls that arrive at the very
+            # moment at which it stops, and clients do not repeat those.
+            await asyncio.sleep(LAST_SECONDS / 2)
+        closing = asyncio.create_task(self._grpc.stop(grace + 10 * LAST_SECONDS))
         await self._idle(grace)
         finished = not self.service.open_calls
         if not finished:
@@ -280,6 +284,10 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.health.close()
+        # Calls that have just arrived are refused, which takes a moment. Idle streams never end.
+        if self.gate.tasks:
+            await asyncio.wait(set(self.gate.tasks), timeout=LAST_SECONDS)
+        self.gate.close()
         # Refused calls need a moment to receive their status.
         if self._http is not None:
             await self._http.close(LAST_SECONDS)

@@ -50,6 +50,10 @@ class Gate:
         self.max_calls, self.max_watches = max_calls, max_watches
         self.request_bytes = max_message_bytes
         """Maximum size of a valid request to the served model."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """The open gRPC calls."""
+        self.closed = False
+        """Whether `close` was called."""
         self.parsing = asyncio.Lock()
         """Held while a long message is parsed."""
         self.calls = self.watches = 0
@@ -79,6 +83,12 @@ class Gate:
     def leave(self, method: str) -> None:
         """Note that an admitted call has ended."""
         self._add(method.startswith(OPEN_SERVICES), -1)
+
+    def close(self) -> None:
+        """Cancel the gRPC calls that are still open."""
+        self.closed = True
+        for task in list(self.tasks):
+            task.cancel()
 
     def _add(self, free: bool, count: int) -> None:
         if free:

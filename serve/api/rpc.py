@@ -144,7 +144,10 @@ class _Answer:
         with _Frame(self.name, context, self.gate) as frame:
             try:
                 frame.enter()
-                response: Message = await self.behaviour(await self._request(data), context)
+                response: Message = await self.behaviour(await self._request(data, frame), context)
+            except asyncio.CancelledError:
+                await frame.cut_off()
+                raise
             except Exception as error:
                 await frame.abort(error)
                 raise  # not reached
@@ -161,13 +164,16 @@ class _Answer:
             answers = None
             try:
                 frame.enter()
-                answers = self.behaviour(await self._request(data), context)
+                answers = self.behaviour(await self._request(data, frame), context)
                 async for response in answers:
                     try:
                         await context.write(response)
                     except Exception as error:  # the caller left, and CancelledError is late
                         log.debug("%s: cannot write: %r", self.name, error)
                         return
+            except asyncio.CancelledError:
+                await frame.cut_off()
+                raise
             except Exception as error:
                 await frame.abort(error)
             finally:
@@ -175,9 +181,12 @@ class _Answer:
                     await answers.aclose()
             frame.code = grpc.StatusCode.OK
 
-    async def _request(self, data: Any) -> Any:
+    async def _request(self, data: Any, frame: _Frame) -> Any:
         if not self.requests_stream:
-            return await self._message(await self._first(data))
+            request = await self._message(await self._first(data))
+            frame.accepted = True
+            return request
+        frame.accepted = True
 
         async def requests() -> AsyncIterator[Message]:
             async for item in data:
@@ -293,6 +302,8 @@ class _Frame:
         self.metadata = dict(context.invocation_metadata() or ())
         self.peer = context.peer()  # grpc forgets it when the call has ended
         self._entered = False
+        self.accepted = False
+        """Whether the request was read and handed on."""
 
     def __enter__(self) -> _Frame:
         self.record = call_record(self.metadata.get(REQUEST_ID, ""))
@@ -309,6 +320,16 @@ class _Frame:
         """
         self.gate.enter(self.name, self.metadata)
         self._entered = True
+        task = asyncio.current_task()
+        assert task is not None
+        self.gate.tasks.add(task)
+        task.add_done_callback(self.gate.tasks.discard)
+
+    async def cut_off(self) -> None:
+        """End a cancelled call with a status, if the server and not the caller cancelled it."""
+        if self.gate.closed:
+            code = grpc.StatusCode.ABORTED if self.accepted else grpc.StatusCode.UNAVAILABLE
+            await self.abort(StatusError(code, "the server is shutting down", "DRAINING"))
 
     async def abort(self, error: Exception) -> None:
         """End the call with the status of an error; raises."""

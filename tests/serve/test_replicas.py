@@ -190,6 +190,30 @@ def test_calls_that_outlast_a_drain_know_whether_to_repeat(start: StartServer, m
         assert drain.result(PATIENCE) is False
 
 
+def test_open_streams_without_work_end_with_a_status(start: StartServer, model: GPT) -> None:
+    server = start(Decoder(model, max_slots=1, dtype="fp32"), kserve=True, grace=0.1)
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        silent = threading.Event()
+
+        def never() -> Iterator[Any]:
+            silent.wait(PATIENCE)
+            yield from ()
+
+        calls = [
+            stub.GenerateBatch(never()),
+            channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(never()),
+        ]
+        wait_until(lambda: server.server.gate.calls == 2)
+        server.call(server.server.drain())
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() == grpc.StatusCode.ABORTED
+            assert "shutting down" in caught.value.details()
+        silent.set()
+
+
 def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT) -> None:
     """Two servers under load; one after the other drains, and a new one takes its port."""
     servers = [start(Decoder(model, max_slots=2, dtype="fp32")) for _ in range(2)]
