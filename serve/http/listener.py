@@ -10,12 +10,53 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt_dist.errors import GptDistError
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open."""
 MAX_HEADER_BYTES = 1 << 16
+
+
+MAX_CONNECTIONS = 4096
+"""Each takes about 30 KB."""
+HEAD_SECONDS = 30.0
+
+
+class _Protocol(H11Protocol):
+    """Closes connections beyond a number, and those that do not complete a request's head."""
+
+    most = MAX_CONNECTIONS
+    head_seconds = HEAD_SECONDS
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+        else:
+            self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect()
+        else:
+            self._cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(self.head_seconds, self.transport.abort)
+
+    def _cancel(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -32,13 +73,19 @@ class Listener:
         host: the address.
         port: 0 picks a free one.
         context: for TLS; None serves in the clear.
+        protocol: what speaks HTTP.
 
     Raises:
         GptDistError: the port is in use, or the address is not this machine's.
     """
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None = None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None = None,
+        protocol: type[H11Protocol] = _Protocol,
     ) -> None:
         host = host.strip("[]")
         try:
@@ -56,7 +103,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -146,5 +146,5 @@ def test_broken_framing(server: LiveServer, http: httpx.Client, data: bytes) -> 
         except OSError:
             pass
     assert not answer or answer.startswith(b"HTTP/1.1 4"), answer[:200]
-    assert answer.count(b"HTTP/1.1") <= 1
+    assert b"200 OK" not in answer
     assert http.get("/health").is_success
