@@ -263,8 +263,6 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load_optimizer(self, reader: Reader) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         load_spikes(self.spikes, reader)
         if self.copies:
             self.copies.load(reader)
@@ -272,9 +270,13 @@ class DeepSpeedEngine:
         for partition in self._partitions():
             if "step" in self.optimizer.state[partition]:
                 self.optimizer.state[partition]["step"].copy_(reader("optimizer.step"))
+        # Not by DeepSpeed's own accessor: in stage 3 it fails where the ranks do not divide a size.
         for key, name, parameter in self._state_names():
-            value = reader(f"optimizer.{key}.{name}").to(self.world.device)
-            safe_set_full_optimizer_state(parameter, value, key)
+            value = reader(f"optimizer.{key}.{name}")  # every rank reads all, in the same order
+            if place := self._place(parameter):
+                number, start, size, at = place
+                state = self.optimizer.state[self._partitions()[number]][key]
+                state[at : at + size].copy_(value.reshape(-1)[start : start + size])
 
     def _state_names(self) -> Iterator[tuple[str, str, Parameter]]:
         """State of the optimizer that a checkpoint holds, name of the parameter, parameter."""
@@ -338,25 +340,28 @@ class DeepSpeedEngine:
         zero = self.engine.optimizer
         groups = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         members = {id(parameter) for parameter in groups[number]}
-        held: dict[str, tuple[int, int, int]] = {}
-        names = [name for name, p in self.optimizer.matrices.items() if id(p) in members]
-        for name in names:
-            parameter: Any = self.optimizer.matrices[name]
-            if self.stage == 3:
-                _, at, size = zero.grad_position[zero.get_param_id(parameter)]
-                start = size * self.world.rank
-                size = min(size, parameter.ds_numel - start)  # the last part is padded
-            elif parameter._hp_mapping is None:  # all of it is on other ranks
-                continue
-            else:
-                whole, flat = (
-                    parameter._hp_mapping.lp_fragment_address,
-                    parameter._hp_mapping.hp_fragment_address,
-                )
-                start, size, at = whole.start, whole.numel, flat.start
-            if size > 0:
-                held[name] = start, size, at
-        share_partition(self.optimizer, self.world, partition, names, held)
+        matrices = {n: p for n, p in self.optimizer.matrices.items() if id(p) in members}
+        held = {name: place[1:] for name, p in matrices.items() if (place := self._place(p))}
+        share_partition(self.optimizer, self.world, partition, list(matrices), held)
+
+    def _place(self, parameter: Any) -> tuple[int, int, int, int] | None:
+        """The part of a parameter that this rank updates; None where it is all on other ranks.
+
+        Returns:
+            Number of the partition that holds it, its first element within the parameter, number
+            of elements, and its first element within the partition.
+        """
+        if self.stage == 3:
+            zero = self.engine.optimizer
+            number, at, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = size * self.world.rank
+            size = min(size, parameter.ds_numel - start)  # the last parts are padded
+            return (number, start, size, at) if size > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return mapping.param_group_index, whole.start, whole.numel, flat.start
 
 
 @contextmanager

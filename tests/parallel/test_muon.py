@@ -30,7 +30,13 @@ BLOCKS = 6
 """Of a layer: queries, keys, values, a projection, and two matrices of the MLP."""
 
 
-def settings(strategy: str, micro_batch: int = 4, **optim: Any) -> Config:
+def settings(
+    strategy: str,
+    micro_batch: int = 4,
+    n_embd: int = 24,
+    batch_tokens: int = SEQUENCES * CONTEXT,
+    **optim: Any,
+) -> Config:
     """``ddp``, ``zero-STAGE`` or ``offload-STAGE``."""
     name, _, stage = strategy.partition("-")
     parallel: dict[str, Any] = {"strategy": "ddp"}
@@ -43,11 +49,11 @@ def settings(strategy: str, micro_batch: int = 4, **optim: Any) -> Config:
         }
     return build(
         {
-            "model": {"n_layer": 1, "n_head": 2, "n_embd": 24, "context_length": CONTEXT,
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": n_embd, "context_length": CONTEXT,
                       "vocab_size": 11},
             "optim": {"name": "muon", "warmup_steps": 0, "newton_schulz_precision": "fp32",
                       **optim},
-            "train": {"batch_tokens": SEQUENCES * CONTEXT, "micro_batch_size": micro_batch},
+            "train": {"batch_tokens": batch_tokens, "micro_batch_size": micro_batch},
             "parallel": parallel,
         }
     )  # fmt: skip
@@ -247,6 +253,28 @@ def test_an_outlier_is_skipped_under_every_strategy(
 ) -> None:
     for found in shown[2]:
         assert found["spike"] == {name: [True, False] for name in SPIKY}
+
+
+def load_on_three(world: World) -> list[str]:
+    """Names of what is not as it was loaded."""
+    wrong = []
+    for strategy in ("zero-1", "zero-3"):
+        config = settings(strategy, n_embd=20, batch_tokens=24 * CONTEXT)
+        engine = start(world, config)
+        state = saved(engine)
+        generator = torch.Generator().manual_seed(1)
+        for name, tensor in state.items():
+            if name.startswith("optimizer.") and tensor.dim():
+                state[name] = torch.randn(tensor.shape, generator=generator)
+        engine.load_optimizer(lambda name, state=state: state[name])  # type: ignore[misc]
+        found = saved(engine)
+        wrong += [name for name, tensor in state.items() if not torch.equal(found[name], tensor)]
+    return wrong
+
+
+@pytest.mark.slow(10)
+def test_ranks_need_not_divide_the_size_of_a_parameter() -> None:
+    assert on_ranks(load_on_three, size=3) == [[], [], []]
 
 
 def test_blocks_are_shared_evenly() -> None:
