@@ -68,7 +68,7 @@ class Follower:
                 self._succeeded()
                 return
             scheduler = self._engine.scheduler
-            if self._must_wait(found) or scheduler.live_weights >= MAX_WEIGHTS:
+            if self._must_wait(found) or scheduler.weights.live >= MAX_WEIGHTS:
                 return
             weights, version = await asyncio.to_thread(
                 load_next, self._loaded.decoder, self._loaded.tokenizer, directory

@@ -81,10 +81,10 @@ class Metrics:
     def watch(self, scheduler: Scheduler) -> None:
         """Add the gauges of a scheduler."""
         decoder = scheduler.decoder
-        self.serving(scheduler.weights_version)
-        self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.live_weights)
+        self.serving(scheduler.weights.newest)
+        self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.weights.live)
         self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
-        self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.waiting)
+        self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.jobs.waiting)
         self.gauge(
             "slots", "Maximum number of sequences generated at once", lambda: decoder.max_slots
         )

@@ -27,7 +27,7 @@ class Served:
     @property
     def weights_version(self) -> str:
         """Version of the weights for new requests."""
-        return self.engine.scheduler.weights_version
+        return self.engine.scheduler.weights.newest
 
     def fingerprint(self, weights_version: str) -> str:
         """What computes with these weights. Replicas that differ in it may differ in tokens."""
@@ -86,7 +86,7 @@ def describe_model(loaded: Loaded, engine: Engine, name: str) -> Served:
         vocab_size=decoder.vocab_size,
         max_context=decoder.max_context,
         max_slots=decoder.max_slots,
-        max_outputs=engine.scheduler.capacity,
+        max_outputs=engine.scheduler.jobs.capacity,
         longest_token=max(1, int(lengths.max())),
         typical_token=max(1, round(2 * float(lengths.mean()))),
     )

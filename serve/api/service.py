@@ -105,7 +105,7 @@ class ModelService:
         scheduler = served.engine.scheduler
         return model_api.GetServerStatusResponse(
             running=len(scheduler.running),
-            waiting=scheduler.waiting,
+            waiting=scheduler.jobs.waiting,
             max_slots=served.limits.max_slots,
             max_queue=scheduler.max_queue,
             system_fingerprint=served.fingerprint(served.weights_version),

@@ -90,7 +90,7 @@ class Serving:
         if isinstance(error, EngineLost):
             return unavailable(str(error), "DRAINING" if self.draining else "ENGINE_FAILED")
         assert self.served is not None
-        return overloaded(self.served.engine.scheduler.retry_after)
+        return overloaded(self.served.engine.scheduler.jobs.retry_after)
 
     def check_room(self, served: Served) -> None:
         """Refuse work before anything is done for it, if the queue is full.
@@ -99,8 +99,8 @@ class Serving:
             StatusError: RESOURCE_EXHAUSTED.
         """
         scheduler = served.engine.scheduler
-        if scheduler.load >= scheduler.capacity:
-            raise overloaded(scheduler.retry_after)
+        if len(scheduler.jobs) >= scheduler.jobs.capacity:
+            raise overloaded(scheduler.jobs.retry_after)
 
     @asynccontextmanager
     async def generation(

@@ -74,7 +74,7 @@ class Engine:
     def shed(self, message: str) -> None:
         """End all jobs and accept no more. Listeners learn whether their job had begun."""
         self._shed = message
-        jobs = self.scheduler.jobs
+        jobs = self.scheduler.jobs.all()
         _deliver(losses(jobs, message, stopped=True))
         for job in jobs:
             job.cancelled = True
@@ -83,7 +83,7 @@ class Engine:
     def swap(self, weights: Weights, version: str) -> None:
         """Use other weights for sequences that start from now on."""
         self._note_idle()
-        self.scheduler.swap(weights, version)
+        self.scheduler.weights.swap(weights, version)
         self._wake.set()
 
     def stalled(self, seconds: float) -> bool:

@@ -8,13 +8,11 @@ slot of a prompt and what it reuses there. The event loop handles text while the
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.prefix_cache import ALIGNMENT
-from gpt_dist.inference.results import Weights
 from gpt_dist.inference.speculation import Memories
 from serve.engine.jobs import (
     Ended,
@@ -23,13 +21,14 @@ from serve.engine.jobs import (
     Finish,
     Job,
     Lost,
-    QueueFull,
     Scored,
     Scoring,
     Sequence,
     Started,
     Token,
 )
+from serve.engine.queue import Queue
+from serve.engine.versions import Versions
 
 log = logging.getLogger("serve")
 
@@ -46,7 +45,7 @@ def losses(jobs: Iterable[Job], message: str, stopped: bool = False) -> list[tup
 class Scheduler:
     """Shares a decoder's slots among jobs, in order of arrival.
 
-    `submit`, `cancel` and `swap` may be called from any thread; `tick` only from one.
+    `submit` and `cancel` may be called from any thread; `tick` only from one.
 
     Args:
         decoder: used by this scheduler alone.
@@ -69,66 +68,19 @@ class Scheduler:
         if decoder.deterministic:
             self.prefill_chunk = max(ALIGNMENT, prefill_chunk // ALIGNMENT * ALIGNMENT)
         self.clock = clock
+        self.jobs = Queue(decoder.max_slots + max_queue, clock)
+        self.weights = Versions(decoder, weights_version)
         self.running: dict[int, Sequence] = {}
         """The sequences that take part in steps, by slot."""
-        self._lock = threading.Lock()
-        # All jobs in order of arrival. Those without a slot wait.
-        self._jobs: dict[Job, None] = {}
         self._prefilling: Job | None = None
-        self._pending: tuple[Weights, str] | None = None
-        self._names = {decoder.weights.version: weights_version}
         self._memories = Memories()
         self._events: list[tuple[Job, Event]] = []
         """Those of the latest tick."""
-        self._released, self._interval = clock(), 1.0
-
-    @property
-    def capacity(self) -> int:
-        """Maximum number of jobs in the scheduler."""
-        return self.decoder.max_slots + self.max_queue
-
-    @property
-    def load(self) -> int:
-        """Number of jobs in the scheduler."""
-        return len(self._jobs)
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs in the scheduler, in order of arrival."""
-        with self._lock:
-            return list(self._jobs)
-
-    @property
-    def waiting(self) -> int:
-        """Number of jobs that have no slot."""
-        with self._lock:
-            return sum(job.slot < 0 for job in self._jobs)
-
-    @property
-    def weights_version(self) -> str:
-        """Name of the weights for new sequences."""
-        with self._lock:
-            pending = self._pending
-            return pending[1] if pending else self._names[self.decoder.weights.version]
-
-    @property
-    def live_weights(self) -> int:
-        """Sets of weights in memory: those of running sequences, the newest, and the next."""
-        decoder = self.decoder
-        with self._lock:
-            versions = {decoder.version(slot) for slot in range(decoder.max_slots)}
-            return len(versions - {0} | {decoder.weights.version}) + (self._pending is not None)
 
     @property
     def busy(self) -> bool:
         """Whether a tick would do something."""
-        with self._lock:
-            return bool(self._jobs) or self._pending is not None
-
-    @property
-    def retry_after(self) -> float:
-        """Estimated seconds until a job ends, from recent ones."""
-        return min(max(self._interval, 0.1), 10.0)
+        return len(self.jobs) > 0 or self.weights.pending
 
     def submit(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Queue jobs, all or none.
@@ -136,33 +88,17 @@ class Scheduler:
         Raises:
             QueueFull: the queue has no room for all of them.
         """
-        with self._lock:
-            if len(self._jobs) + len(jobs) > self.capacity:
-                raise QueueFull
-            self._jobs.update(dict.fromkeys(jobs))
+        self.jobs.add(jobs)
 
     def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Drop jobs before the next step. Finished jobs are ignored."""
         for job in jobs:
             job.cancelled = True
 
-    def swap(self, weights: Weights, version: str) -> None:
-        """Use other weights for jobs that start at the next tick or later."""
-        with self._lock:
-            self._pending = weights, version
-
     def tick(self) -> list[tuple[Job, Event]]:
         """Run at most one chunk of prefill and one step; returns the events in order."""
         events = self._events = []
-        with self._lock:
-            if self._pending is not None:
-                weights, version = self._pending
-                self._names[weights.version] = version
-                self.decoder.use(weights)
-                self._pending = None
-                live = {self.decoder.version(slot) for slot in range(self.decoder.max_slots)}
-                live.add(weights.version)
-                self._names = {key: name for key, name in self._names.items() if key in live}
+        self.weights.apply()
         self._reap(events)
         self._prefill(events)
         if self.running:
@@ -177,10 +113,8 @@ class Scheduler:
         Returns:
             The events of that tick, then the end of each job; those that have begun come first.
         """
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-            self.running, self._prefilling = {}, None
-        return [*self._events, *losses(jobs, message)]
+        self.running, self._prefilling = {}, None
+        return [*self._events, *losses(self.jobs.clear(), message)]
 
     def _end(self, job: Job, events: list[tuple[Job, Event]], event: Event | None) -> None:
         """Release a job and its slot."""
@@ -190,21 +124,15 @@ class Scheduler:
             self._remember(job)
             self.running.pop(job.slot, None)
             self.decoder.free(job.slot)
-        now = self.clock()
-        self._interval += 0.1 * (min(now - self._released, 10.0) - self._interval)
-        self._released = now
-        with self._lock:
-            del self._jobs[job]
-            job.slot = -1
+        self.jobs.remove(job)
+        job.slot = -1
         if event is not None:
             events.append((job, event))
 
     def _reap(self, events: list[tuple[Job, Event]]) -> None:
         """Release jobs that were cancelled or whose time is over."""
         now = self.clock()
-        with self._lock:
-            jobs = list(self._jobs)
-        for job in jobs:
+        for job in self.jobs.all():
             event = job.overdue(now)
             if job.cancelled or event is not None:
                 self._end(job, events, None if job.cancelled else event)
@@ -252,12 +180,11 @@ class Scheduler:
             self.decoder.activate(job.slot, job.sampling, job.ids, memory)
             self.running[job.slot] = job
         elif isinstance(job, Scoring):
-            self._end(job, events, Scored(job.parts, self._version(job)))
+            self._end(job, events, Scored(job.parts, self.weights.of(job.slot)))
 
     def _admit(self, budget: int, events: list[tuple[Job, Event]]) -> int:
         """Give the next job a slot if the budget pays for the copies; returns what they cost."""
-        with self._lock:
-            job = next((job for job in self._jobs if job.slot < 0), None)
+        job = self.jobs.next()
         if job is None:
             return 0
         # All tokens of a text are computed, because each has to be scored.
@@ -275,16 +202,13 @@ class Scheduler:
         self.decoder.admit(place)
         self._prefilling = job
         if isinstance(job, Sequence):
-            events.append((job, Started(self.clock(), place.length, self._version(job))))
+            events.append((job, Started(self.clock(), place.length, self.weights.of(job.slot))))
         return -(-place.copied // COPIES)
 
     def _remember(self, job: Job) -> None:
         """Keep a sequence's output for the guesses of its caller's later ones."""
         if isinstance(job, Sequence) and (memory := self._memories.of(job.caller)):
             memory.add(self.decoder.tokens(job.slot)[len(job.ids) :])
-
-    def _version(self, job: Job) -> str:
-        return self._names[self.decoder.version(job.slot)]
 
     def _step(self, events: list[tuple[Job, Event]]) -> None:
         """Generate one token for each running sequence, and release finished ones."""

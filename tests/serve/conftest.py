@@ -209,7 +209,7 @@ class LiveServer:
         decoder = self.scheduler.decoder
         wait_until(
             lambda: (
-                self.scheduler.load == 0
+                len(self.scheduler.jobs) == 0
                 and not self.open_calls
                 and len(decoder.free_slots) == decoder.max_slots
                 and not decoder.active_slots

@@ -140,7 +140,7 @@ def test_the_slot_is_free_within_one_step(
     stub = GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     call = stub.GenerateStream(request, timeout=300)
     others_load = 0 if blocker is None else 1
-    wait_until(lambda: server.scheduler.load == others_load + 1)
+    wait_until(lambda: len(server.scheduler.jobs) == others_load + 1)
     chunks = 7  # of 16 tokens, for a prompt of 99; the last token belongs to the first step
     decoder.allow(
         {"queued": 0, "prefilling": 2, "first token": chunks + 1, "mid-stream": chunks + 4}[phase]
@@ -153,10 +153,10 @@ def test_the_slot_is_free_within_one_step(
     else:
         call.cancel() if way == "cancel" else channel.close()
         wait_until(lambda: server.open_calls == others_load)
-    assert server.scheduler.load == others_load + 1
+    assert len(server.scheduler.jobs) == others_load + 1
     before = decoder.calls
     decoder.allow(1)
-    wait_until(lambda: server.scheduler.load == others_load)
+    wait_until(lambda: len(server.scheduler.jobs) == others_load)
     assert decoder.calls == before + 1
     decoder.release()
     if way == "deadline":
@@ -196,7 +196,7 @@ def test_a_vanished_client_is_noticed(start: StartServer, model: GPT) -> None:
         call = stub.GenerateStream(stream_request([1], max_new_tokens=150, ignore_eos=True, n=3))
         decoder.allow(2)
         await call.read()
-        assert server.scheduler.load == 3
+        assert len(server.scheduler.jobs) == 3
         for writer in writers:
             # A reset, not a close.
             linger = bytes([1, 0, 0, 0, 0, 0, 0, 0])

@@ -37,8 +37,8 @@ class Followed:
         """Look once, and do something; returns the version that is served then."""
         self.live.call(self.follower.look())
         then()
-        wait_until(lambda: self.live.scheduler._pending is None)
-        return self.live.scheduler.weights_version.rpartition("-")[0]
+        wait_until(lambda: self.live.scheduler.weights.pending is False)
+        return self.live.scheduler.weights.newest.rpartition("-")[0]
 
     def count(self, result: str) -> float:
         return float(self.live.server.metrics.reloads.labels(result)._value.get())
@@ -116,7 +116,7 @@ def test_any_failure_is_logged_and_tried_again(
     assert followed.look() == "step-00000200"
     assert (followed.count("ok"), followed.healthy) == (1, (True, True))
     registry = followed.live.server.metrics.registry
-    version = followed.live.scheduler.weights_version
+    version = followed.live.scheduler.weights.newest
     assert registry.get_sample_value("gpt_dist_weights", {"version": version}) == 1
 
 
@@ -170,10 +170,10 @@ def test_live_weights_are_bounded(followed: Followed, tmp_path: Path) -> None:
         for step in (300, 400, 500):
             write_run(tmp_path, tiny_model(step), step)
             assert look() == "step-00000200"
-            assert scheduler.live_weights == 2
+            assert scheduler.weights.live == 2
         assert followed.healthy == (True, True)  # it only waits
         held.release()
         first.result(60)
-        wait_until(lambda: scheduler.live_weights == 1)
+        wait_until(lambda: scheduler.weights.live == 1)
         assert look() == "step-00000500"
-        assert len(scheduler._names) <= 2
+        assert len(scheduler.weights._names) <= 2

@@ -47,7 +47,7 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
         decoder.hold()
         request = build_request([1] * 9, max_new_tokens=50, ignore_eos=True)
         calls = [client._stub.Generate.future(request) for _ in range(3)]
-        wait_until(lambda: server.scheduler.load == 3)
+        wait_until(lambda: len(server.scheduler.jobs) == 3)
         with pytest.raises(grpc.RpcError):
             client.generate([1])
         decoder.allow(4)  # two prompts, two steps

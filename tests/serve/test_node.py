@@ -59,7 +59,7 @@ def test_errors_and_cancellation(node: list[str], start: StartServer, model: GPT
         [*node, "x", "--target", server.target, "--max-new-tokens", "150"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_until(lambda: server.scheduler.load)
+    wait_until(lambda: len(server.scheduler.jobs))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130

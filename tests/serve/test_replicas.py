@@ -69,11 +69,11 @@ def test_a_poisoned_request_ends_one_engine(pair: list[LiveServer]) -> None:
             decoder.hold()
         innocent = build_request([1, 2, 3], max_new_tokens=3, ignore_eos=True)
         running = [client._stub.Generate.future(innocent, timeout=PATIENCE) for _ in range(2)]
-        wait_until(lambda: all(server.scheduler.load == 1 for server in pair))
+        wait_until(lambda: all(len(server.scheduler.jobs) == 1 for server in pair))
         poison = client._stub.Generate.future(build_request([POISON] * 20), timeout=PATIENCE)
-        wait_until(lambda: sum(server.scheduler.load for server in pair) == 3)
+        wait_until(lambda: sum(len(server.scheduler.jobs) for server in pair) == 3)
         waiting = [client._stub.Generate.future(innocent, timeout=PATIENCE) for _ in range(4)]
-        wait_until(lambda: sum(server.scheduler.load for server in pair) == 7)
+        wait_until(lambda: sum(len(server.scheduler.jobs) for server in pair) == 7)
         for decoder in decoders:
             decoder.release()
         assert outcome(poison) == "ABORTED"
@@ -91,7 +91,7 @@ def test_a_stream_that_was_running_is_aborted(start: StartServer, model: GPT) ->
         stream = client.stream([1], max_new_tokens=100, ignore_eos=True)
         next(stream)
         poison = client._stub.Generate.future(build_request([POISON] * 20), timeout=PATIENCE)
-        wait_until(lambda: server.scheduler.load == 2)
+        wait_until(lambda: len(server.scheduler.jobs) == 2)
         decoder.release()
         assert outcome(poison) == "ABORTED"
         with pytest.raises(grpc.RpcError) as caught:
@@ -175,7 +175,7 @@ def test_calls_that_outlast_a_drain_know_whether_to_repeat(start: StartServer, m
         wait_until(lambda: decoder.held)
         waiting = [stub.Generate.future(request) for _ in range(3)]
         batch = stub.GenerateBatch(iter([api.GenerateBatchRequest(request=request)] * 3))
-        wait_until(lambda: server.scheduler.load > 4)
+        wait_until(lambda: len(server.scheduler.jobs) > 4)
         health = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         watch = health.Watch(health_pb2.HealthCheckRequest())
         next(watch)

@@ -156,9 +156,9 @@ def test_a_dead_engine_fails_every_call_at_once(start: StartServer, model: GPT) 
     decoder.hold()
     generate_call = generate_once(server.target)
     calls = [generate_call.future(build_request([1])) for _ in range(5)]
-    wait_until(lambda: server.scheduler.load == 5)
+    wait_until(lambda: len(server.scheduler.jobs) == 5)
     decoder.error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert {job.slot >= 0 for job in server.scheduler._jobs} == {True, False}
+    assert {job.slot >= 0 for job in server.scheduler.jobs.all()} == {True, False}
     decoder.release()
     codes = [call.exception(PATIENCE).code() for call in calls]
     # Those that were computed may be to blame. The others may be repeated elsewhere.

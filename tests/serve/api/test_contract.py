@@ -78,7 +78,7 @@ def test_expected_weights(start: StartServer, model: GPT) -> None:
     first = client._stub.Generate.future(build_request([1], max_new_tokens=2, ignore_eos=True))
     wait_until(lambda: decoder.held)
     late = client._stub.Generate.future(build_request([2], expected_weights_version=version))
-    wait_until(lambda: server.scheduler.load == 2)
+    wait_until(lambda: len(server.scheduler.jobs) == 2)
     server.engine.swap(decoder.decoder.load_weights(tiny_model(1)), "v2")
     decoder.release()
     assert first.result(PATIENCE).weights_version == version
@@ -176,7 +176,7 @@ def test_a_batch_is_read_as_there_is_room_for_it(
 
     def spy(jobs: Any) -> None:
         submit(jobs)
-        loads.append(server.scheduler.load)
+        loads.append(len(server.scheduler.jobs))
 
     monkeypatch.setattr(server.scheduler, "submit", spy)
     stops = [f"{index:x}" * 250 for index in range(15)]  # to make the requests long

@@ -135,7 +135,7 @@ def test_a_full_queue_refuses_before_it_tokenises(start: StartServer, model: GPT
     decoder.hold()
     with Client(server.target) as client:
         blocker = client._stub.Generate.future(build_request([1], max_new_tokens=2))
-        wait_until(lambda: server.scheduler.load == 1)
+        wait_until(lambda: len(server.scheduler.jobs) == 1)
         for method, request in (
             (client._stub.Generate, build_request("to be")),
             (client._stub.Score, api.ScoreRequest(prompt=build_request("to be").prompt)),

@@ -185,12 +185,12 @@ def test_a_batch_gives_way_to_others(start: StartServer, model: GPT) -> None:
     other = client._stub.Generate.future(
         build_request([1], max_new_tokens=150, n=2, ignore_eos=True)
     )
-    wait_until(lambda: server.scheduler.load == 2)
+    wait_until(lambda: len(server.scheduler.jobs) == 2)
     items: list[api.GenerateBatchResponse] = []
     prompts = [[token] for token in range(1, 20)]
     reader = threading.Thread(target=lambda: items.extend(client.batch(prompts, max_new_tokens=2)))
     reader.start()
-    wait_until(lambda: server.scheduler.load == 4)  # the rest of the batch finds no room
+    wait_until(lambda: len(server.scheduler.jobs) == 4)  # the rest of the batch finds no room
     decoder.release()
     reader.join(PATIENCE)
     assert sorted(item.request_index for item in items) == list(range(19))
@@ -200,7 +200,7 @@ def test_a_batch_gives_way_to_others(start: StartServer, model: GPT) -> None:
     # A batch that finds no room at all is refused.
     decoder.hold()
     blocked = [client._stub.Generate.future(build_request([1], n=2)) for _ in range(2)]
-    wait_until(lambda: server.scheduler.load == 4)
+    wait_until(lambda: len(server.scheduler.jobs) == 4)
     with pytest.raises(grpc.RpcError) as caught:
         list(client.batch([[1], [2]]))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -215,7 +215,7 @@ def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> 
     client = Client(server.target)
     decoder.hold()
     taken = [client._stub.Generate.future(build_request([1], max_new_tokens=2)) for _ in range(5)]
-    wait_until(lambda: server.scheduler.load == 5)
+    wait_until(lambda: len(server.scheduler.jobs) == 5)
     for call in (client.generate, client.score, lambda ids: list(client.stream(ids))):
         with pytest.raises(grpc.RpcError) as caught:
             call([1])

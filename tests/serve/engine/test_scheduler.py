@@ -81,7 +81,7 @@ def prompts(count: int, longest: int = 100, seed: int = 0) -> list[list[int]]:
 def at_rest(scheduler: Scheduler) -> bool:
     decoder = scheduler.decoder
     return (
-        scheduler.load == 0
+        len(scheduler.jobs) == 0
         and not scheduler.running
         and len(decoder.free_slots) == decoder.max_slots
         and not decoder.active_slots
@@ -246,8 +246,8 @@ def test_swap_keeps_running_sequences_on_their_weights_and_forgets_prefixes(
         tick(scheduler)
     scheduler.submit([during])
     tick(scheduler)  # its prefill began with the old weights
-    scheduler.swap(decoder.load_weights(other), "new")
-    assert scheduler.weights_version == "new"
+    scheduler.weights.swap(decoder.load_weights(other), "new")
+    assert scheduler.weights.newest == "new"
     after = sequence(ids, max_new_tokens=30)
     scheduler.submit([after])
     run(scheduler)
@@ -302,12 +302,12 @@ def test_deadlines_and_time_budgets(make_decoder: MakeDecoder) -> None:
     scheduler.submit([running, queued, overdue, late])
     for _ in range(4):
         tick(scheduler)
-    assert scheduler.waiting == 3
+    assert scheduler.jobs.waiting == 3
     now[0] = 5
     tick(scheduler)
     assert (queued.listener.end.reason, queued.listener.tokens) == (Finish.TIME_BUDGET, [])
     assert overdue.listener.events == [Expired()]
-    assert scheduler.load == 2
+    assert len(scheduler.jobs) == 2
     now[0] = 10
     tick(scheduler)
     assert running.listener.end.reason == Finish.TIME_BUDGET
@@ -324,7 +324,7 @@ def test_the_bound_is_exact_and_all_or_none(make_decoder: MakeDecoder) -> None:
     scheduler.submit([sequence([1], max_new_tokens=5) for _ in range(3)])
     with pytest.raises(QueueFull):
         scheduler.submit([sequence([1]) for _ in range(3)])
-    assert scheduler.load == 3
+    assert len(scheduler.jobs) == 3
     scheduler.submit([sequence([1], max_new_tokens=5) for _ in range(2)])
     with pytest.raises(QueueFull):
         scheduler.submit([Scoring(np.array([1, 2]), Ear())])
@@ -371,7 +371,7 @@ def test_random_traffic(make_decoder: MakeDecoder, model: GPT) -> None:
                 scheduler.submit(new)
                 jobs += new
             except QueueFull:
-                assert scheduler.load > 20
+                assert len(scheduler.jobs) > 20
         if jobs and draw.random() < 0.3:
             scheduler.cancel([draw.choice(jobs[-12:])])
         tick(scheduler)

@@ -72,7 +72,7 @@ def test_tick_by_tick() -> None:
         (second, Started(1.0, 0, "v1")),
         (first, Token(1.0, one, None, [])),
     ]
-    assert (backend.computed, backend.steps, scheduler.waiting) == (15, 1, 2)
+    assert (backend.computed, backend.steps, scheduler.jobs.waiting) == (15, 1, 2)
     now[0] = 2.0
     assert scheduler.tick() == [(first, Token(2.0, two, None, []))]
     assert backend.computed == 31
@@ -84,7 +84,7 @@ def test_tick_by_tick() -> None:
         (second, Token(3.0, token, None, [])),
         (second, Ended(3.0, Finish.LENGTH)),
     ]
-    assert (backend.computed, backend.steps, scheduler.load) == (40, 3, 2)
+    assert (backend.computed, backend.steps, len(scheduler.jobs)) == (40, 3, 2)
     now[0] = 4.0
     assert scheduler.tick() == []  # 16 of the text's 19 tokens
     now[0] = 5.0
@@ -117,7 +117,7 @@ def test_the_version_is_that_of_the_weights_that_compute() -> None:
     events = scheduler.tick()
     assert [event for job, event in events if job is second]
     assert (backend.computed, second.done) == (59, 0)  # no whole chunk was left for the second
-    scheduler.swap(decoder.load_weights(fake_model(300)), "new")
+    scheduler.weights.swap(decoder.load_weights(fake_model(300)), "new")
     while second.generated < 5:
         events += scheduler.tick()
     [started] = [event for _, event in events if isinstance(event, Started) and _ is second]
@@ -201,10 +201,10 @@ class Traffic:
         try:
             self.scheduler.submit(jobs)
         except QueueFull:
-            assert self.scheduler.load + len(jobs) > self.scheduler.capacity
+            assert len(self.scheduler.jobs) + len(jobs) > self.scheduler.jobs.capacity
         else:
             self.events.update({job: [] for job in jobs})
-            self.oldest.update(dict.fromkeys(jobs, int(self.scheduler.weights_version)))
+            self.oldest.update(dict.fromkeys(jobs, int(self.scheduler.weights.newest)))
 
     def tick(self) -> None:
         self.now += 1
@@ -227,7 +227,7 @@ class Traffic:
                 self.scheduler.cancel([self.dice.choice(jobs)])  # type: ignore[list-item]
             if self.dice.random() < 0.02 and len(self.in_use()) == 1:
                 weights = self.decoder.load_weights(fake_model(self.context))
-                self.scheduler.swap(weights, str(weights.version))
+                self.scheduler.weights.swap(weights, str(weights.version))
             self.tick()
         while self.scheduler.busy:
             self.tick()
@@ -255,7 +255,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
     traffic = Traffic(dense, deterministic, chunk, speculate)
     traffic.run(COUNT)
     assert traffic.decoder.free_slots == list(range(6))
-    assert traffic.scheduler.load == traffic.scheduler.waiting == 0
+    assert len(traffic.scheduler.jobs) == traffic.scheduler.jobs.waiting == 0
     reused = ended = accepted = 0
     for job, events in traffic.events.items():
         if isinstance(job, Scoring):

@@ -196,7 +196,7 @@ def test_a_full_queue_is_429_and_the_client_comes_back(start: StartServer, model
     taken = Client(server.target)._stub
     decoder.hold()
     running = taken.Generate.future(build_request([1], max_new_tokens=2))
-    wait_until(lambda: server.scheduler.load == 1)
+    wait_until(lambda: len(server.scheduler.jobs) == 1)
     with httpx.Client(base_url=url(server)) as http:
         answer = http.post("/v1/completions", json=LONG)
     assert (answer.status_code, error(answer)["code"]) == (429, "rate_limit_exceeded")

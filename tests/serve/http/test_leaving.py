@@ -51,7 +51,7 @@ def test_a_closed_connection_frees_its_slot_within_a_step(
     # While it waits in the queue.
     decoder.hold()
     first, waiting = post(server, stream=stream), post(server, stream=stream)
-    wait_until(lambda: server.scheduler.load == 2)
+    wait_until(lambda: len(server.scheduler.jobs) == 2)
     waiting.close()
     wait_until(lambda: server.open_calls == 1)
     # While it runs.
@@ -91,7 +91,7 @@ def test_a_slow_reader_delays_nobody(start: StartServer, model: GPT) -> None:
     for _ in range(3):
         answer = httpx.post(f"{url(server)}/v1/completions", json={"prompt": "x"}, timeout=PATIENCE)
         assert answer.is_success
-    wait_until(lambda: server.scheduler.load == 0)
+    wait_until(lambda: len(server.scheduler.jobs) == 0)
     text = b""
     while b"[DONE]" not in text:
         text += slow.recv(1 << 16)
@@ -128,7 +128,7 @@ def test_draining_finishes_what_was_accepted(start: StartServer, model: GPT) -> 
         assert kept.get("/health").is_success
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_until(lambda: server.scheduler.load == 1)
+        wait_until(lambda: len(server.scheduler.jobs) == 1)
         drain = server.begin(server.server.drain())
         wait_until(lambda: server.server.service.draining)
         assert kept.get("/health").status_code == 503
