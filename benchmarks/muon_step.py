@@ -17,13 +17,13 @@ It also prints the FLOPs of Newton-Schulz on each rank.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
+from flags import benchmark_parser
 from record import record
 from torch import Tensor, nn
 
@@ -139,12 +139,12 @@ def measure(world: World, size: str, layers: int | None, repeats: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = benchmark_parser(__file__, __doc__)
     parser.add_argument("--model", choices=SIZES, default="124m")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="file for the result")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
     arguments = parser.parse_args()
     with start(arguments.device) as world:
         result = measure(world, arguments.model, arguments.layers, arguments.repeats)

@@ -18,6 +18,7 @@ from flags import benchmark_parser
 from pictures import draw_all, picture_of
 
 from gpt_dist.errors import GptDistError, run_main
+from gpt_dist.training.reporting.formatting import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -190,6 +191,14 @@ def muon(found: Record) -> str:
     )
 
 
+def muon_step(found: Record) -> str:
+    rows = [[name, f"{v['least_cpu']:.2f} s"] for name, v in found["seconds"].items()]
+    size = f"{counted(found['layers'], 'layer')} of GPT-2 {found['model'].upper()}"
+    flops = ", ".join(f"{f:.3f}" for f in found["tflops_by_rank"])
+    head = f"The matrices of {size}, {counted(found['threads'], 'thread')}; TFLOPs by rank: {flops}"
+    return f"{head}.\n\n" + table(["optimizer", "CPU time of a step"], rows)
+
+
 def startup(found: Record) -> str:
     names = {
         "help_s": "`gpt_dist.train --help`",
@@ -245,6 +254,7 @@ def gpu(found: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "training": ("Training beside other trainers", training, ("transformers",)),
     "muon": ("Muon beside AdamW", muon, ()),
+    "muon_step": ("A step of Muon beside other implementations", muon_step, ()),
     "shakespeare": ("Losses on Shakespeare", shakespeare, ()),
     "startup": ("Start-up", startup, ()),
     "checkpoint": ("Checkpoints", checkpoint, ()),
