@@ -113,7 +113,7 @@ def read_state(directory: Path) -> dict[str, Any]:
         version = state["format_version"]
         state["config"], _ = migrate(state["config"])
         ModelConfig.model_validate(state["config"]["model"])
-        dict(state["files"])
+        state["files"] = dict(state["files"])
     except OSError as error:
         raise unreadable(error) from None
     except (ValueError, KeyError, TypeError) as error:

@@ -120,11 +120,15 @@ def test_any_failure_is_logged_and_tried_again(
     assert registry.get_sample_value("gpt_dist_weights", {"version": version}) == 1
 
 
-def test_a_damaged_state_file_does_not_end_the_watching(followed: Followed, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [None, [1], 5, {"model.safetensors": 5}])
+def test_a_damaged_state_file_does_not_end_the_watching(
+    followed: Followed, tmp_path: Path, files: Any
+) -> None:
     path = write_run(tmp_path, tiny_model(3), 200)
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(state | {"files": None}))
+    (path / "state.json").write_text(json.dumps(state | {"files": files}))
     assert followed.look() == "step-00000100"
+    assert followed.count("failed") == 1
     write_run(tmp_path, tiny_model(4), 300)  # a new one is tried at once
     assert followed.look() == "step-00000300"
 
