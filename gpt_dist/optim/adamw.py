@@ -17,7 +17,7 @@ Guard = tuple[Tensor, Tensor]
 
 
 class GuardedOptimizer(Protocol):
-    """What an engine steps: an optimizer that clips by a number, and skips a broken step."""
+    """An optimizer that divides gradients by a number before a step, and can skip the step."""
 
     param_groups: list[dict[str, Any]]
 
@@ -77,9 +77,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 class AdamW(Lean, torch.optim.AdamW):
     """AdamW (arXiv:1711.05101) as a ``GuardedOptimizer``.
 
-    Fused, the kernel itself divides by ``grad_scale`` and does nothing where ``found_inf`` is
-    set: clipping needs no pass over the gradients, and the host does not wait to learn of a NaN.
-    Not fused, a guarded step reads ``skip`` on the host and divides the gradients first.
+    The fused kernel divides by ``grad_scale`` and does nothing where ``found_inf`` is set. So
+    clipping needs no pass over the gradients, and the host does not wait to hear of a NaN.
+    Without it a guarded step reads ``skip`` on the host and divides the gradients first.
 
     Args:
         model: whose parameters to optimize.
@@ -152,7 +152,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm over all tensors together, a scalar on their device."""
     if not tensors or tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors, foreach=True)
-    # PyTorch's sum of 38M squares at once was off by a thousandth; row by row it is not.
+    # PyTorch's sum of 38M squares in fp32 was off by a thousandth; sums of rows are exact enough.
     rows = [torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.cat(rows))
     return norm

@@ -33,8 +33,8 @@ class DDPEngine:
     def __init__(self, model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
         self.model, self.world, self.dtype = model, world, dtype
         self.grad_clip = config.optim.grad_clip
-        # DDP averages the gradients of each rank's summed loss over ranks. The update itself
-        # divides them by the number of tokens, which saves a pass over them.
+        # DDP averages over ranks the gradients of a loss that each rank sums over its tokens. The
+        # update divides them by the number of tokens, which saves a pass over them.
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
         self.optimizer = make_optimizer(model, config.optim, world.device)
         self.spikes = make_spikes(config.optim, world.device)
@@ -48,11 +48,11 @@ class DDPEngine:
             )
 
     def warm_up(self, batch: Batch) -> None:
-        """Passes whose gradients are dropped.
+        """Run two passes and drop their gradients.
 
-        Two, because DDP rebuilds its buckets after the first, which changes the order of sums,
-        and because the second needs more memory: it starts with gradients. Alone on a CPU,
-        where nothing can be learned from them, there are none.
+        DDP rebuilds its buckets after the first, which changes the order of sums. The second needs
+        more memory, because gradients exist when it starts. A single process on a CPU needs
+        neither.
         """
         if self.world.size > 1 or self.world.device.type != "cpu":
             for _ in range(2):
@@ -61,7 +61,7 @@ class DDPEngine:
 
     def micro_step(self, batch: Batch, *, last: bool) -> Tensor:
         with ExitStack() as settings:
-            # DDP decides in the forward pass whether to reduce, so no_sync must enclose that too.
+            # DDP decides in the forward pass whether to reduce, so no_sync must cover it too.
             if isinstance(self.ddp, DistributedDataParallel) and not last:
                 settings.enter_context(self.ddp.no_sync())
             if self.world.device.type == "cpu" and (self.world.size == 1 or not last):

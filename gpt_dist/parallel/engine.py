@@ -1,4 +1,4 @@
-"""The interface that hides from the training loop how ranks share an optimizer step."""
+"""The engine: hides from the training loop how ranks share an optimizer step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Reader = Callable[[str], Tensor]
 
 
 class Engine(Protocol):
-    """What the training loop needs. All methods are collective.
+    """What the training loop needs of an engine. All methods are collective.
 
     The full state consists of the tensors ``model.<parameter>``, ``optimizer.<state>.<parameter>``
     and the scalar ``optimizer.step``. They are fp32 and whole, however they are sharded.
@@ -32,7 +32,7 @@ class Engine(Protocol):
     def warm_up(self, batch: Batch) -> None:
         """Run a micro-batch forward and backward and drop the gradients.
 
-        So a lack of memory shows before the first step, and every start of a run reaches the
+        This shows a lack of memory before the first step, and brings every start of a run to the
         same internal state.
         """
 
@@ -81,7 +81,7 @@ class Engine(Protocol):
         ...
 
     def whole_weights(self) -> AbstractContextManager[object]:
-        """Within, ``model`` holds whole parameters on every rank, which may only be read."""
+        """A context in which ``model`` holds whole parameters on every rank, to be read only."""
         ...
 
 

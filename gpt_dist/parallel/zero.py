@@ -54,7 +54,7 @@ def build_config(config: Config, dtype: torch.dtype, world_size: int) -> dict[st
         "gradient_clipping": config.optim.grad_clip if config.parallel.zero_stage else 0.0,
         "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Our AdamW is PyTorch's; DeepSpeed's own would have to be compiled on each machine.
+        # DeepSpeed's own AdamW would have to be compiled on each machine.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {
@@ -122,8 +122,8 @@ class DeepSpeedEngine:
     """``Engine`` over ``deepspeed.initialize``.
 
     Args:
-        model: on its device; in stage 3 on the host, from where each parameter moves to the
-            device alone to be partitioned, so that the device never holds the whole model.
+        model: on its device; in stage 3 on the host. From there parameters move to the device one
+            at a time to be partitioned, so the device never holds the whole model.
         world: the ranks that share a step.
         config: the run's configuration.
         dtype: arithmetic of the matrix products; parameters and updates stay fp32.
@@ -142,15 +142,15 @@ class DeepSpeedEngine:
         self.model, self.world, self.dtype = model, world, dtype
         self.stage, self.grad_clip = config.parallel.zero_stage, config.optim.grad_clip
         self.loss_scale = world.size / (config.batch_sequences * config.model.context_length)
-        # What steps is DeepSpeed's partition of the parameters, on the host where it is offloaded.
+        # The optimizer updates DeepSpeed's partitions, which are on the host if offloaded.
         where = torch.device("cpu") if config.parallel.offload else world.device
-        # Made first: partitioned, a parameter no longer shows whether it is a matrix.
+        # Made before partitioning, which takes the shape from the parameters.
         self.optimizer = make_optimizer(model, config.optim, where)
         kinds = [group["muon"] for group in self.optimizer.param_groups]
         if self.stage == 3:
-            # Each parameter moves to the device alone and is partitioned there at once.
+            # Parameters move to the device one at a time and are partitioned there at once.
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
-            # The head's weights may be the embedding's: gathered for the whole forward pass.
+            # The head may share the embedding's weights, so they stay gathered in a forward pass.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
         with errors_only(deepspeed.utils.logger):  # it warns of a class that it has not tested
             self.engine, *_ = deepspeed.initialize(
@@ -164,7 +164,7 @@ class DeepSpeedEngine:
             self._make_state(kinds)
 
     def warm_up(self, batch: Batch) -> None:
-        """A step whose gradients are not finite, so that it changes nothing."""
+        """Run a step whose gradients are not finite, so that it changes nothing."""
         self._micro_step(batch, torch.nan, last=False)
         self._micro_step(batch, torch.nan, last=True)
         with errors_only(self.deepspeed.utils.logger):  # it warns of the overflow
@@ -388,8 +388,8 @@ def import_deepspeed() -> Any:
     except ImportError as error:
         raise UsageError(f"parallel.strategy = deepspeed: cannot import it ({error})") from None
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # An all-reduce in shared memory, for inference on CPUs, that DeepSpeed would compile here. As
-    # an attribute of deepspeed.comm, "torch" is PyTorch, not this module.
+    # DeepSpeed would compile an all-reduce in shared memory here, which only its inference on CPUs
+    # uses. The module is imported by name, because deepspeed.comm.torch is PyTorch.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
