@@ -32,6 +32,7 @@ class Options:
     prefill_chunk: int | None = None
     deterministic: bool = False
     speculate: str = "auto"
+    shared_prefix_cache: bool = False
     watch: bool = False
     watch_interval: float = 5.0
     grace: float = 30.0
@@ -121,6 +122,9 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         **count)  # fmt: skip
     add(engine, "deterministic", "same tokens for a seed, whatever else runs (slower)", **on)
 
+    add(engine, "shared-prefix-cache",
+        "reuse what any caller's prompt has cached, not only the same caller's: faster, but "
+        "callers can find out each other's prompts", **on)  # fmt: skip
     add(engine, "speculate", "auto guesses tokens from earlier text where that is faster",
         choices=("auto", "off"))  # fmt: skip
 

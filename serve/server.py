@@ -209,6 +209,7 @@ class Server:
             max_queue=self.options.max_queue,
             prefill_chunk=self.options.prefill_chunk or (512 if on_gpu else 256),
             weights_version=loaded.version,
+            shared_prefixes=self.options.shared_prefix_cache,
             clock=self._clock,
         )
         self._loaded = loaded

@@ -154,12 +154,13 @@ class Decoder:
         weights = self._bound[slot]
         return weights.version if weights else 0
 
-    def place(self, prompt: Ids, most: int = 1 << 62) -> Place | None:
+    def place(self, prompt: Ids, most: int = 1 << 62, owner: str = "") -> Place | None:
         """Choose a free slot for a prompt; None if there is none. Changes nothing.
 
         Args:
             prompt: all tokens that are to be prefilled; a cached prefix of them is reused.
             most: tokens that may be copied from slot to slot for this.
+            owner: whose prompt it is; only the owner's prefixes are reused.
 
         Raises:
             UsageError: it does not fit into the context, or an id is not in the vocabulary.
@@ -171,9 +172,10 @@ class Decoder:
         rows, highest = self._backend.rows, max(self._claimed, default=0)
         least = rows(max(highest, free[0]))
         cheap = [slot for slot in free if rows(max(highest, slot)) == least]
-        return self._prefixes.place(tokens, np.where(newest, self._lengths, 0), free, cheap, most)
+        lengths = np.where(newest, self._lengths, 0)
+        return self._prefixes.place(tokens, lengths, free, cheap, most, owner)
 
-    def admit(self, place: Place) -> None:
+    def admit(self, place: Place, owner: str = "") -> None:
         """Claim the slot of a place that was just chosen, and cache the prefix that it reuses."""
         slot = place.slot
         if place.refuge >= 0:
@@ -184,6 +186,7 @@ class Decoder:
             self.copy_prefix(place.source, slot, place.length)
         else:
             self.prefill(slot, [])
+        self._prefixes.give(slot, owner)
 
     def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
         """Cache a chunk of a prompt and claim the slot.

@@ -47,6 +47,8 @@ class PrefixCache:
         self._tokens = np.zeros((slots, context), np.int64)
         self._prefilled = np.zeros(slots, np.int64)
         """How many tokens of each slot were computed by prefill, not by steps."""
+        self._owners = np.full(slots, "", object)
+        """Whose tokens they are. Others may not even learn from the time that they are there."""
         self._used = np.zeros(slots, np.int64)
         self._now = itertools.count(1)
 
@@ -69,23 +71,28 @@ class PrefixCache:
         """Note that the first ``length`` tokens of one slot are all that another holds."""
         self._tokens[target, :length] = self._tokens[source, :length]
         self._prefilled[target] = min(self._prefilled[source], length)
-        self._used[target] = self._used[source]
+        self._used[target], self._owners[target] = self._used[source], self._owners[source]
+
+    def give(self, slot: int, owner: str) -> None:
+        """Note whose tokens are in the slot from now on."""
+        self._owners[slot] = owner
 
     def touch(self, slot: int) -> None:
         """Note that the slot was used just now."""
         self._used[slot] = next(self._now)
 
-    def longest(self, prompt: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
+    def longest(self, prompt: np.ndarray, lengths: np.ndarray, owner: str = "") -> tuple[int, int]:
         """Find the longest cached prefix of a prompt.
 
         Args:
             prompt: (T,) token ids.
             lengths: (slots,) tokens in each slot that may be reused.
+            owner: whose tokens may be reused.
 
         Returns:
             Slot and number of tokens, or (-1, 0) if fewer than `MIN_REUSE` agree.
         """
-        lengths = self._reusable(lengths)
+        lengths = np.where(self._owners == owner, self._reusable(lengths), 0)
         width = min(len(prompt), int(lengths.max()))
         if width < MIN_REUSE:
             return -1, 0
@@ -104,6 +111,7 @@ class PrefixCache:
         free: list[int],
         cheap: list[int],
         most: int,
+        owner: str = "",
     ) -> Place:
         """Choose the slot for a prompt. Changes nothing.
 
@@ -117,8 +125,9 @@ class PrefixCache:
             cheap: those of them that may be used, at least one. If they hold something, and
                 another free slot holds something older or nothing, it is copied there.
             most: tokens that may be copied.
+            owner: whose prompt it is; only the owner's tokens are reused.
         """
-        source, length = self.longest(prompt, lengths)
+        source, length = self.longest(prompt, lengths, owner)
         kept = self._reusable(lengths)
         if source in cheap and self._lost(source, prompt, int(kept[source])) < MIN_REUSE:
             return Place(source, source, length)

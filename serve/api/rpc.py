@@ -309,7 +309,7 @@ class _Frame:
         self.record = call_record(self.metadata.get(REQUEST_ID, ""))
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
         current.set(self.record)
-        caller.set(identify(self.metadata.get("authorization", "")))
+        caller.set(identify(self.metadata.get("authorization", ""), self.peer))
         return self
 
     def enter(self) -> None:

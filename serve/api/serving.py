@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt_dist.errors import UsageError
 from gpt_dist.v1 import generation_service_pb2 as api
+from serve.api.callers import caller
 from serve.api.generation import Call
 from serve.api.logprobs import score_response
 from serve.api.parsing import (
@@ -192,7 +193,7 @@ class Serving:
             if not answer.done():
                 answer.set_result(event)
 
-        job = Scoring(ids, listen, deadline, top=top)
+        job = Scoring(ids, listen, deadline, caller.get(), top=top)
         try:
             served.engine.submit([job])
         except (QueueFull, EngineLost) as error:

@@ -105,6 +105,8 @@ class Job:
     """(T,) int64 prompt or text."""
     listener: Listener
     deadline: float | None = None
+    caller: str = ""
+    """Whose it is. Cached prefixes and guesses come from the same caller's jobs."""
     cancelled: bool = field(default=False, init=False)
     slot: int = field(default=-1, init=False)
     """Where it is computed; -1 while it waits and after its end."""
@@ -126,8 +128,6 @@ class Sequence(Job):
     """The member of ``sampling.stop_ids`` whose finish reason is EOS."""
     expires_at: float | None = None
     """When to end the sequence and keep what was generated."""
-    caller: str = ""
-    """Whose it is. Guesses come from its text and from earlier outputs of the same caller."""
     generated: int = field(default=0, init=False)
     drafted: int = field(default=0, init=False)
     """Number of tokens that were guessed and verified."""

@@ -52,6 +52,7 @@ class Scheduler:
         max_queue: maximum number of waiting jobs, beyond those that have a slot.
         prefill_chunk: maximum number of prompt tokens between two steps.
         weights_version: name of the decoder's weights.
+        shared_prefixes: reuse cached prefixes of any caller's prompts, not only of the same one's.
         clock: the time in seconds, for deadlines.
     """
 
@@ -62,12 +63,13 @@ class Scheduler:
         max_queue: int = 256,
         prefill_chunk: int = 256,
         weights_version: str = "",
+        shared_prefixes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.decoder, self.max_queue, self.prefill_chunk = decoder, max_queue, prefill_chunk
         if decoder.deterministic:
             self.prefill_chunk = max(ALIGNMENT, prefill_chunk // ALIGNMENT * ALIGNMENT)
-        self.clock = clock
+        self.clock, self.shared_prefixes = clock, shared_prefixes
         self.jobs = Queue(decoder.max_slots + max_queue, clock)
         self.weights = Versions(decoder, weights_version)
         self.running: dict[int, Sequence] = {}
@@ -189,8 +191,9 @@ class Scheduler:
             return 0
         # All tokens of a text are computed, because each has to be scored.
         prompt = job.ids[: -1 if isinstance(job, Sequence) else 0]
+        owner = "" if self.shared_prefixes else job.caller
         try:
-            place = self.decoder.place(prompt, COPIES * self.prefill_chunk)
+            place = self.decoder.place(prompt, COPIES * self.prefill_chunk, owner)
         except Exception:
             log.exception("a request failed")
             self._end(job, events, Failed())
@@ -199,7 +202,7 @@ class Scheduler:
             return 0
         # Before admit: if that fails, this job may be why.
         job.slot, job.done = place.slot, place.length
-        self.decoder.admit(place)
+        self.decoder.admit(place, owner)
         self._prefilling = job
         if isinstance(job, Sequence):
             events.append((job, Started(self.clock(), place.length, self.weights.of(job.slot))))

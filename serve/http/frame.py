@@ -69,9 +69,9 @@ async def answer(
     head = Headers(scope=scope)
     record = call_record(head.get(REQUEST_ID, ""))
     current.set(record)
-    caller.set(identify(head.get("authorization", "")))
     client = scope.get("client")
     peer = f"{client[0]}:{client[1]}" if client else ""
+    caller.set(identify(head.get("authorization", ""), peer))
     writer = _Writer(send, record.request_id)
     code = StatusCode.CANCELLED
     entered = False

@@ -151,3 +151,21 @@ def test_the_next_turn_copies_nothing_where_all_slots_cost_the_same() -> None:
             assert backend.computed - computed == (30 if turn == 0 else 2)
             talk += [1, 2]
     assert backend.copied == 0
+
+
+def test_prefixes_are_reused_by_their_owner_alone() -> None:
+    prompt = np.arange(50)
+    cache = PrefixCache(3, 100)
+    lengths = np.array([50, 0, 0])
+    cache.write(0, 0, prompt)
+    cache.give(0, "one")
+    assert cache.longest(prompt, lengths, "one") == (0, 50)
+    assert cache.longest(prompt, lengths, "other") == (-1, 0)
+    assert cache.longest(prompt, lengths) == (-1, 0)
+    stranger = cache.place(prompt, lengths, [0, 1, 2], [0], 1000, "other")
+    assert (stranger.slot, stranger.source, stranger.length, stranger.refuge) == (0, -1, 0, 1)
+    cache.copy(0, 1, 50)  # the refuge keeps its owner
+    cache.give(0, "other")
+    lengths[1] = 50
+    assert cache.longest(prompt, lengths, "one") == (1, 50)
+    assert cache.longest(prompt, lengths, "other") == (0, 50)

@@ -286,7 +286,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
         ended += isinstance(events[-1], Ended)
     assert ended > COUNT / 3
     assert (accepted > COUNT / 2) == speculate
-    assert reused > COUNT / 20
+    assert reused > COUNT / 50  # within a caller
     assert traffic.decoder.weights.version > 3
 
 
