@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 
 from gpt_dist.errors import run_main
 from serve.logs import set_up
@@ -52,6 +53,9 @@ def main() -> int:
     options = parse()
     check_ports(options)
     set_up(options.log_format, options.log_level)
+    # While a thread tokenises, the event loop waits for the interpreter at each of its turns. With
+    # the default of 5 ms, health then took 10 ms at p50 and 37 ms at p90; with 1 ms, 5 and 17.
+    sys.setswitchinterval(0.001)
     return asyncio.run(serve(options))
 
 
