@@ -18,6 +18,7 @@ COMMANDS = {
     "gpt_dist.kernels": "build the CPU kernels now",
     "serve": "serve a model over gRPC",
     "serve.client": "call a server",
+    "serve.probe": "ask whether this container's server is healthy",
     "serve.bench": "measure a server under load",
     "serve.playground": "try a model in the browser",
 }
