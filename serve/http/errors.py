@@ -49,8 +49,11 @@ def parameter(field: str) -> str:
     """The JSON name of a field: ``config.stopping.stop_sequences[1]`` → ``stop[1]``."""
     if field.startswith("prompt"):
         return FIELDS.get(field, field)
-    name, index = re.fullmatch(r"(.*?)(\[\d+\])?", field.rpartition(".")[2]).groups()  # type: ignore[union-attr]
-    return FIELDS.get(name, name) + (index or "")
+    name = field.rpartition(".")[2]
+    index = re.search(r"\[\d+\]\Z", name)
+    if index is not None:
+        name = name[: index.start()]
+    return FIELDS.get(name, name) + (index[0] if index is not None else "")
 
 
 def body(error: StatusError) -> dict[str, Any]:

@@ -49,7 +49,7 @@ Behaviour = Callable[[bytes], Awaitable[Reply | Events]]
 
 def encode(value: Any) -> bytes:
     """JSON, in one line of UTF-8."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="replace")
 
 
 async def answer(

@@ -157,10 +157,15 @@ def parse(data: bytes, kind: type[Body]) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0])[:100] if first["loc"] else ""
+        field = _shown(str(first["loc"][0])) if first["loc"] else ""
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             raise invalid(field, f"unknown; valid are {', '.join(kind.model_fields)}") from None
         raise invalid(field, first["msg"][:200]) from None
+
+
+def _shown(name: str) -> str:
+    """A name from a body, fit for a message."""
+    return name[:100].encode(errors="replace").decode()
 
 
 def _nested(data: bytes) -> int:
@@ -267,6 +272,7 @@ def check(body: CompletionRequest) -> None:
     Raises:
         StatusError: INVALID_ARGUMENT.
     """
+    utf8("user", body.user or "")
     outputs = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != outputs:
         raise invalid("best_of", f"only n ({outputs}) is supported")
