@@ -97,6 +97,8 @@ def _unreachable(details: str, target: str, tls: bool) -> str:
         )
     if "address lookup failed" in details or "errors resolving" in details:
         return f"no host of this name: {target}; --target is HOST:PORT"
+    if "backend unhealthy" in details:  # gRPC's words for what the health service said
+        return f"the server at {target} is not ready: it is loading, stalled or shutting down"
     if "Connection refused" in details:
         return (
             f"no server answers at {target}; start one with python -m serve --checkpoint RUN, "

@@ -1,4 +1,4 @@
-"""Two servers and a client that spreads its calls over them."""
+"""Several servers and a client that spreads its calls over them; connections and their ends."""
 
 from __future__ import annotations
 
@@ -286,3 +286,23 @@ def test_connections_age_and_lose_no_call(start: StartServer, model: GPT) -> Non
         assert tokens + sum(len(message.token_ids) for message in stream) == 20
     forever = start(Decoder(model, max_slots=1, dtype="fp32"), max_connection_age=0)
     assert next(frames(forever)) is not None
+
+
+def test_clients_may_ping_often(start: StartServer, model: GPT) -> None:
+    """By default grpc disconnects a client that pings more often than every five minutes."""
+    server = start(Decoder(model, max_slots=1, dtype="fp32"))
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    ping = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
+    kinds = []
+    address = ("127.0.0.1", server.server.port)
+    with socket.create_connection(address, timeout=PATIENCE) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        reader = connection.makefile("rb")
+        for count in range(1, 21):
+            connection.sendall(ping)
+            while kinds.count(6) < count and 7 not in kinds:
+                header = reader.read(9)
+                kinds.append(header[3])
+                reader.read(int.from_bytes(header[:3], "big"))
+    assert kinds.count(6) == 20  # answers
+    assert 7 not in kinds  # GOAWAY

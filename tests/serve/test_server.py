@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from gpt_dist.v1 import generation_service_pb2 as api
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.__main__ import main
 from serve.client import AsyncClient, Client, build_request
+from serve.client.words import failure
 from serve.options import Options
 from serve.server import Server
 from tests.serve.conftest import (
@@ -87,6 +87,9 @@ def test_calls_while_loading(start: StartServer, model: GPT) -> None:
         with pytest.raises(grpc.RpcError, match="the model is loading") as caught:
             generate_once(server.target)(build_request([1]), timeout=PATIENCE)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as caught:  # after retries
+            client.generate([1])
+        assert "is not ready: it is loading" in str(failure(caught.value, server.target))
         server.use(Decoder(model, max_slots=2, dtype="fp32"))
         assert client.health()
         watcher.expect(NOT_SERVING, SERVING)
@@ -235,26 +238,6 @@ def test_a_second_signal_cuts_the_draining_short(model: GPT, run_process: RunPro
 
     status, _ = run_process(decoder, interrupt, "--grace", "3600")
     assert status == 0
-
-
-def test_clients_may_ping_often(start: StartServer, model: GPT) -> None:
-    """By default grpc disconnects a client that pings more often than every five minutes."""
-    server = start(Decoder(model, max_slots=1, dtype="fp32"))
-    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-    ping = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
-    kinds = []
-    address = ("127.0.0.1", server.server.port)
-    with socket.create_connection(address, timeout=PATIENCE) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-        reader = connection.makefile("rb")
-        for count in range(1, 21):
-            connection.sendall(ping)
-            while kinds.count(6) < count and 7 not in kinds:
-                header = reader.read(9)
-                kinds.append(header[3])
-                reader.read(int.from_bytes(header[:3], "big"))
-    assert kinds.count(6) == 20  # answers
-    assert 7 not in kinds  # GOAWAY
 
 
 def test_draining_loses_no_accepted_request(start: StartServer, model: GPT) -> None:
