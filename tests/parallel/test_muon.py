@@ -167,7 +167,7 @@ def work(world: World, state: dict[str, Any], first: int) -> dict[str, Any]:
             for name in names
         },
         "spike": {name: spike(world, name) for name in SPIKY if world.size == 2},
-        "same": {name: interrupted(world, name) for name in strategies if world.size == 2},
+        "same": {name: interrupted(world, name) for name in STOPPED if world.size == 2},
         "relay": [],
     }
     carried = {name: torch.from_numpy(value) for name, value in state.items()}
@@ -186,9 +186,16 @@ STRATEGIES = {
 """By number of ranks; in this order one continues what the one before it saved."""
 
 FOUR = ["ddp", "zero-1", "zero-2", "zero-3"]
+STOPPED = ["ddp", "zero-1", "zero-3", "offload-2"]
 SPIKY = ["ddp", "zero-0", "zero-1", "zero-3"]
-COUNTS = {2: {1: (20, FOUR), 2: (2, ["zero-0", "offload-2", "offload-3"]), 8: (3, FOUR)},
-          4: {1: (20, FOUR)}}  # fmt: skip
+COUNTS = {
+    2: {
+        1: (20, FOUR),
+        2: (2, ["zero-0", "offload-2", "offload-3"]),
+        8: (3, ["ddp", "zero-1", "zero-3"]),
+    },
+    4: {1: (20, FOUR)},
+}
 """By number of ranks: by micro-batches in a step, number of steps and strategies."""
 
 
@@ -245,7 +252,7 @@ def test_a_run_is_handed_from_engine_to_engine(shown: dict[int, list[dict[str, A
 
 def test_a_run_that_was_stopped_continues_bitwise(shown: dict[int, list[dict[str, Any]]]) -> None:
     for found in shown[2]:
-        assert found["same"] == dict.fromkeys(STRATEGIES[2], True)
+        assert found["same"] == dict.fromkeys(STOPPED, True)
 
 
 def test_an_outlier_is_skipped_under_every_strategy(
@@ -257,22 +264,19 @@ def test_an_outlier_is_skipped_under_every_strategy(
 
 def load_on_three(world: World) -> list[str]:
     """Names of what is not as it was loaded."""
-    wrong = []
-    for strategy in ("zero-1", "zero-3"):
-        config = settings(strategy, n_embd=20, batch_tokens=24 * CONTEXT)
-        engine = start(world, config)
-        state = saved(engine)
-        generator = torch.Generator().manual_seed(1)
-        for name, tensor in state.items():
-            if name.startswith("optimizer.") and tensor.dim():
-                state[name] = torch.randn(tensor.shape, generator=generator)
-        engine.load_optimizer(lambda name, state=state: state[name])  # type: ignore[misc]
-        found = saved(engine)
-        wrong += [name for name, tensor in state.items() if not torch.equal(found[name], tensor)]
-    return wrong
+    config = settings("zero-3", n_embd=20, batch_tokens=24 * CONTEXT)
+    engine = start(world, config)
+    state = saved(engine)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in state.items():
+        if name.startswith("optimizer.") and tensor.dim():
+            state[name] = torch.randn(tensor.shape, generator=generator)
+    engine.load_optimizer(lambda name: state[name])
+    found = saved(engine)
+    return [name for name, tensor in state.items() if not torch.equal(found[name], tensor)]
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(5)
 def test_ranks_need_not_divide_the_size_of_a_parameter() -> None:
     assert on_ranks(load_on_three, size=3) == [[], [], []]
 
