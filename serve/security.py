@@ -185,7 +185,6 @@ class Certificates(_Files):
 
     def __init__(self, cert: Path, key: Path, ca: Path | None = None) -> None:
         self.cert, self.key, self.ca = cert, key, ca
-        self._contexts: list[ssl.SSLContext] = []
         try:
             super().__init__([cert, key] if ca is None else [cert, key, ca])
             self._use()
@@ -194,33 +193,41 @@ class Certificates(_Files):
         self._given = self._configuration
 
     def _use(self) -> None:
-        # Use exactly the bytes that were checked: another process may replace a file in
-        # between.
+        # Use exactly the bytes that were checked: another process may replace a file in between.
         before = [path.read_bytes() for path in self.paths]
         check_files(self.cert, self.key, self.ca)
-        if before != [path.read_bytes() for path in self.paths]:
+        try:
+            context = self._load()
+            changed = before != [path.read_bytes() for path in self.paths]
+        except ssl.SSLError:
+            changed = True
+        if changed:
             raise GptDistError(f"{self.cert}: it or its key changed while it was read")
         cert, key, *ca = before
+        self._context = context
         self._configuration = grpc.ssl_server_certificate_configuration(
             [(key, cert)], ca[0] if ca else None
         )
-        for context in self._contexts:
-            self._fill(context)
 
-    def context(self) -> ssl.SSLContext:
-        """A context for ports that gRPC does not serve. It is updated when the files change."""
+    def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._fill(context)
-        if self.ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-        self._contexts.append(context)
-        return context
-
-    def _fill(self, context: ssl.SSLContext) -> None:
         context.load_cert_chain(self.cert, self.key, password="")
         if self.ca is not None:
             context.load_verify_locations(self.ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def context(self) -> ssl.SSLContext:
+        """A context for ports that gRPC does not serve. Handshakes use the newest files."""
+        context = self._load()
+
+        def renew(connection: ssl.SSLObject, *_: object) -> None:
+            # A new context, because an old one keeps the authorities that it once had.
+            connection.context = self._context
+
+        context.sni_callback = renew
+        return context
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by grpc before each handshake; None is no change."""

@@ -20,13 +20,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.errors import GptDistError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.certificates import check_files
 from serve.client import Client, connection
-from serve.options import Options
-from serve.security import Access, Certificates, TokenFile, check_exposure, check_ports, is_loopback
+from serve.security import Certificates, TokenFile
 from tests.serve.conftest import PATIENCE, LiveServer, StartServer, wait_until
 
 
@@ -259,73 +258,19 @@ def test_unusable_token_files(tmp_path: Path) -> None:
         TokenFile(tmp_path / "empty")
 
 
-LOCAL = ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")
-OPEN = ("0.0.0.0", "::", "192.168.1.5", "example.org", "")
-EXPOSURE = [
-    # TLS, tokens, CA, anonymous, insecure → what is missing
-    ((0, 0, 0, 0, 0), "--tls-cert"),
-    ((0, 1, 0, 0, 0), "--tls-cert"),
-    ((0, 0, 0, 1, 0), "--tls-cert"),
-    ((0, 1, 0, 1, 0), "--tls-cert"),
-    ((1, 0, 0, 0, 0), "--auth-token-file or --tls-ca"),
-    ((1, 1, 0, 0, 0), None),
-    ((1, 0, 1, 0, 0), None),
-    ((1, 1, 1, 0, 0), None),
-    ((1, 0, 0, 1, 0), None),
-    ((0, 0, 0, 0, 1), None),
-    ((0, 1, 0, 0, 1), None),
-    ((1, 0, 0, 0, 1), None),
-]
-
-
-@pytest.mark.parametrize("port", ["--host", "--metrics-host"])
-@pytest.mark.parametrize(("given", "missing"), EXPOSURE)
-def test_exposure(tmp_path: Path, port: str, given: tuple[int, ...], missing: str | None) -> None:
-    """Host × TLS × tokens × authorities × flags × port."""
-    tls, tokens, ca, anonymous, insecure = map(bool, given)
-    file = tmp_path / "file"
-
-    def check(host: str) -> None:
-        hosts = {"host": "127.0.0.1", "metrics_host": "127.0.0.1"}
-        hosts[port[2:].replace("-", "_")] = host
-        check_ports(
-            Options(
-                tmp_path,
-                metrics_port=0,
-                tls_cert=file if tls else None,
-                tls_key=file if tls else None,
-                tls_ca=file if ca else None,
-                auth_token_file=file if tokens else None,
-                allow_anonymous=anonymous,
-                allow_insecure=insecure,
-                **hosts,  # type: ignore[arg-type]
-            )
-        )
-
-    for host in LOCAL:
-        assert is_loopback(host)
-        check(host)
-    for host in OPEN:
-        assert not is_loopback(host)
-        if missing is None:
-            check(host)
-        else:
-            with pytest.raises(UsageError, match=f"{port} {host} listens.*{missing}"):
-                check(host)
-
-
-def test_metrics_that_are_off_need_nothing() -> None:
-    check_ports(Options(Path("x"), metrics_host="0.0.0.0"))
-    with pytest.raises(UsageError, match="--page-cert"):
-        check_exposure("--host", "0.0.0.0", Access(), "--page-cert and --page-key")
-
-
-def scrape(server: LiveServer, scheme: str, token: str = "", ca: Path | None = None) -> str:
+def scrape(
+    server: LiveServer,
+    scheme: str,
+    token: str = "",
+    ca: Path | None = None,
+    context: ssl.SSLContext | None = None,
+) -> str:
     """Read the metrics; returns the beginning of the answer, or the error."""
     request = urllib.request.Request(f"{scheme}://127.0.0.1:{server.server.metrics_port}/metrics")
     if token:
         request.add_header("Authorization", f"Bearer {token}")
-    context = ssl.create_default_context(cafile=ca) if ca else None
+    if ca:
+        context = ssl.create_default_context(cafile=ca)
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE, context=context) as answer:
             return str(answer.read(6).decode())
@@ -359,6 +304,35 @@ def test_metrics_are_guarded_like_calls(
         ours.write_bytes(theirs.read_bytes())
     look(server)
     assert scrape(server, "https", "alpha", second.path) == "# HELP"
+
+
+def test_an_authority_that_is_replaced_is_trusted_no_more(
+    start: StartServer, decoder: Decoder, tmp_path: Path
+) -> None:
+    """Neither for calls nor for metrics."""
+    ours, first, second = (Authority(tmp_path / name, name) for name in ("ours", "one", "two"))
+    cert, key = ours.issue("server")
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(first.path.read_bytes())
+    server = start(
+        decoder, tls_cert=cert, tls_key=key, tls_ca=trusted, metrics_host="0.0.0.0", metrics_port=0
+    )
+    clients = {"one": first.issue("client"), "two": second.issue("client")}
+
+    def accepted() -> dict[str, tuple[str, str]]:
+        found = {}
+        for name, (mine, secret) in clients.items():
+            call = code(Client(server.target, tls_ca=ours.path, tls_cert=mine, tls_key=secret))
+            context = ssl.create_default_context(cafile=ours.path)
+            context.load_cert_chain(mine, secret)
+            found[name] = (call, scrape(server, "https", context=context))
+        return found
+
+    yes, no = ("OK", "# HELP"), ("UNAVAILABLE", "no answer")
+    assert accepted() == {"one": yes, "two": no}
+    trusted.write_bytes(second.path.read_bytes())
+    look(server)
+    assert accepted() == {"one": no, "two": yes}
 
 
 def test_a_scraper_that_says_nothing_is_in_nobodys_way(
