@@ -228,6 +228,7 @@ class Call:
                 eos_id=wanted.eos_id,
                 expires_at=None if budget is None else self.arrived + budget,
                 caller=caller.get(),
+                salt=wanted.salt,
             )
 
     @property

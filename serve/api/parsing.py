@@ -18,6 +18,7 @@ from serve.api.status import invalid, too_large
 MAX_OUTPUTS = 64
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 16, 256, 64
 MAX_BIASES = 1024
+MAX_SALT = 256
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 128
 RESPONSE_BYTES = 4 << 20
@@ -88,6 +89,7 @@ class Generation:
     """Seconds."""
     expected_weights_version: str
     """Empty: any."""
+    salt: str
 
     def sampling_of(self, index: int) -> SamplingParams:
         """The parameters of one output. Seeds are consecutive, modulo 2**64."""
@@ -164,6 +166,7 @@ async def parse_generation(request: Any, limits: Limits, whole: bool = True) -> 
         include_stop=stopping.include_stop_sequence,
         time_budget=time_budget,
         expected_weights_version=request.expected_weights_version,
+        salt=parse_salt(request),
     )
 
 
@@ -197,6 +200,18 @@ def _sampling(config: Any, eos_id: int | None, limits: Limits) -> SamplingParams
     if sampling.min_new_tokens and len(stop_ids) >= limits.vocab_size:
         raise invalid(f"{STOPPING}.stop_token_ids", "leaves no token for min_new_tokens")
     return sampling
+
+
+def parse_salt(request: Any) -> str:
+    """The salt of a request.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT.
+    """
+    salt: str = request.cache_salt
+    if len(salt) > MAX_SALT:
+        raise invalid("cache_salt", f"has more than {MAX_SALT} characters")
+    return salt
 
 
 async def parse_prompt(

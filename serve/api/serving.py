@@ -24,6 +24,7 @@ from serve.api.parsing import (
     RESPONSE_BYTES,
     parse_generation,
     parse_prompt,
+    parse_salt,
     tokenize,
 )
 from serve.api.served import Served
@@ -162,6 +163,7 @@ class Serving:
         deadline = None if seconds is None else served.engine.clock() + seconds
         expected = request.expected_weights_version
         served.check_weights(expected)
+        salt = parse_salt(request)
         if request.top_logprobs > MAX_TOP_LOGPROBS:
             raise invalid("top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
         prepend, eot_id = request.prepend_end_of_text, served.tokenizer.eot_id
@@ -174,7 +176,7 @@ class Serving:
             raise too_large("top_logprobs", size, RESPONSE_BYTES)
         if eot_id is not None and prepend:
             ids = np.concatenate((np.array([eot_id]), ids))
-        event = await self._scored(served, ids, request.top_logprobs, deadline)
+        event = await self._scored(served, ids, request.top_logprobs, deadline, salt)
         if expected and event.weights_version != expected:
             raise other_weights(expected, event.weights_version)
         response = await served.limits.heavy.run(
@@ -185,7 +187,7 @@ class Serving:
         return response
 
     async def _scored(
-        self, served: Served, ids: np.ndarray, top: int, deadline: float | None
+        self, served: Served, ids: np.ndarray, top: int, deadline: float | None, salt: str
     ) -> Scored:
         answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
@@ -193,7 +195,7 @@ class Serving:
             if not answer.done():
                 answer.set_result(event)
 
-        job = Scoring(ids, listen, deadline, caller.get(), top=top)
+        job = Scoring(ids, listen, deadline, caller.get(), salt, top=top)
         try:
             served.engine.submit([job])
         except (QueueFull, EngineLost) as error:

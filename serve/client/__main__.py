@@ -142,6 +142,11 @@ def _parameters(group: Any) -> None:
         help="fail if the server has other weights",
     )
     group.add_argument(
+        "--cache-salt",
+        metavar="TEXT",
+        help="share cached prefixes only with requests that have the same salt",
+    )
+    group.add_argument(
         "--time-budget",
         type=float,
         metavar="SECONDS",

@@ -107,11 +107,18 @@ class Job:
     deadline: float | None = None
     caller: str = ""
     """Whose it is. Cached prefixes and guesses come from the same caller's jobs."""
+    salt: str = ""
+    """They come from jobs with the same salt only, too."""
     cancelled: bool = field(default=False, init=False)
     slot: int = field(default=-1, init=False)
     """Where it is computed; -1 while it waits and after its end."""
     done: int = field(default=0, init=False)
     """Number of its tokens in the cache."""
+
+    @property
+    def owner(self) -> str:
+        """Caller and salt."""
+        return f"{self.caller} salt {self.salt}" if self.salt else self.caller
 
     def overdue(self, now: float) -> Event | None:
         """How the job ends because its time is over; None while it is not."""

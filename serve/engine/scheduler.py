@@ -178,7 +178,7 @@ class Scheduler:
             return
         self._prefilling = None
         if isinstance(job, Sequence):
-            memory = self._memories.of(job.caller)
+            memory = self._memories.of(job.owner)
             self.decoder.activate(job.slot, job.sampling, job.ids, memory)
             self.running[job.slot] = job
         elif isinstance(job, Scoring):
@@ -191,7 +191,7 @@ class Scheduler:
             return 0
         # All tokens of a text are computed, because each has to be scored.
         prompt = job.ids[: -1 if isinstance(job, Sequence) else 0]
-        owner = "" if self.shared_prefixes else job.caller
+        owner = job.salt if self.shared_prefixes else job.owner
         try:
             place = self.decoder.place(prompt, COPIES * self.prefill_chunk, owner)
         except Exception:
@@ -210,7 +210,7 @@ class Scheduler:
 
     def _remember(self, job: Job) -> None:
         """Keep a sequence's output for the guesses of its caller's later ones."""
-        if isinstance(job, Sequence) and (memory := self._memories.of(job.caller)):
+        if isinstance(job, Sequence) and (memory := self._memories.of(job.owner)):
             memory.add(self.decoder.tokens(job.slot)[len(job.ids) :])
 
     def _step(self, events: list[tuple[Job, Event]]) -> None:

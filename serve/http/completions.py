@@ -160,6 +160,7 @@ class Completion:
                 prompt=request.prompt,
                 top_logprobs=self.body.logprobs,
                 expected_weights_version=request.expected_weights_version,
+                cache_salt=request.cache_salt,
             )
             scored = await self.serving.score_part(self.served, wanted)
             echo.tokens = list(scored.tokens)

@@ -101,6 +101,8 @@ class CompletionRequest(AnyBody):
     """Keep only this many tokens at the end of a longer prompt."""
     expected_weights_version: str = ""
     """Fail with 412 if the server has other weights."""
+    cache_salt: str | None = None
+    """Share cached prefixes only with requests that have the same salt."""
 
 
 class TokenizeRequest(AnyBody):
@@ -219,6 +221,7 @@ def generation_request(body: CompletionRequest, prompt: Prompt) -> api.GenerateR
     request = api.GenerateRequest(
         model=utf8("model", body.model),
         expected_weights_version=utf8("expected_weights_version", body.expected_weights_version),
+        cache_salt=utf8("cache_salt", body.cache_salt or ""),
     )
     fill_prompt(request.prompt, prompt)
     config = request.config

@@ -119,6 +119,29 @@ def test_usage_can_be_added_up(client: Client) -> None:
     assert client.score(prompt).usage.prompt_tokens == len(prompt)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_salt_parts_the_cache(start: StartServer, model: GPT, shared: bool) -> None:
+    decoder = Decoder(model, max_slots=4, dtype="fp32")
+    client = Client(start(decoder, shared_prefix_cache=shared).target)
+    prompt = list(range(1, 101))
+
+    def cached(**fields: Any) -> int:
+        usage = client.generate(prompt, max_new_tokens=1, ignore_eos=True, **fields).usage
+        return int(usage.cached_tokens)
+
+    assert [cached(), cached(cache_salt="a"), cached(cache_salt="b")] == [0, 0, 0]
+    assert [cached(), cached(cache_salt="a"), cached(cache_salt="b")] == [99, 99, 99]
+    other = list(range(100, 0, -1))
+    client.score(other, cache_salt="a")
+    prompt = other
+    assert cached() == 0
+    assert cached(cache_salt="a") == 99
+    with pytest.raises(grpc.RpcError) as caught:
+        cached(cache_salt="x" * 257)
+    [violation] = details(caught.value)["BadRequest"].field_violations
+    assert violation.field == "cache_salt"
+
+
 def test_truncated_prompts(client: Client) -> None:
     prompt = [1 + index % (VOCABULARY - 1) for index in range(CONTEXT + 50)]
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4}
