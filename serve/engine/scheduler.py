@@ -43,7 +43,7 @@ def losses(jobs: Iterable[Job], message: str, stopped: bool = False) -> list[tup
 
 
 class Scheduler:
-    """Shares a decoder's slots among jobs, in order of arrival.
+    """Shares a decoder's slots among jobs; `Queue` says whose turn it is.
 
     `submit` and `cancel` may be called from any thread; `tick` only from one.
 
@@ -174,6 +174,7 @@ class Scheduler:
         elif isinstance(job, Scoring) and count:
             job.parts.append(self.decoder.score(job.slot, chunk, job.done, job.top))
         job.done += count
+        self.jobs.charge(job, count)
         if job.done < len(job.ids) - 1:
             return
         self._prefilling = None
@@ -186,7 +187,7 @@ class Scheduler:
 
     def _admit(self, budget: int, events: list[tuple[Job, Event]]) -> int:
         """Give the next job a slot if the budget pays for the copies; returns what they cost."""
-        job = self.jobs.next()
+        job = self.jobs.next() if self.decoder.free_slots else None
         if job is None:
             return 0
         # All tokens of a text are computed, because each has to be scored.
@@ -231,6 +232,7 @@ class Scheduler:
                 self._end(job, events, Ended(now, reason, token))
                 continue
             events.append((job, Token(now, token, logprob, top)))
+            self.jobs.charge(job, 1)
             job.generated += 1
             job.accepted += not last
             if job.generated >= job.max_new_tokens:
