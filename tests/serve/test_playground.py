@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,8 @@ def test_the_page_reaches_a_tls_server(start: StartServer, model: GPT, tmp_path:
         shown = [update async for update in converse(connection, CONTEXT, *values)]
         return shown[-1]
 
-    replies, status = asyncio.run(last())
+    with ThreadPoolExecutor(1) as pool:  # the browser's driver may have a loop in this thread
+        replies, status = pool.submit(asyncio.run, last()).result(PATIENCE)
     assert status == "seed 3"
     assert "to be" in replies
 
