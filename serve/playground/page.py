@@ -187,5 +187,6 @@ def build(connection: Mapping[str, Any], info: Any, slots: int, card: str) -> gr
 
         asked = {"inputs": [prompt, *controls], "outputs": [replies, status]}
         running = gr.on([go.click, prompt.submit], respond, **asked, concurrency_limit=None)
-        halt.click(stopped, replies, [replies, status], cancels=[running], queue=False)
+        # First the end of the stream, then the mark: no update of the stream may come after it.
+        halt.click(None, cancels=[running]).then(stopped, replies, [replies, status], queue=False)
     return page

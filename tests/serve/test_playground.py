@@ -150,7 +150,8 @@ def test_streaming_and_stopping_in_a_browser(
         texts = [reply.locator("pre").inner_text() for reply in replies.all()]
         assert all(text.startswith("a <b> & é") and len(text) == 29 for text in texts)
         title = replies.first.locator("i").first.get_attribute("data-hint")
-        assert re.match(r"'.+'  \d+\.\d%\n\n( *\d+\.\d%  '.+'\n?){5}", title), title
+        token = r"""['"].+['"]"""  # as Python writes it: an apostrophe in double quotes
+        assert re.match(rf"{token}  \d+\.\d%\n\n( *\d+\.\d%  {token}\n?){{5}}", title), title
         assert page.locator(".legend i").count() == 10
         # What the server refuses leaves no panel of the replies before.
         ask(page, "a" * (LONG + 200), 20)
