@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,13 +20,17 @@ from torch.distributed.run import get_args_parser
 from gpt_dist.config.command_line import load
 from serve.client.connection import DEFAULT_TARGET
 from tests import warm
-from tests.conftest import free_port, wait_until, words
+from tests.components import require
+from tests.conftest import free_port, free_ports, wait_until, words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-ELSEWHERE = ("make", "sbatch", "source", "docker", "grpcurl", "tensorboard")
+ELSEWHERE = ("make", "sbatch", "source", "docker", "grpcurl", "tensorboard", "lm-eval")
 """Programs whose lines are tested elsewhere (`make` by CI, `sbatch` in tests/cluster, the image in
-test_container.py) or are not ours; benchmarks have tests and records of their own."""
+test_container.py, `lm-eval` in tests/serve/http) or are not ours; benchmarks have tests and records
+of their own."""
+WEB = "127.0.0.1:8000"
+"""Where the pages let a server speak HTTP."""
 
 
 def sections(page: str) -> dict[str, list[tuple[str, str]]]:
@@ -69,7 +74,7 @@ SMALL = {
 }
 
 
-def reduced(command: list[str], server: str) -> list[str]:
+def reduced(command: list[str], server: str, web: str) -> list[str]:
     """Module and arguments with overrides appended; downloads get a local source."""
     start, *parts = command
     if start == "torchrun":  # its part is tested elsewhere: here one rank runs without it
@@ -107,7 +112,8 @@ def reduced(command: list[str], server: str) -> list[str]:
     }.items():
         if name in parts:
             parts += extra
-    parts = [server if part == DEFAULT_TARGET else part for part in parts]
+    ports = {DEFAULT_TARGET: server, WEB.partition(":")[2]: web.partition(":")[2]}
+    parts = [ports.get(part, part) for part in parts]
     return ["offline/gpt2" if part == "openai-community/gpt2" else part for part in parts]
 
 
@@ -167,6 +173,14 @@ def assert_runs(module: str, arguments: list[str], cwd: Path, line: object) -> N
     assert status == 0, f"{line}\n{arguments}\n{output}"
 
 
+def assert_answers(command: list[str]) -> None:
+    """Run a ``curl``, of a stream."""
+    require("curl")
+    done = subprocess.run([*command, "--silent", "--show-error"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("data: [DONE]\n\n"), done.stdout
+
+
 def take_for_granted(arguments: list[str], granted: Path, cwd: Path) -> None:
     """Put the runs and data sets that a command reads where they are missing."""
     wanted = {part: "run" for part in arguments if part.startswith("runs/")}
@@ -206,7 +220,7 @@ def running(module: str, arguments: list[str], cwd: Path) -> Iterator[None]:
 def test_section(title: str, offline: Path, granted: Path, tmp_path: Path) -> None:
     for path in offline.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    server = f"127.0.0.1:{free_port()}"
+    server, web = (f"127.0.0.1:{port}" for port in free_ports(2))
     blocks = SECTIONS[title]
     with ExitStack() as stack:
 
@@ -214,16 +228,20 @@ def test_section(title: str, offline: Path, granted: Path, tmp_path: Path) -> No
             stack.enter_context(running("serve", arguments, tmp_path))
 
         text = "".join(block for _, block in blocks)
-        if DEFAULT_TARGET in text and "-m serve " not in text:
-            serve(["--checkpoint", str(granted / "run"), "--port", server.partition(":")[2]])
+        if (DEFAULT_TARGET in text or WEB in text) and "-m serve " not in text:
+            ports = ["--port", server.partition(":")[2], "--http-port", web.partition(":")[2]]
+            serve(["--checkpoint", str(granted / "run"), *ports])
         for kind, block in blocks:
             if kind == "python":
-                program = block.replace(DEFAULT_TARGET, server)
+                program = block.replace(DEFAULT_TARGET, server).replace(WEB, web)
                 (tmp_path / "runpy_block.py").write_text(program, encoding="utf-8")
                 assert_runs("runpy_block", [], tmp_path, block)
                 continue
             for line in lines(block):
-                module, *arguments = reduced(line, server)
+                if line[0] == "curl":
+                    assert_answers([part.replace(WEB, web) for part in line])
+                    continue
+                module, *arguments = reduced(line, server, web)
                 take_for_granted([module, *arguments], granted, tmp_path)
                 if module == "serve":
                     serve(arguments)
