@@ -36,7 +36,7 @@ def endless(config: Callable[..., Path]) -> Path:
     """A run that ends only by being killed, however fast the machine is."""
     return config(
         model={"dropout": 0.2},
-        optim={"schedule": "constant"},
+        optim={"schedule": "constant", "warmup_steps": 5},
         train={
             "steps": 1_000_000,
             "checkpoint_every": 5,
