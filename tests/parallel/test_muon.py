@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from gpt_dist.config.command_line import build
@@ -199,8 +202,7 @@ COUNTS = {
 """By number of ranks: by micro-batches in a step, number of steps and strategies."""
 
 
-@pytest.fixture(scope="module")
-def shown() -> dict[int, list[dict[str, Any]]]:
+def compute() -> dict[int, list[dict[str, Any]]]:
     """By number of ranks: what each rank found."""
     _, state = alone(0, 2)
     found, first = {}, 2
@@ -208,6 +210,20 @@ def shown() -> dict[int, list[dict[str, Any]]]:
     for size, strategies in STRATEGIES.items():
         found[size] = on_ranks(work, arrays, first, size=size)
         arrays, first = found[size][0]["state"], first + len(strategies)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What `compute` returns. One of pytest's workers computes it for all, as it takes a minute."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / "muon.pickle"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_bytes(pickle.dumps(compute()))
+    found: dict[int, list[dict[str, Any]]] = pickle.loads(file.read_bytes())
     return found
 
 
