@@ -341,8 +341,8 @@ class Decoder:
         slots, ids, positions = slots[right], ids[right], positions[right]
         self._prefixes.append(slots, positions, ids)
         self._tokens[slots] = tokens[right]  # of several for a slot the last stays
+        self._generated[slots] += positions + 1 - self._lengths[slots]
         self._lengths[slots] = positions + 1
-        np.add.at(self._generated, slots, 1)
         for row, slot in zip(right.tolist(), slots.tolist(), strict=True):
             asked = self._params[slot].logprobs
             if asked is None:

@@ -61,7 +61,8 @@ class PrefixCache:
     def append(self, slots: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
         """Note that a step has cached tokens, each at a position in a slot."""
         self._tokens[slots, positions] = tokens
-        np.minimum.at(self._prefilled, slots, positions)
+        slots, positions = slots[::-1], positions[::-1]  # of several in a slot the first counts
+        self._prefilled[slots] = np.minimum(self._prefilled[slots], positions)
 
     def tokens(self, slot: int, length: int) -> np.ndarray:
         """(length,) the first tokens of a slot."""
