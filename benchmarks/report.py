@@ -95,6 +95,20 @@ def serving(found: Record) -> str:
     )
 
 
+def speculation(found: Record) -> str:
+    def cell(values: Record) -> str:
+        return "{ratio:.2f}× ({lowest:.2f}–{highest:.2f})".format(**values)
+
+    texts = found["by_text"]
+    batches = list(next(iter(texts.values())))
+    rows = [[text, *(cell(values[batch]) for batch in batches)] for text, values in texts.items()]
+    return (
+        f"Tokens/s with `--speculate auto` ÷ tokens/s without; {found['model']}, backend "
+        f"`{found['backend']}`:\n\n"
+        + table(["text", *(f"batch {batch}" for batch in batches)], rows)
+    )
+
+
 def serving_rpc(found: Record) -> str:
     if "median_share" in found:
         shares = sorted(found["shares"])
@@ -262,6 +276,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "scaling": ("Scaling", scaling, ()),
     "data": ("Data", data, ("tiktoken",)),
     "serving": ("Decoding beside other engines", serving, ("transformers", "ctranslate2")),
+    "speculation": ("Decoding with speculation", speculation, ()),
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
     "gpu": ("One GPU", gpu, ()),
 }

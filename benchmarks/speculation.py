@@ -46,6 +46,11 @@ def passage(index: int, length: int = 400) -> str:
     return text[start : start + length]
 
 
+def story(index: int) -> str:
+    """The beginning of a story, another one for each index."""
+    return f"Once upon a time there was a girl with {index} dogs. She"
+
+
 KINDS: dict[str, tuple[Callable[[int], str], dict[str, float]]] = {
     "list": (
         lambda n: "".join(f"{i}. The {['big', 'red', 'tree'][i % 3]} {n}.\n" for i in range(1, 12)),
@@ -58,8 +63,8 @@ KINDS: dict[str, tuple[Callable[[int], str], dict[str, float]]] = {
         GREEDY,
     ),
     "copied passage": (lambda n: 2 * (passage(n) + "\n\n") + passage(n)[:40], GREEDY),
-    "story": (lambda n: f"Once upon a time there was a girl with {n} dogs. She", GREEDY),
-    "story, drawn": (lambda n: f"Once upon a time there was a girl with {n} dogs. She", DRAWN),
+    "story": (story, GREEDY),
+    "story, drawn": (story, DRAWN),
     "noise": (lambda n: "", DRAWN),
 }
 """Prompts by index, and how they are continued. Noise begins with random tokens."""
