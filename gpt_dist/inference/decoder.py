@@ -214,10 +214,10 @@ class Decoder:
 
     def flush(self) -> None:
         """Compute what `prefill` has collected. Whatever needs it does this by itself."""
-        collected, self._collected = self._collected, []
-        for _, same in groupby(collected, key=lambda each: each[0].version):
+        for _, same in groupby(self._collected, key=lambda each: each[0].version):
             chunks = list(same)
             self._backend.prefill(chunks[0][0].data, [chunk for _, chunk in chunks])
+        self._collected = []  # if that failed, no slot may go on as if it were computed
 
     def score(self, slot: int, ids: Ids, start: int = 0, top: int = 0) -> Scores:
         """Cache all but the last of ``ids`` as `prefill` does, and score all but the first.

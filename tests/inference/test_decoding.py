@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT
 from tests.conftest import break_compiler
 from tests.decoders import SHAPES, small_model, use_backend
+from tests.fake_decoder import expected, fake_decoder
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -434,3 +436,17 @@ def test_short_prompts_go_through_the_model_together(
     assert results[0] == results[1]
     assert calls[:4] == [128, 87, 33, 8]
     kernels.decoder_library.cache_clear()
+
+
+def test_prompts_whose_computation_failed_are_not_taken_for_cached() -> None:
+    decoder, backend = fake_decoder(2, 64)
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    for slot, ids in enumerate(prompts):
+        decoder.prefill(slot, ids[:-1])
+        decoder.activate(slot, GREEDY, ids)
+    with mock.patch.object(backend, "prefill", side_effect=MemoryError):
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                decoder.step()
+    found = [decoder.step().tokens for _ in range(5)]
+    assert list(zip(*found, strict=True)) == [tuple(expected(ids, 0, 1, 5)) for ids in prompts]
