@@ -266,6 +266,17 @@ def call_record(given: Any) -> CallRecord:
     return CallRecord(given if valid else uuid.uuid4().hex)
 
 
+def note_failure(gate: Gate, name: str, error: Exception, record: CallRecord) -> StatusError:
+    """Count and note a call's failure, an unexpected one with its traceback; returns its status."""
+    if not isinstance(error, StatusError):
+        log.exception("%s failed", name, extra={"request_id": record.request_id})
+        error = internal()
+    if error.reason in REJECTIONS:
+        gate.refused(error.reason)
+    record.notes["error"] = error.message
+    return error
+
+
 def log_call(
     gate: Gate, name: str, code: grpc.StatusCode, began: float, peer: str, record: CallRecord
 ) -> None:
@@ -333,16 +344,11 @@ class _Frame:
 
     async def abort(self, error: Exception) -> None:
         """End the call with the status of an error; raises."""
-        if not isinstance(error, StatusError):
-            log.exception("%s failed", self.name, extra={"request_id": self.record.request_id})
-            error = internal()
-        self.code = error.code
-        if error.reason in REJECTIONS:
-            self.gate.refused(error.reason)
-        self.record.notes["error"] = error.message
-        trailing = ((DETAILS, error.details()), (REQUEST_ID, self.record.request_id))
+        status = note_failure(self.gate, self.name, error, self.record)
+        self.code = status.code
+        trailing = ((DETAILS, status.details()), (REQUEST_ID, self.record.request_id))
         try:
-            await self.context.abort(error.code, error.message, trailing)
+            await self.context.abort(status.code, status.message, trailing)
         except grpc.aio.AbortError:
             raise
         except Exception:  # the caller has left

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -17,11 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.api.callers import caller, identify
 from serve.api.gate import Gate
-from serve.api.rpc import REJECTIONS, REQUEST_ID, call_record, current, log_call
-from serve.api.status import StatusError, internal
+from serve.api.rpc import REQUEST_ID, call_record, current, log_call, note_failure
+from serve.api.status import StatusError
 from serve.http import errors
-
-log = logging.getLogger("serve")
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -92,14 +89,9 @@ async def answer(
     except _Left:
         pass
     except Exception as error:
-        if not isinstance(error, StatusError):
-            log.exception("%s failed", name, extra={"request_id": record.request_id})
-            error = internal()
-        code = error.code
-        if error.reason in REJECTIONS:
-            gate.refused(error.reason)
-        record.notes["error"] = error.message
-        await writer.fail(error)
+        status = note_failure(gate, name, error, record)
+        code = status.code
+        await writer.fail(status)
     finally:
         if entered:
             gate.leave(name)

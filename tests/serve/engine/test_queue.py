@@ -7,14 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from serve.engine.jobs import Event, Job, QueueFull, Sequence, Started, Token
+from serve.engine.jobs import Job, QueueFull, Sequence, Started, Token
 from serve.engine.queue import ACCOUNTS, Queue
 from serve.engine.scheduler import Scheduler
 from tests.fake_decoder import VOCABULARY, fake_decoder
-
-
-def ignore(event: Event) -> None:
-    raise AssertionError("the engine delivers events, not the scheduler")
+from tests.serve.engine.test_ticks import ignore
 
 
 def job(caller: str, length: int = 5, **options: int) -> Sequence:
