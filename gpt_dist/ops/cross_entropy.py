@@ -7,6 +7,7 @@ for the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,18 @@ import torch
 from torch import Tensor
 
 from gpt_dist.ops import native_training as native
-from gpt_dist.ops.linear import add_to_main_grad, fuses
+from gpt_dist.ops import triton
+from gpt_dist.ops.linear import add_product_, add_to_main_grad, fuses
 from gpt_dist.ops.registry import register_in_place
 
 CHUNK_BYTES = 1 << 28
-"""Upper bound of one chunk of logits."""
+"""Upper bound of one chunk of logits on a CPU, and on any device a size that is always allowed."""
+
+GPU_CHUNK_BYTES = 1 << 32
+"""Upper bound on a GPU, where every chunk rewrites the head's gradient; see `chunk_bytes`."""
+
+GPU_SHARE = 32
+"""A chunk takes at most one part in so many of a GPU's memory."""
 
 PIECE = 8192
 """Rows of the head that are converted at once on a CPU."""
@@ -50,6 +58,20 @@ def linear_cross_entropy(
         hidden, weight, targets, vocab_size, dtype, wanted, fuses(weight)
     )
     return loss
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Upper bound of one chunk of logits on a device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CHUNK_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_BYTES, min(GPU_CHUNK_BYTES, memory // GPU_SHARE))
+
+
+def chunk_rows(rows: int, row_bytes: int, most: int) -> int:
+    """Rows of a chunk: as few chunks as ``most`` bytes allow, of equal size."""
+    chunks = math.ceil(rows / max(1, most // row_bytes))
+    return math.ceil(rows / chunks) if chunks else 1
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
@@ -106,6 +128,15 @@ def _cpu(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
     return losses
 
 
+def _cuda(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+    taken = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
+    if taken and triton.available():
+        from gpt_dist.ops.triton import cross_entropy
+
+        return cross_entropy.cross_entropy_(logits, targets, classes)
+    return _gradients_(logits, targets, classes)
+
+
 def _fake(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 
@@ -115,6 +146,7 @@ _cross_entropy_ = register_in_place(
     _gradients_,
     fake=_fake,
     cpu=_cpu,
+    cuda=_cuda,
 )
 
 
@@ -143,14 +175,15 @@ class _Head:
             torch.mm(inputs, piece.t(), out=logits[:, rows])
         return logits
 
-    def backward(self, slopes: Tensor) -> Tensor:
-        """Gradients (N, P) of logits → gradients (N, C) of their inputs."""
-        total: Tensor | None = None
+    def backward(self, slopes: Tensor, grad: Tensor) -> None:
+        """Gradients (N, P) of logits → ``grad``, the gradients (N, C) of their inputs."""
+        if self.rows >= len(self.weight):
+            torch.mm(slopes, self.weight.to(self.dtype), out=grad)
+            return
+        total = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         for rows, piece in self.pieces():
-            part = slopes[:, rows] @ piece
-            total = part if total is None else total.float().add_(part)
-        assert total is not None
-        return total
+            total += slopes[:, rows] @ piece
+        grad.copy_(total)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -167,7 +200,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         backward = wanted and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         device = hidden.device.type
-        rows = max(1, CHUNK_BYTES // (dtype.itemsize * weight.shape[0]))
+        row_bytes = dtype.itemsize * weight.shape[0]
+        rows = chunk_rows(len(hidden), row_bytes, chunk_bytes(hidden.device))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if backward else None
         grad_weight = None
@@ -179,16 +213,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = head.logits(inputs)
                 losses = cross_entropy_(logits, labels, vocab_size)
                 total += losses.sum()
-                if grad_hidden is None:
-                    continue
-                grad_hidden[part] = head.backward(logits)
-                if not ctx.needs_input_grad[1]:
-                    continue
-                if fused:
+                if grad_hidden is not None:
+                    head.backward(logits, grad_hidden[part])
+                if grad_hidden is None or not ctx.needs_input_grad[1]:
+                    pass
+                elif fused:
                     add_to_main_grad(weight, logits, inputs)
-                    continue
-                piece = logits.t() @ inputs
-                grad_weight = piece.float() if grad_weight is None else grad_weight.add_(piece)
+                else:
+                    fresh = grad_weight is None
+                    if grad_weight is None:
+                        wide = torch.promote_types(dtype, torch.float32)
+                        grad_weight = torch.empty_like(weight, dtype=wide)
+                    add_product_(grad_weight, logits, inputs, fresh)
+                del logits  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.fused, ctx.dtypes = fused, (hidden.dtype, weight.dtype)
         return total
@@ -197,7 +234,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        if ctx.fused and scale != 1:
+        # On a GPU the comparison would wait for the device.
+        if ctx.fused and scale.device.type == "cpu" and scale != 1:
             raise ValueError("within fused_accumulation, scale the gradients, not the loss")
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(scale)

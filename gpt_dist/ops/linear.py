@@ -92,7 +92,18 @@ def add_to_main_grad(parameter: Tensor, left: Tensor, right: Tensor) -> None:
     fresh = parameter.grad is None
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter)
-    _add_product_(parameter.grad, left, right, fresh)
+    add_product_(parameter.grad, left, right, fresh)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    """Add ``left.T @ right`` to ``total`` in place, or overwrite it where it is ``fresh``.
+
+    Args:
+        total: (M, N), fp32 or the dtype of the others.
+        left: (K, M), as ``right`` (K, N).
+        fresh: whether ``total`` holds nothing yet.
+    """
+    _add_product_(total, left, right, fresh)
 
 
 def _cast(x: Tensor) -> Tensor:
@@ -109,16 +120,26 @@ def _reference(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
         product = left[:, rows].t() @ right
         if fresh:
             total[rows] = product
-        elif product.device.type == "cpu" and native.takes(product) and total.is_contiguous():
+        elif native.takes(product) and total.is_contiguous():
             native.run("add", product.dtype, total[rows], product, total[rows], product.numel())
         else:
             total[rows] += product
+
+
+def _cuda(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right, beta=0 if fresh else 1)
+    elif fresh:
+        torch.mm(left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
 
 
 _add_product_ = register_in_place(
     "add_product_(Tensor(a!) total, Tensor left, Tensor right, bool fresh) -> ()",
     _reference,
     fake=lambda total, left, right, fresh: None,
+    cuda=_cuda,
 )
 
 

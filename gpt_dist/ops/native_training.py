@@ -61,8 +61,9 @@ def kernels() -> dict[str, Callable[..., None]] | None:
 
 
 def takes(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels can read this CPU tensor: one of ``dtypes``, by default bf16 or fp32."""
-    return x.dtype in (dtypes or _SUFFIXES) and concrete(x) and kernels() is not None
+    """Whether the kernels can read a tensor: on the CPU, of ``dtypes``, by default bf16 or fp32."""
+    on_cpu = x.device.type == "cpu"
+    return on_cpu and x.dtype in (dtypes or _SUFFIXES) and concrete(x) and kernels() is not None
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
