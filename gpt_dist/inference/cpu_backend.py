@@ -71,6 +71,10 @@ class CpuBackend:
         self._tokens = np.zeros(self.rows_at_once, np.int32)
         self._logprobs = np.zeros((self.rows_at_once, 1 + MAX_LOGPROBS), np.float32)
         self._top_ids = np.zeros((self.rows_at_once, MAX_LOGPROBS), np.int32)
+        # Looking up an address takes a microsecond, and a small model's step not many.
+        self._addresses = [row.ctypes.data for row in self._inputs]
+        outputs = self._tokens, self._logprobs, self._top_ids
+        self._outputs = [array.ctypes.data for array in outputs]
         self._scratch: Tensor | None = None
 
     def load(self, model: GPT) -> CpuWeights:
@@ -160,7 +164,8 @@ class CpuBackend:
     ) -> list[np.ndarray]:  # fmt: skip
         """One token for each row, as `TorchBackend.step`."""
         rows = len(slots)
-        self._inputs[:, :rows] = ids, slots, positions
+        for row, values in zip(self._inputs, (ids, slots, positions), strict=True):
+            row[:rows] = values
         shared = bool((slots[1:] == slots[:-1]).any())
         self._forward(weights, rows, self._logits, self._draws, shared)
         return [self._tokens[:rows], self._logprobs[:rows], self._top_ids[:rows]]
@@ -190,10 +195,8 @@ class CpuBackend:
                 weights.model, self.rows_at_once, self._cache.context, self.threads
             )
             self._scratch = kernels.buffer(size)
-        addresses = (row.ctypes.data for row in self._inputs)
-        rows = kernels.Rows(count, *addresses, kernels.pointer(logits), self._stride, shared)
+        rows = kernels.Rows(count, *self._addresses, kernels.pointer(logits), self._stride, shared)
         self._library.forward(
             weights.model, self._cache, rows, self._scratch.data_ptr(), self.threads, draws,
-            self._tokens.ctypes.data, self._logprobs.ctypes.data, self._top_ids.ctypes.data,
-            MAX_LOGPROBS,
+            *self._outputs, MAX_LOGPROBS,
         )  # fmt: skip

@@ -17,8 +17,7 @@ claimed with, so that `Decoder.use` swaps weights under running sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -27,10 +26,11 @@ import torch
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
 from gpt_dist.inference.checks import check_same_shape, checked_tokens
+from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.prefix_cache import Place, PrefixCache
-from gpt_dist.inference.results import Chosen, Chunk, Scores, StepResult, Weights
+from gpt_dist.inference.results import Chosen, Chunk, Scores, StepResult, Weights, chosen
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
-from gpt_dist.inference.speculation import Memory, Speculator, with_guesses
+from gpt_dist.inference.speculation import Speculator, with_guesses
 from gpt_dist.model.gpt import GPT
 
 TOGETHER = 128
@@ -98,6 +98,7 @@ class Decoder:
         self._params: dict[int, SamplingParams] = {}
         self._claimed: set[int] = set()
         self._collected: list[tuple[Weights, Chunk]] = []
+        self._groups: tuple[list[int], list[np.ndarray]] | None = None  # until slots come or go
         self._versions = 0
         self.weights = self.load_weights(model)
 
@@ -140,10 +141,15 @@ class Decoder:
         """Tokens of the slot that are in the cache, also after `free`."""
         return int(self._lengths[slot])
 
-    def tokens(self, slot: int) -> np.ndarray:
-        """The slot's tokens that are in the cache, and for an active slot the one chosen last."""
-        tokens = self._prefixes.tokens(slot, self.length(slot))
-        return np.append(tokens, self._tokens[slot]) if slot in self._params else tokens
+    def tokens(self, slot: int, start: int = 0) -> list[int]:
+        """Tokens of the slot that are in the cache, and for an active slot the one chosen last.
+
+        Args:
+            slot: which.
+            start: index of the first token that is wanted.
+        """
+        cached = self._prefixes.tokens(slot, self.length(slot))[start:].tolist()
+        return [*cached, int(self._tokens[slot])] if slot in self._params else cached
 
     def room(self, slot: int) -> int:
         """Steps that the slot can still take part in."""
@@ -289,7 +295,7 @@ class Decoder:
         self._backend.set(slot, sampling, tokens)
         if self.speculator:
             self.speculator.begin(slot, memory)
-        self._params[slot] = sampling
+        self._params[slot], self._groups = sampling, None
         self._claimed.add(slot)
         self._lengths[slot] = len(tokens) - 1
         self._tokens[slot], self._generated[slot] = tokens[-1], 0
@@ -300,57 +306,55 @@ class Decoder:
         Raises:
             GptDistError: an active slot has no room left.
         """
-        slots = self.active_slots
-        for slot in slots:
-            if not self.room(slot):
-                raise GptDistError(f"slot {slot} is full: free it after {self.max_context} tokens")
-        self.flush()
-        guesses = self._guesses(slots)
-        groups: dict[int, list[int]] = {}  # by weights
-        for slot in slots:
-            groups.setdefault(self.version(slot), []).append(slot)
-        chosen: dict[int, list[Chosen]] = {slot: [] for slot in slots}
-        for group in groups.values():
-            self._step(group, guesses, chosen)
+        slots, groups = self._active()
+        if slots and not min(map(self.room, slots)):
+            full = min(slots, key=self.room)
+            raise GptDistError(f"slot {full} is full: free it after {self.max_context} tokens")
+        if self._collected:
+            self.flush()
+        guesses = {}
+        if self.speculator:
+            # The last place in the cache is for the last token that was guessed rightly.
+            room = lambda slot: self.room(slot) - 1  # noqa: E731
+            guesses = self.speculator.propose(slots, self.tokens, room)
+        rows = [row for group in groups for row in self._step(group, guesses)]
         if self.speculator and slots:
-            self.speculator.learn({slot: [row[0] for row in rows] for slot, rows in chosen.items()})
-        return StepResult.of(chosen, {slot: len(guess) for slot, guess in guesses.items()})
+            self.speculator.learn()
+        return StepResult.of(rows, {slot: len(guess) for slot, guess in guesses.items()})
 
-    def _guesses(self, slots: list[int]) -> dict[int, np.ndarray]:
-        """What to verify in the next step, by slot."""
-        if not self.speculator or not slots:
-            return {}
-        # The last place in the cache is for the last token that was guessed rightly.
-        room = {slot: self.room(slot) - 1 for slot in slots}
-        return self.speculator.propose({slot: partial(self.tokens, slot) for slot in slots}, room)
+    def _active(self) -> tuple[list[int], list[np.ndarray]]:
+        """The active slots, and those of them together that have the same weights."""
+        if self._groups is None:
+            slots = self.active_slots
+            by_version = groupby(sorted(slots, key=self.version), key=self.version)
+            self._groups = slots, [np.array(list(group)) for _, group in by_version]
+        return self._groups
 
     def _step(
-        self, group: list[int], guesses: Mapping[int, np.ndarray], chosen: dict[int, list[Chosen]]
-    ) -> None:
-        """Run a step of slots that have the same weights; adds to what was chosen for each."""
-        weights = self._bound[group[0]]
+        self, slots: np.ndarray, guesses: Mapping[int, Sequence[int]]
+    ) -> list[tuple[int, Chosen]]:
+        """Run a step of slots that have the same weights; what was chosen, with its slot."""
+        weights = self._bound[slots[0]]
         assert weights is not None
-        slots = np.array(group)
         ids, positions = self._tokens[slots], self._lengths[slots]
         if guesses:
             slots, ids, positions = with_guesses(slots, ids, positions, guesses)
         tokens, *details = self._backend.step(
             weights.data, slots, ids, positions, self._lengths, self._generated
         )
-        right = np.flatnonzero(tokens >= 0)
-        slots, ids, positions = slots[right], ids[right], positions[right]
+        if guesses:
+            right = tokens >= 0
+            slots, ids, positions, tokens = (a[right] for a in (slots, ids, positions, tokens))
+            details = [detail[right] for detail in details]
         self._prefixes.append(slots, positions, ids)
-        self._tokens[slots] = tokens[right]  # of several for a slot the last stays
-        self._generated[slots] += positions + 1 - self._lengths[slots]
-        self._lengths[slots] = positions + 1
-        for row, slot in zip(right.tolist(), slots.tolist(), strict=True):
-            asked = self._params[slot].logprobs
-            if asked is None:
-                chosen[slot].append((int(tokens[row]), None, []))
-                continue
-            logprobs, top = details[0][row].tolist(), details[1][row].tolist()
-            best = list(zip(top[: min(asked, self.vocab_size)], logprobs[1:], strict=False))
-            chosen[slot].append((int(tokens[row]), logprobs[0], best))
+        self._tokens[slots] = tokens  # of several for a slot the last stays
+        after = positions + 1
+        self._generated[slots] += after - self._lengths[slots]
+        self._lengths[slots] = after
+        asked = [self._params[slot].logprobs for slot in slots.tolist()]
+        return list(
+            zip(slots.tolist(), chosen(tokens, asked, details, self.vocab_size), strict=True)
+        )
 
     def slide(self, slot: int, ids: Ids) -> None:
         """Make room in an active slot: cache only the last tokens of its sequence.
@@ -376,11 +380,14 @@ class Decoder:
             self._backend.prefill(weights.data, [Chunk(slot, tokens[:-1], 0)])
         self._prefixes.write(slot, 0, tokens[:-1])
         self._backend.slide(slot, dropped)
+        if self.speculator:
+            self.speculator.restart(slot)
         self._lengths[slot], self._tokens[slot] = len(tokens) - 1, tokens[-1]
 
     def free(self, slot: int) -> None:
         """End the slot's sequence; its cache stays for reuse while its weights are the newest."""
-        self._params.pop(slot, None)
+        if self._params.pop(slot, None):
+            self._groups = None
         self._claimed.discard(slot)
         self._prefixes.touch(slot)
         if self._bound[slot] is not self.weights:

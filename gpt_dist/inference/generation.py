@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from gpt_dist.errors import GptDistError
 from gpt_dist.inference.backends import Ids
 from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.results import Scores
 from gpt_dist.inference.sampling import SamplingParams
-from gpt_dist.inference.speculation import Memory
 from gpt_dist.model.gpt import GPT
 
 

@@ -46,7 +46,7 @@ class PrefixCache:
         self.deterministic = deterministic
         self._tokens = np.zeros((slots, context), np.int64)
         self._prefilled = np.zeros(slots, np.int64)
-        """How many tokens of each slot were computed by prefill, not by steps."""
+        """How many tokens of each slot prefill computed, not steps. Kept in deterministic mode."""
         self._owners = np.full(slots, "", object)
         """Whose tokens they are. Others may not even learn from the time that they are there."""
         self._used = np.zeros(slots, np.int64)
@@ -61,8 +61,9 @@ class PrefixCache:
     def append(self, slots: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
         """Note that a step has cached tokens, each at a position in a slot."""
         self._tokens[slots, positions] = tokens
-        slots, positions = slots[::-1], positions[::-1]  # of several in a slot the first counts
-        self._prefilled[slots] = np.minimum(self._prefilled[slots], positions)
+        if self.deterministic:
+            slots, positions = slots[::-1], positions[::-1]  # of several in a slot the first counts
+            self._prefilled[slots] = np.minimum(self._prefilled[slots], positions)
 
     def tokens(self, slot: int, length: int) -> np.ndarray:
         """(length,) the first tokens of a slot."""

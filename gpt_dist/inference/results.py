@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,29 @@ class Chunk:
     """Position of the first of them."""
 
 
+def chosen(
+    tokens: np.ndarray, asked: Sequence[int | None], details: Sequence[np.ndarray], vocab_size: int
+) -> list[Chosen]:
+    """What was chosen in each row of a step.
+
+    Args:
+        tokens: (R,) chosen ids.
+        asked: how many of the most likely tokens each row wants; None for no log-probabilities.
+        details: (R, 1 + N) log-probabilities of the token and of the most likely ones, and (R, N)
+            ids of those; needed if a row asks.
+        vocab_size: there are no more likely tokens than this.
+    """
+    rows: list[Chosen] = []
+    for row, (token, count) in enumerate(zip(tokens.tolist(), asked, strict=True)):
+        if count is None:
+            rows.append((token, None, []))
+            continue
+        logprobs, top = details[0][row].tolist(), details[1][row].tolist()
+        best = zip(top[: min(count, vocab_size)], logprobs[1:], strict=False)
+        rows.append((token, logprobs[0], list(best)))
+    return rows
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step chose: an entry for each token, those of a slot together, slots ascending."""
@@ -47,11 +71,13 @@ class StepResult:
     """How many tokens were guessed, by slot."""
 
     @classmethod
-    def of(cls, chosen: Mapping[int, Sequence[Chosen]], drafted: dict[int, int]) -> StepResult:
-        """The result for what was chosen, by slot."""
-        rows = [(slot, *each) for slot, tokens in chosen.items() for each in tokens]
-        slots, tokens, logprobs, top = map(list, zip(*rows, strict=True)) if rows else ([],) * 4
-        last = [slots[at : at + 2] != [slot, slot] for at, slot in enumerate(slots)]
+    def of(cls, rows: list[tuple[int, Chosen]], drafted: dict[int, int]) -> StepResult:
+        """The result for what was chosen for slots, in the order of each slot's tokens."""
+        rows.sort(key=lambda row: row[0])
+        slots = [slot for slot, _ in rows]
+        columns = zip(*(row for _, row in rows), strict=True)
+        tokens, logprobs, top = map(list, columns) if rows else ([], [], [])
+        last = [slot != after for slot, after in pairwise([*slots, -1])]
         return cls(slots, tokens, logprobs, top, last, drafted)
 
 

@@ -1,83 +1,41 @@
 """Guesses of the next tokens, so that one step can verify several of them.
 
-There is no draft model: a guess is what followed the longest earlier occurrence of the last tokens,
-in the sequence itself (prompt lookup, github.com/apoorvumang/prompt-lookup-decoding) or in earlier
-outputs of the same caller (suffix decoding, arXiv:2411.04975). A step runs the guesses as more rows
-of the sequence, and keeps them up to the first that differs from the token chosen there. So the
-tokens are those of decoding without guesses, whatever is guessed.
+A step runs guesses (`gpt_dist.inference.lookup`) as more rows of the sequence. It keeps them up to
+the first that differs from the token chosen there. So the tokens are those of decoding without
+guesses, whatever is guessed.
 
 How many tokens to guess is a matter of cost. Each sequence counts how often a match of n tokens
 predicted the next one, also where nothing was guessed. The time of a step is measured for each
-number of rows. The guesses that make the most tokens per second are run, often none.
+number of rows. The guesses that make the most tokens per second are run, often none; where a wider
+step costs so much that even a certain guess would not pay, nothing is looked up at all.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-LONGEST = 16
-"""Matches are not told apart beyond this many tokens."""
+from gpt_dist.inference.lookup import CLASSES, Follower, Memory
+
 MOST = 32
 """Maximum number of tokens guessed for one sequence."""
 GAIN = 1.02
 """Guesses are run if they should make at least this many times the tokens per second."""
-OVERHEAD = 0.005
-"""Share of the time that may go into searching while guesses do not pay."""
-PRIOR = 2.0
-"""Weight of what all sequences have shown, in tokens, beside what one sequence has."""
-FADE = 0.95
-"""How fast a sequence forgets: weight of its counts after each token."""
-
-
-class Memory:
-    """The latest tokens of a caller's outputs.
-
-    Args:
-        size: how many tokens are kept.
-    """
-
-    def __init__(self, size: int = 8192) -> None:
-        self.size = size
-        self.tokens = np.zeros(0, np.int64)
-
-    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Remember the tokens of an output."""
-        # The -1 keeps a match from crossing into another output.
-        parts = self.tokens, np.asarray(tokens, np.int64), [-1]
-        self.tokens = np.concatenate(parts)[-self.size :]
-
-
-class Memories:
-    """A `Memory` for each of the latest callers.
-
-    Args:
-        size: how many callers are remembered.
-    """
-
-    def __init__(self, size: int = 256) -> None:
-        self.size = size
-        self._by_caller: OrderedDict[str, Memory] = OrderedDict()
-
-    def of(self, caller: str) -> Memory | None:
-        """The memory of a caller; None for an unknown one, "", who shares with nobody."""
-        if not caller:
-            return None
-        memory = self._by_caller.setdefault(caller, Memory())
-        self._by_caller.move_to_end(caller)
-        if len(self._by_caller) > self.size:
-            self._by_caller.popitem(last=False)
-        return memory
+UNLIKELY = 0.01
+"""A token that is less likely to be reached and right is not guessed."""
+REST = 4
+"""Steps from one look for guesses to the next while none is worth its row."""
+REVIEW = 32
+"""Steps after which the measured times are looked at again."""
 
 
 def with_guesses(
     slots: np.ndarray,
     ids: np.ndarray,
     positions: np.ndarray,
-    guesses: Mapping[int, np.ndarray],
+    guesses: Mapping[int, Sequence[int]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of a step: each slot's last token, then what is guessed to follow it.
 
@@ -95,52 +53,10 @@ def with_guesses(
         for slot, first, position in zip(
             slots.tolist(), ids.tolist(), positions.tolist(), strict=True
         )
-        for offset, token in enumerate([first, *guesses.get(slot, ids[:0]).tolist()])
+        for offset, token in enumerate([first, *guesses.get(slot, ())])
     ]
     every = np.array(rows, np.int64)
     return every[:, 0], every[:, 1], every[:, 2]
-
-
-def lookup(tokens: np.ndarray, earlier: np.ndarray, most: int = MOST) -> tuple[np.ndarray, int]:
-    """Guess what follows a sequence.
-
-    Args:
-        tokens: (T,) the sequence.
-        earlier: (N,) other text in which to look, -1 between its parts.
-        most: maximum number of tokens to guess.
-
-    Returns:
-        The guess, possibly empty, and how many of the last tokens agree at the place that it is
-        from, at most `LONGEST`. The sequence itself goes before the other text where they agree as
-        far, and later places before earlier ones.
-    """
-    guess, agree = tokens[:0], 0
-    for text, own in ((tokens[:-1], True), (earlier[:-1], False)):
-        ends, length = _longest(text, tokens)
-        if length > agree:
-            follows = tokens[ends + 1 :] if own else earlier[ends + 1 :]
-            if own:  # a loop goes on as a loop
-                follows = np.resize(follows, most)
-            elif (limits := np.flatnonzero(follows < 0)).size:
-                follows = follows[: limits[0]]
-            if len(follows):
-                guess, agree = follows[:most], length
-    return guess, agree
-
-
-def _longest(text: np.ndarray, suffix: np.ndarray) -> tuple[int, int]:
-    """Where the longest suffix ends for the last time in a text, and its length."""
-    ends = np.flatnonzero(text == suffix[-1])
-    if not len(ends):
-        return -1, 0
-    length = 1
-    while length < min(LONGEST, len(suffix)):
-        longer = ends[ends >= length]
-        longer = longer[text[longer - length] == suffix[-1 - length]]
-        if not len(longer):
-            break
-        ends, length = longer, length + 1
-    return int(ends[-1]), length
 
 
 class StepTimes:
@@ -155,20 +71,21 @@ class StepTimes:
         self.keep, self.stale = keep, stale
         self._now = 0
         self._measured: dict[int, list[float]] = {}
-        self._medians: dict[int, float] = {}
         self._updated: dict[int, int] = {}
+        self._least: dict[int, float] = {}
 
     def add(self, rows: int, seconds: float) -> None:
         """Note a measurement."""
         self._now += 1
+        if rows not in self._measured or self._now % REVIEW == 0:
+            self._least = {}
         kept = self._measured.setdefault(rows, [])
         kept.append(seconds)
         del kept[: -self.keep]
-        self._medians[rows] = sorted(kept)[len(kept) // 2]
         self._updated[rows] = self._now
         if self._now % self.stale == 0:
             for count in [n for n, at in self._updated.items() if at <= self._now - self.stale]:
-                del self._measured[count], self._medians[count], self._updated[count]
+                del self._measured[count], self._updated[count]
 
     def estimate(self, rows: int) -> np.ndarray:
         """Seconds of a step with 0, 1, ..., ``rows`` rows; inf where no step was nearly as wide.
@@ -176,10 +93,12 @@ class StepTimes:
         Between two measured numbers it is interpolated. Up to twice the highest one a row costs
         what it costs up to there, as far as that is known: so wider steps are tried by and by.
         """
-        if not self._medians:
+        if not self._measured:
             return np.full(rows + 1, np.inf)
-        counts = np.array(sorted(self._medians))
-        times = np.array([self._medians[count] for count in counts])
+        counts = np.array(sorted(self._measured))
+        times = np.array(
+            [sorted(kept)[len(kept) // 2] for _, kept in sorted(self._measured.items())]
+        )
         # More rows never take less time; where it seems so, something else took the time.
         times = np.minimum.accumulate(times[::-1])[::-1]
         every = np.arange(rows + 1)
@@ -189,6 +108,19 @@ class StepTimes:
             result += slope * np.maximum(every - counts[-1], 0)
         result[every > 2 * counts[-1]] = np.inf
         return result
+
+    def least_chance(self, active: int) -> float:
+        """How likely guesses must be to be worth their rows beside ``active`` sequences.
+
+        Above 1 no guess is.
+        """
+        if active not in self._least:
+            seconds = self.estimate(active + MOST)[active:]
+            more = np.arange(1, MOST + 1)
+            with np.errstate(invalid="ignore"):
+                chances = active * (GAIN * seconds[1:] / seconds[0] - 1) / more
+            self._least[active] = float(np.nan_to_num(chances, nan=np.inf).min())
+        return self._least[active]
 
 
 class Speculator:
@@ -205,110 +137,75 @@ class Speculator:
     ) -> None:
         self.rows, self.clock = rows, clock
         self.times = StepTimes()
+        self._shared = [0.0] * CLASSES
         self._memories: list[Memory | None] = [None] * slots
-        # By length of the match: tokens predicted rightly, and predicted at all.
-        self._hits = np.zeros((slots, LONGEST + 1))
-        self._trials = np.zeros((slots, LONGEST + 1))
-        self._all_hits, self._all_trials = np.zeros(LONGEST + 1), np.full(LONGEST + 1, 1.0)
-        self._guesses: dict[int, tuple[np.ndarray, int]] = {}
-        self._drafts: dict[int, np.ndarray] = {}
-        self._pause = np.zeros(slots, np.int64)
+        self._followers = [Follower() for _ in range(slots)]
+        self._rest = 0
         self._started = 0.0
+        self._count = 0
 
     def begin(self, slot: int, memory: Memory | None = None) -> None:
         """Start a sequence; ``memory`` has other text of its caller."""
-        self._memories[slot] = memory
-        for counts in (self._hits, self._trials, self._pause):
-            counts[slot] = 0
+        self._memories[slot], self._rest = memory, 0
+        self.restart(slot)
+
+    def restart(self, slot: int) -> None:
+        """Forget the tokens of a slot; they are asked for again."""
+        self._followers[slot] = Follower(self._memories[slot], self._shared)
 
     def propose(
-        self, texts: Mapping[int, Callable[[], np.ndarray]], room: Mapping[int, int]
-    ) -> dict[int, np.ndarray]:
+        self,
+        slots: Sequence[int],
+        news: Callable[[int, int], list[int]],
+        room: Callable[[int], int],
+    ) -> dict[int, list[int]]:
         """Guesses that are worth their rows in the next step, by slot.
 
         Args:
-            texts: for each active slot a function that returns its tokens.
-            room: tokens that may be guessed for each slot.
+            slots: the active slots.
+            news: returns the tokens of a slot from an index on.
+            room: returns how many tokens may be guessed for a slot.
         """
+        drafts: dict[int, list[int]] = {}
+        self._rest -= 1
+        if slots and self._rest <= 0 and (least := self.times.least_chance(len(slots))) <= 1:
+            for slot in slots:
+                follower = self._followers[slot]
+                follower.extend(news(slot, len(follower.tokens)))
+            likely = [slot for slot in slots if self._followers[slot].chance() >= least]
+            drafts = self._choose(likely, len(slots), room)
+            self._rest = 0 if drafts else REST
+        self._count = len(slots) + sum(map(len, drafts.values()))
         self._started = self.clock()
-        empty = np.zeros(0, np.int64)
-        self._guesses = {}
-        for slot, tokens in texts.items():
-            if self._pause[slot] > 0:
-                self._pause[slot] -= 1
-                continue
-            memory = self._memories[slot]
-            self._guesses[slot] = lookup(tokens(), memory.tokens if memory else empty)
-        lengths = self._choose(len(texts), room)
-        self._drafts = {slot: self._guesses[slot][0][:n] for slot, n in lengths.items()}
-        now = self.clock()
-        if self._guesses:
-            self._rest(now - self._started)
-        self._started = now
-        return self._drafts
+        return drafts
 
-    def learn(self, tokens: Mapping[int, list[int]]) -> None:
-        """Note what the step chose for each slot. Call it right after the step."""
-        rows = sum(1 + len(self._drafts.get(slot, ())) for slot in tokens)
-        self.times.add(rows, self.clock() - self._started)
-        for slot, chosen in tokens.items():
-            if slot not in self._guesses:
-                continue
-            guess, agree = self._guesses[slot]
-            for index, (wanted, token) in enumerate(zip(guess, chosen, strict=False)):
-                self._count(slot, min(agree + index, LONGEST), wanted == token)
+    def learn(self) -> None:
+        """Note how long the step took. Call it right after the step."""
+        self.times.add(self._count, self.clock() - self._started)
 
-    def _count(self, slot: int, agree: int, right: bool) -> None:
-        self._hits[slot] *= FADE
-        self._trials[slot] *= FADE
-        for hits, trials in (
-            (self._hits[slot], self._trials[slot]),
-            (self._all_hits, self._all_trials),
-        ):
-            hits[agree] += right
-            trials[agree] += 1
-        if self._all_trials[agree] > 1000:
-            self._all_hits[agree] /= 2
-            self._all_trials[agree] /= 2
-
-    def _chances(self, slot: int) -> np.ndarray:
-        """How likely each token of the slot's guess is to be reached and right, one by one."""
-        guess, agree = self._guesses[slot]
-        shared = self._all_hits / self._all_trials
-        rates = (self._hits[slot] + PRIOR * shared) / (self._trials[slot] + PRIOR)
-        lengths = np.minimum(agree + np.arange(len(guess)), LONGEST)
-        return np.cumprod(rates[lengths])
-
-    def _choose(self, active: int, room: Mapping[int, int]) -> dict[int, int]:
-        """How many tokens of each guess to run, for the most tokens per second."""
-        entries = [
-            (chance, slot)
-            for slot, (guess, _) in self._guesses.items()
-            if len(guess)
-            for chance in self._chances(slot)[: min(room[slot], MOST)]
-            if chance > 0.01
-        ]
-        if not entries:
-            return {}
+    def _choose(
+        self, slots: Sequence[int], active: int, room: Callable[[int], int]
+    ) -> dict[int, list[int]]:
+        """Guesses for ``slots``, as long as makes the most tokens per second."""
+        guesses: dict[int, list[int]] = {}
+        entries: list[tuple[float, int]] = []
+        for slot in slots:
+            follower = self._followers[slot]
+            guesses[slot] = follower.guess(min(room(slot), MOST))
+            chance = 1.0
+            for index in range(len(guesses[slot])):
+                chance *= follower.chance(index)
+                if chance < UNLIKELY:
+                    break
+                entries.append((chance, slot))
         entries.sort(key=lambda entry: -entry[0])
         entries = entries[: max(0, self.rows - active)]
-        tokens = active + np.cumsum([0.0] + [chance for chance, _ in entries])
-        seconds = self.times.estimate(active + len(entries))[active:]
-        if not np.isfinite(seconds[0]) or seconds[0] <= 0:
+        if not entries:
             return {}
-        rate = tokens / seconds
+        tokens = active + np.cumsum([0.0] + [chance for chance, _ in entries])
+        rate = tokens / self.times.estimate(active + len(entries))[active:]
         best = int(rate.argmax())
         if rate[best] < GAIN * rate[0]:
             return {}
-        lengths: dict[int, int] = {}
-        for _, slot in entries[:best]:
-            lengths[slot] = lengths.get(slot, 0) + 1
-        return lengths
-
-    def _rest(self, seconds: float) -> None:
-        """Pause searches that did not pay, so that they take no more than `OVERHEAD`."""
-        step = self.times.estimate(len(self._guesses))[-1]
-        if np.isfinite(step) and step > 0:
-            pause = min(int(seconds / (OVERHEAD * step)), 32)
-            for slot in self._guesses.keys() - self._drafts.keys():
-                self._pause[slot] = pause
+        chosen = [slot for _, slot in entries[:best]]
+        return {slot: guesses[slot][: chosen.count(slot)] for slot in dict.fromkeys(chosen)}

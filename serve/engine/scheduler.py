@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.lookup import Memories
 from gpt_dist.inference.prefix_cache import ALIGNMENT
-from gpt_dist.inference.speculation import Memories
 from serve.engine.jobs import (
     Ended,
     Event,
@@ -212,7 +212,7 @@ class Scheduler:
     def _remember(self, job: Job) -> None:
         """Keep a sequence's output for the guesses of its caller's later ones."""
         if isinstance(job, Sequence) and (memory := self._memories.of(job.owner)):
-            memory.add(self.decoder.tokens(job.slot)[len(job.ids) :])
+            memory.add(self.decoder.tokens(job.slot, len(job.ids)))
 
     def _step(self, events: list[tuple[Job, Event]]) -> None:
         """Generate one token for each running sequence, and release finished ones."""
