@@ -2,8 +2,9 @@
 
     python benchmarks/speculation.py --json benchmarks/results/speculation.json
 
-Each kind of text has prompts of its own for every sequence of a batch. The tokens must be the same
-with and without guesses. Without a checkpoint the model is GPT-2 124M with random weights.
+Each kind of text has prompts of its own for every sequence of a batch. Both decoders take their
+steps in turns, and must choose the same tokens; prefill is not measured. Without a checkpoint the
+model is GPT-2 124M with random weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import run_main
 from gpt_dist.inference.decoder import Decoder
-from gpt_dist.inference.generation import generate_many
+from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
@@ -79,23 +80,44 @@ def prompts(kind: str, batch: int, tokenizer: Tokenizer, room: int) -> list[list
     ]
 
 
+class Contestant:
+    """A decoder with the sequences of one batch, and what they have taken so far."""
+
+    def __init__(
+        self, decoder: Decoder, texts: list[list[int]], params: list[SamplingParams], new: int
+    ) -> None:
+        self.decoder, self.new = decoder, new
+        self.tokens: list[list[int]] = [[] for _ in texts]
+        self.seconds, self.steps = 0.0, 0
+        memory = Memory()
+        for slot, (ids, sampling) in enumerate(zip(texts, params, strict=True)):
+            decoder.prefill(slot, ids[:-1])
+            decoder.activate(slot, sampling, ids, memory)
+        decoder.flush()
+
+    def step(self) -> bool:
+        """Take one step; whether there is another."""
+        began = time.perf_counter()
+        result = self.decoder.step()
+        self.seconds += time.perf_counter() - began
+        self.steps += 1
+        for slot, token in zip(result.slots, result.tokens, strict=True):
+            self.tokens[slot].append(token)
+        for slot in self.decoder.active_slots:
+            if len(self.tokens[slot]) >= self.new:
+                self.decoder.free(slot)
+        return bool(self.decoder.active_slots)
+
+
 def run(
-    decoder: Decoder, texts: list[list[int]], params: list[SamplingParams], new: int
-) -> tuple[float, int, list[tuple[int, int]]]:
-    """Seconds, steps and tokens of one batch, prefill included."""
-    steps, step = 0, decoder.step
-
-    def counted() -> Any:
-        nonlocal steps
-        steps += 1
-        return step()
-
-    decoder.step = counted  # type: ignore[method-assign]
-    began = time.perf_counter()
-    tokens = list(generate_many(decoder, texts, params, new))
-    seconds = time.perf_counter() - began
-    decoder.step = step  # type: ignore[method-assign]
-    return seconds, steps, sorted(tokens)
+    decoders: dict[str, Decoder], texts: list[list[int]], params: list[SamplingParams], new: int
+) -> dict[str, Contestant]:
+    """Decode one batch with each decoder, step by step in turns: what disturbs one disturbs all."""
+    runs = {name: Contestant(decoder, texts, params, new) for name, decoder in decoders.items()}
+    going = list(runs.values())
+    while going:
+        going = [contestant for contestant in going[::-1] if contestant.step()]
+    return runs
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,23 +137,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for kind, batch in track(cases, "measuring", console=Console(stderr=True)):
         texts = prompts(kind, batch, tokenizer, room)
         params = [SamplingParams(seed=index, **KINDS[kind][1]) for index in range(batch)]
-        rounds: list[dict[str, tuple[float, int, list[tuple[int, int]]]]] = []
-        for number in range(-1, args.rounds):
-            order = list(decoders) if number % 2 else list(decoders)[::-1]
-            results = {name: run(decoders[name], texts, params, args.new) for name in order}
-            if results["off"][2] != results["auto"][2]:
+        rounds: list[dict[str, Contestant]] = []
+        for _ in range(args.rounds + 1):
+            results = run(decoders, texts, params, args.new)
+            pairs = zip(results["off"].tokens, results["auto"].tokens, strict=True)
+            if any(off[: args.new] != auto[: args.new] for off, auto in pairs):
                 raise SystemExit(f"{kind}, batch {batch}: the tokens differ")
             rounds.append(results)
         rounds = rounds[1:]  # the first one warms up
-        count = len(rounds[0]["off"][2])
-        ratios = [each["off"][0] / each["auto"][0] for each in rounds]
+        count = args.new * batch
+        ratios = [each["off"].seconds / each["auto"].seconds for each in rounds]
         found.setdefault(kind, {})[batch] = {
             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
             "tokens_per_second": {
-                name: count / statistics.median(each[name][0] for each in rounds)
+                name: count / statistics.median(each[name].seconds for each in rounds)
                 for name in decoders
             },
-            "tokens_per_step": count / statistics.median(each["auto"][1] for each in rounds),
+            "tokens_per_step": count / statistics.median(each["auto"].steps for each in rounds),
         }  # fmt: skip
     size = model.num_parameters(embeddings=False) * BYTES[decoders["off"].dtype]
     return {
