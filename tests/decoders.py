@@ -22,6 +22,14 @@ SHAPES = {
     "no qkv bias": {"qkv_bias": False},
     "odd sizes": {"n_embd": 42, "n_head": 3, "mlp_hidden": 50, "vocab_size": 131},
     "wide heads": {"n_embd": 160, "n_head": 2},
+    "nanochat": {"architecture": "nanochat"},
+    "shared keys": {
+        "architecture": "nanochat",
+        "n_embd": 40,
+        "n_kv_head": 2,
+        "mlp_hidden": 50,
+        "vocab_size": 131,
+    },
 }
 
 

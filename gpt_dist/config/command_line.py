@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from gpt_dist.config.conflicts import combination_problems
 from gpt_dist.config.migrations import former_names, get, has, migrate, put, remove
 from gpt_dist.config.planning import HELP, PARSERS, PlanOptions, plan_options
 from gpt_dist.config.settings import (
     DEFAULT_TOKENIZER,
     Config,
     ModelConfig,
-    combination_problems,
     flags,
 )
 from gpt_dist.config.unheard import COMMAND_LINE, FILE, unheard

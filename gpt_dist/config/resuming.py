@@ -86,7 +86,7 @@ MAY_CHANGE = (
         ),
         "From the next step on. The weights do not depend on it.",
     ),
-    Rule(("train.init_from",), NO_EFFECT),
+    Rule(("train.init_from", "model.zero_projections", "model.zero_head"), NO_EFFECT),
     Rule(("out_dir", "resume"), "Say where the run is, not what it is."),
 )
 """All other settings are fixed: another value is refused."""

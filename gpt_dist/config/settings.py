@@ -10,7 +10,17 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
+
+from gpt_dist.config.architectures import ARCHITECTURES, Architecture, Name
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -60,10 +70,15 @@ Mixture = Annotated[dict[str, Positive], BeforeValidator(_mixture), AfterValidat
 
 
 class ModelConfig(Section):
+    architecture: Name = "gpt2"
+    """gpt2; or nanochat: rotary positions, norms without weights, squared ReLU, capped logits."""
     n_layer: CountOrZero = 12
     """Transformer blocks; 0 is the bigram baseline (embedding and head only)."""
     n_head: Count = 12
     """Attention heads; must divide n_embd."""
+    n_kv_head: Count | None = None
+    """Heads of keys and values, each for n_head / n_kv_head heads of queries; null = n_head. Fewer
+    need less memory for the KV cache. gpt2 always has n_head."""
     n_embd: Count = 768
     """Width of the residual stream."""
     mlp_hidden: Count | None = None
@@ -75,24 +90,64 @@ class ModelConfig(Section):
     dropout: Fraction = 0.0
     """Dropout on embeddings, attention weights and residual branches."""
     bias: bool = True
-    """Biases in linear layers and layer norms."""
+    """Biases in linear layers and layer norms; nanochat has none."""
     qkv_bias: bool | None = None
     """Bias of the query/key/value projection; null = same as `bias`."""
     tie_embeddings: bool = True
-    """Share the token embedding with the output head."""
+    """Share the token embedding with the output head; false by default for nanochat."""
     norm: Literal["pre", "post"] = "pre"
     """Layer norm before each branch (GPT-2) or after each addition (GPT-1)."""
+    zero_projections: bool = False
+    """Begin with zeros in the projections into the residual stream, so that at first every block
+    passes on what it gets."""
+    zero_head: bool = False
+    """Begin with zeros in the output head, so that at first all tokens are equally likely."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_defaults(cls, data: Any, handler: ModelWrapValidatorHandler[ModelConfig]) -> Any:
+        """Fill in the architecture's own defaults; they do not count as set by the user."""
+        if not isinstance(data, dict):
+            return handler(data)
+        names = [name for name in ARCHITECTURES if name == data.get("architecture", "gpt2")]
+        defaults = ARCHITECTURES[names[0]].defaults if names else {}
+        filled = {key: value for key, value in defaults.items() if key not in data}
+        model = handler(data | filled)
+        model.model_fields_set.difference_update(filled)
+        return model
+
+    @property
+    def parts(self) -> Architecture:
+        """What the architecture is made of."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """Width inside the MLP."""
+        return self.mlp_hidden or 4 * self.n_embd
 
     @property
     def shape(self) -> dict[str, Any]:
         """What decides which weights the model has, without nulls that mean another setting."""
         return {
+            "architecture": self.architecture,
             "n_layer": self.n_layer,
             "n_head": self.n_head,
+            "n_kv_head": self.kv_heads,
             "n_embd": self.n_embd,
-            "mlp_hidden": self.mlp_hidden or 4 * self.n_embd,
+            "mlp_hidden": self.hidden,
             "context_length": self.context_length,
             "vocab_size": self.vocab_size,
             "bias": self.bias,
@@ -336,69 +391,6 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(show, value))
     return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def shape_problems(config: Config, world_size: int = 1) -> list[str]:
-    """Conflicts between the model's shape and other settings, one line each."""
-    problems = []
-    model, batch = config.model, config.train.batch_tokens
-    if model.n_embd % model.n_head:
-        problems.append(f"model.n_head = {model.n_head}: must divide model.n_embd = {model.n_embd}")
-    if model.n_layer == 0 and model.norm == "post":
-        problems.append("model.norm = post: needs at least one layer, but model.n_layer = 0")
-    quantum = model.context_length * world_size
-    if batch % quantum:
-        near = max(1, round(batch / quantum)) * quantum
-        problems.append(
-            f"train.batch_tokens = {batch}: must be a multiple of "
-            f"model.context_length * ranks = {model.context_length} * {world_size} = {quantum}, "
-            f"for example {near}"
-        )
-    return problems
-
-
-def combination_problems(config: Config, world_size: int = 1) -> list[str]:
-    """Conflicts between settings that are each valid alone, one line each.
-
-    Where ``train.init_from`` is yet to fill in the model's shape, that is left out.
-    """
-    problems = [] if config.unset_shape else shape_problems(config, world_size)
-    train, optim = config.train, config.optim
-    if optim.schedule != "constant" and optim.min_lr > optim.lr:
-        problems.append(f"optim.min_lr = {optim.min_lr:g}: must be at most optim.lr = {optim.lr:g}")
-    if config.optim.rates.head != KindConfig() and config.model.tie_embeddings:
-        problems.append(
-            "optim.rates.head: needs model.tie_embeddings = false; a tied head is the embedding"
-        )
-    if optim.name == "muon" and (optim.rates.matrices.beta1, optim.rates.matrices.beta2) != (
-        None,
-        None,
-    ):
-        problems.append(
-            "optim.rates.matrices.beta1, beta2: need optim.name = adamw; Muon has optim.momentum"
-        )
-    if train.steps is None and train.epochs is None:
-        problems.append("train.steps = null: set train.steps or train.epochs")
-    if train.epochs is None and train.steps is not None and optim.warmup_steps > train.steps:
-        problems.append(
-            f"optim.warmup_steps = {optim.warmup_steps}: "
-            f"must be at most train.steps = {train.steps}"
-        )
-    parallel = config.parallel
-    if train.compile is True and parallel.shards_weights:
-        problems.append(
-            "train.compile = true: not with parallel.zero_stage = 3, which gathers the weights "
-            "between the operations that would be fused; set it to false or use stage 0 to 2"
-        )
-    if parallel.strategy != "deepspeed":
-        for key in ("offload", "deepspeed_config"):
-            if getattr(parallel, key):
-                problems.append(f"parallel.{key}: needs parallel.strategy = deepspeed")
-    elif parallel.offload and parallel.zero_stage < 2:
-        problems.append(
-            f"parallel.offload = true: needs parallel.zero_stage 2 or 3, not {parallel.zero_stage}"
-        )
-    return problems
 
 
 def to_yaml(config: Config) -> str:

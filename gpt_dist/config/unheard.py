@@ -107,10 +107,12 @@ RULES = (
     Rule(
         (
             "model.n_head",
+            "model.n_kv_head",
             "model.mlp_hidden",
             "model.dropout",
             "model.bias",
             "model.qkv_bias",
+            "model.zero_projections",
             "model.activation_checkpointing",
         ),
         "model.n_layer",

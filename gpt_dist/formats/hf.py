@@ -1,10 +1,9 @@
-"""Models to and from Hugging Face's format: configuration, parameter names, safetensors files.
+"""Models to and from Hugging Face's format: ``config.json`` and safetensors files.
 
-A pre-LN model is a ``gpt2`` there. A post-LN model is an ``openai-gpt`` (GPT-1), whose MLP is
-always 4 * n_embd wide. Both store matrices as (in, out) and have all biases, so biases that our
-model lacks become zeros. ``config.json`` says which they are, under ``gpt_dist``; read back, they
-are left out again if they are still zeros. This module does not import transformers, and nothing is
-ever unpickled.
+`gpt_dist.formats.hf_layouts` says how each kind of model is described and stored there. Where a
+format has biases that our model lacks, they become zeros. ``config.json`` says which they are,
+under ``gpt_dist``; read back, they are left out again if they are still zeros. This module does not
+import transformers, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,20 +20,14 @@ from torch import Tensor
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.formats.hf_layouts import LAYOUTS, layout_of
 from gpt_dist.formats.hf_tokenizers import read_tokenizer
 from gpt_dist.model.empty import meta_model
 from gpt_dist.model.gpt import VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import Tokenizer
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-"""Matrices that Hugging Face's Conv1D stores as (in, out) and a linear layer as (out, in)."""
-
-GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
-GELU_TANH = {"gelu_new", "gelu_pytorch_tanh"}
 OURS = "gpt_dist"
 """Key of ``config.json`` for what the format itself cannot say."""
-EPSILON = 1e-5
-"""In every layer norm: the default of PyTorch and of GPT-2."""
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -66,44 +59,27 @@ def to_hf_config(config: ModelConfig, eot_id: int | None, dtype: torch.dtype) ->
             "model.n_layer = 0: transformers has no architecture for the bigram baseline, which "
             "lacks positions and layer norm; export a model with n_layer >= 1"
         )
-    gpt1 = config.norm == "post"
-    hidden = config.mlp_hidden or 4 * config.n_embd
-    if gpt1 and hidden != 4 * config.n_embd:
-        raise UsageError(
-            f"model.mlp_hidden = {hidden}: a model with model.norm = post is exported as "
-            f"openai-gpt, whose MLP is always 4 * n_embd = {4 * config.n_embd} wide"
-        )
+    layout = layout_of(config)
     data: dict[str, Any] = {
-        "architectures": ["OpenAIGPTLMHeadModel" if gpt1 else "GPT2LMHeadModel"],
-        "model_type": "openai-gpt" if gpt1 else "gpt2",
+        "architectures": [layout.model_class],
+        "model_type": layout.model_type,
         "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_ctx": config.context_length,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        # openai-gpt calls the tanh approximation "gelu".
-        **({"afn": "gelu"} if gpt1 else {"activation_function": "gelu_new", "n_inner": hidden}),
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "layer_norm_epsilon": EPSILON,
+        **layout.to_config(config),
         "initializer_range": 0.02,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        OURS: {key: config.shape[key] for key in ("bias", "qkv_bias")},
     }
-    if not gpt1:
-        data |= {"scale_attn_weights": True, "use_cache": True}
+    if layout.filled(config) != config:
+        data[OURS] = {key: config.shape[key] for key in ("bias", "qkv_bias")}
     return data
 
 
 def to_hf_weights(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """Rename and transpose parameters one at a time, and add missing biases as zeros.
+    """Rename, cut and transpose parameters one at a time, and add missing biases as zeros.
 
     Args:
         config: of the model.
@@ -111,27 +87,20 @@ def to_hf_weights(
         dtype: of the result.
 
     Yields:
-        (name, contiguous tensor) of ``GPT2LMHeadModel`` or ``OpenAIGPTLMHeadModel``.
+        (name, contiguous tensor) of the class in ``config.json``.
     """
-    present = set()
+    layout, present = layout_of(config), set()
     for name, tensor in weights:
         present.add(name)
         kept = tensor[: config.vocab_size] if name in VOCAB_PARAMETERS else tensor
-        turned = kept.t() if name.endswith(TRANSPOSED) else kept
-        yield hf_name(config, name), turned.to(dtype).contiguous()
-    biased = parameter_shapes(config.model_copy(update={"bias": True, "qkv_bias": True}))
-    for name, shape in biased.items():
+        pieces = layout.pieces(config, name)
+        sizes = [len(kept) if piece.rows is None else piece.rows for piece in pieces]
+        for piece, part in zip(pieces, kept.split(sizes), strict=True):
+            turned = part.t() if piece.transposed else part
+            yield piece.name, turned.to(dtype).contiguous()
+    for name, shape in parameter_shapes(layout.filled(config)).items():
         if name not in present:
-            yield hf_name(config, name), torch.zeros(shape, dtype=dtype)
-
-
-def hf_name(config: ModelConfig, name: str) -> str:
-    """``h.0.ln_1.weight`` → ``transformer.h.0.ln_1.weight``."""
-    if name == "lm_head.weight":
-        return name
-    if config.norm == "post":
-        name = GPT1_NAMES.get(name, name)
-    return f"transformer.{name}"
+            yield layout.pieces(config, name)[0].name, torch.zeros(shape, dtype=dtype)
 
 
 # --- theirs → ours ------------------------------------------------------------------------------
@@ -150,7 +119,7 @@ def load_pretrained(
         tokenizer.
 
     Raises:
-        UsageError: the directory holds no GPT-2 in safetensors files.
+        UsageError: the directory holds no model of a known kind in safetensors files.
         GptDistError: a file is damaged or a tensor is missing. The iterator raises it too.
     """
     directory = Path(directory)
@@ -177,49 +146,14 @@ def from_hf_config(data: dict[str, Any], where: str | Path) -> ModelConfig:
         where: the file's name, for error messages.
 
     Raises:
-        UsageError: another architecture, or a variant of GPT-2 that computes something else.
+        UsageError: another kind of model, or a variant that computes something else.
     """
-    kind = data.get("model_type")
-    if kind not in ("gpt2", "openai-gpt"):
+    layout = LAYOUTS.get(str(data.get("model_type")))
+    if layout is None:
         raise UsageError(
-            f"{where}: model_type is {kind!r}; valid are gpt2, and openai-gpt for post-LN models"
+            f"{where}: model_type is {data.get('model_type')!r}; valid are {', '.join(LAYOUTS)}"
         )
-    gpt1 = kind == "openai-gpt"
-    activation = data.get("afn", "gelu") if gpt1 else data.get("activation_function", "gelu_new")
-    epsilon = data.get("layer_norm_epsilon", EPSILON)
-    reasons = [
-        (activation not in ({"gelu"} if gpt1 else GELU_TANH), f"activation {activation!r}"),
-        (epsilon != EPSILON, f"layer_norm_epsilon {epsilon}"),
-        (data.get("scale_attn_weights", True) is not True, "scale_attn_weights false"),
-        (bool(data.get("scale_attn_by_inverse_layer_idx")), "scale_attn_by_inverse_layer_idx"),
-        (bool(data.get("add_cross_attention")), "add_cross_attention"),
-        (bool(data.get("quantization_config")), "quantized weights"),
-    ]
-    for wrong, what in reasons:
-        if wrong:
-            raise UsageError(f"{where}: {what}: this variant of GPT-2 is not supported")
-    try:
-        config = ModelConfig(
-            n_layer=data.get("n_layer", 12),
-            n_head=data.get("n_head", 12),
-            n_embd=data.get("n_embd", 768),
-            mlp_hidden=data.get("n_inner"),
-            context_length=data.get("n_positions", 512 if gpt1 else 1024),
-            vocab_size=data.get("vocab_size", 40478 if gpt1 else 50257),
-            dropout=data.get("resid_pdrop", 0.1),
-            tie_embeddings=data.get("tie_word_embeddings", True),
-            norm="post" if gpt1 else "pre",
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{where}: {key} = {first['input']!r}: {first['msg'].lower()}") from None
-    if config.n_layer == 0 or config.n_embd % config.n_head:
-        raise UsageError(
-            f"{where}: n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}: "
-            "not a GPT-2 (n_layer >= 1, n_head divides n_embd)"
-        )
-    return config
+    return layout.from_config(data, where)
 
 
 def without_zeros(config: ModelConfig, ours: Any, files: dict[str, Path]) -> ModelConfig:
@@ -230,6 +164,8 @@ def without_zeros(config: ModelConfig, ours: Any, files: dict[str, Path]) -> Mod
         ours: what our export wrote into ``config.json``; anything else where it did not.
         files: tensor name → file. Biases that were trained since are not zeros, and stay.
     """
+    if layout_of(config).filled(config) == config:
+        return config
     try:
         lacking = ModelConfig(bias=ours["bias"], qkv_bias=ours["qkv_bias"])
     except (TypeError, KeyError, ValidationError):
@@ -237,7 +173,7 @@ def without_zeros(config: ModelConfig, ours: Any, files: dict[str, Path]) -> Mod
     smaller = config.model_copy(update={"bias": lacking.bias, "qkv_bias": lacking.qkv_bias})
     opened = {file: open_safetensors(file) for file in set(files.values())}
     for name in parameter_shapes(config).keys() - parameter_shapes(smaller).keys():
-        key = _stored_name(config, name, files)
+        key = _stored_name(config, layout_of(config).pieces(config, name)[0].name, files)
         if key is None or opened[files[key]].get_tensor(key).any():
             return config
     return smaller
@@ -285,30 +221,36 @@ def _read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     opened = {file: open_safetensors(file) for file in set(files.values())}
     for name, shape in parameter_shapes(config).items():
-        key = _stored_name(config, name, files)
-        if key is None:
-            where = next(iter(files.values())).parent
-            raise GptDistError(f"{where}: the weights lack the tensor {hf_name(config, name)}")
-        tensor: Tensor = opened[files[key]].get_tensor(key)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise GptDistError(f"{files[key]}: {key} is {tensor.dtype}; valid are fp32, bf16, fp16")
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        if name in VOCAB_PARAMETERS and len(tensor) == stored_rows:
-            tensor = tensor[: config.vocab_size]
-        if tuple(tensor.shape) != shape:
-            raise GptDistError(
-                f"{files[key]}: {key} has the shape {tuple(tensor.shape)}, "
-                f"but config.json implies {shape}"
-            )
-        yield name, tensor.to(torch.float32).contiguous()
+        parts = []
+        for piece in layout_of(config).pieces(config, name):
+            key = _stored_name(config, piece.name, files)
+            if key is None:
+                where = next(iter(files.values())).parent
+                raise GptDistError(f"{where}: the weights lack the tensor {piece.name}")
+            part: Tensor = opened[files[key]].get_tensor(key)
+            if not part.is_floating_point() or part.dtype.itemsize < 2:
+                raise GptDistError(
+                    f"{files[key]}: {key} is {part.dtype}; valid are fp32, bf16, fp16"
+                )
+            if piece.transposed:
+                part = part.t()
+            if name in VOCAB_PARAMETERS and len(part) == stored_rows:
+                part = part[: config.vocab_size]
+            wanted = shape if piece.rows is None else (piece.rows, *shape[1:])
+            if tuple(part.shape) != wanted:
+                raise GptDistError(
+                    f"{files[key]}: {key} has the shape {tuple(part.shape)}, "
+                    f"but config.json implies {wanted}"
+                )
+            parts.append(part.to(torch.float32))
+        yield name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _stored_name(config: ModelConfig, name: str, files: dict[str, Path]) -> str | None:
-    """The name of a parameter among stored tensors; None where it is not there."""
-    full = hf_name(config, name)
+    """The name of one of their tensors among stored ones; None where it is not there."""
     # The hub's gpt2 uses the names of GPT2Model, which has no prefix and no head.
-    return next((k for k in (full, full.removeprefix("transformer.")) if k in files), None)
+    short = name.removeprefix(layout_of(config).prefix)
+    return next((key for key in (name, short) if key in files), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -84,6 +84,10 @@ def to_llmc(model: GPT, dtype: torch.dtype) -> Iterator[bytes]:
     reasons = [
         (dtype not in VERSIONS.values(), "its files hold fp32 or bf16"),
         (
+            config.architecture != "gpt2",
+            f"its models are GPT-2s (model.architecture = {config.architecture})",
+        ),
+        (
             config.n_layer == 0,
             "it needs at least one layer (model.n_layer = 0, the bigram baseline)",
         ),

@@ -32,8 +32,9 @@ def model_card(
     """
     config = model.config
     architecture = hf_config["architectures"][0]
+    norms = f" ({config.norm}-LN)" if config.parts.norm == "layer" else ""
     rows = [
-        ("architecture", f"`{architecture}` ({config.norm}-LN)"),
+        ("architecture", f"`{architecture}`{norms}"),
         ("parameters", f"{model.num_parameters():,}"),
         ("layers / heads / width", f"{config.n_layer} / {config.n_head} / {config.n_embd}"),
         ("context", f"{config.context_length:,} tokens"),
@@ -54,7 +55,7 @@ def model_card(
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     notes = ""
-    if not config.bias or config.qkv_bias is False:
+    if "gpt_dist" in hf_config and (not config.bias or config.qkv_bias is False):
         notes += "The trained model lacks some biases; they are stored as zeros.\n\n"
     if tokenizer.name == "char":
         notes += "Each token is one character. A prompt may contain only characters of the "

@@ -60,7 +60,8 @@ def make_backend(
     model: GPT, slots: int, context: int, device: torch.device, dtype: str, deterministic: bool
 ) -> Backend:
     """The fastest backend on this machine for the device."""
-    small = model.config.n_embd // model.config.n_head <= kernels.MAX_HEAD_SIZE
-    if device.type == "cpu" and small and kernels.decoder_library() is not None:
+    small = model.config.head_size <= kernels.MAX_HEAD_SIZE
+    plain = model.config.architecture == "gpt2"
+    if device.type == "cpu" and small and plain and kernels.decoder_library() is not None:
         return CpuBackend(model, slots, context, dtype)
     return TorchBackend(model, slots, context, device, dtype, deterministic)

@@ -12,11 +12,9 @@ from gpt_dist.errors import UsageError
 
 def check_same_shape(given: ModelConfig, needed: ModelConfig) -> None:
     """Raise a ``UsageError`` that names what differs between the shapes of two models."""
-    ignored = {"dropout", "activation_checkpointing"}
-    theirs, ours = (config.model_dump(exclude=ignored) for config in (given, needed))
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UsageError(f"model.{key} = {theirs[key]}: these weights need {value}")
+    for key, value in needed.shape.items():
+        if given.shape[key] != value:
+            raise UsageError(f"model.{key} = {given.shape[key]}: these weights need {value}")
 
 
 def checked_tokens(

@@ -106,7 +106,7 @@ class CpuBackend:
             width=config.n_embd,
             hidden=config.mlp_hidden or 4 * config.n_embd,
             wte=kernels.pointer(kernels.own(model.wte.weight, keep)),
-            wpe=kernels.pointer(kernels.own(model.wpe.weight, keep)) if config.n_layer else None,
+            wpe=kernels.pointer(kernels.own(model.wpe.weight, keep)) if model.wpe else None,
             layers=layers,
             final_norm=kernels.norm(model.ln_f, keep) if final else kernels.Norm(),
             head=kernels.pack(model.head_weight[: model.vocab_size], None, self.dtype, keep),

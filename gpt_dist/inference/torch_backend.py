@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_dist import ops
+from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import Plan, Sampler, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
@@ -61,21 +63,40 @@ class Norm:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class RMSNorm:
+    """An RMSNorm without weights, in fp32."""
+
+    def __init__(self, module: Any, device: Any) -> None:
+        self.eps = module.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.eps)
+
+
+NORMS: dict[str, Callable[[Any, Any], Callable[[Tensor], Tensor]]] = {
+    "layer": Norm,
+    "rms": RMSNorm,
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": ops.gelu, "relu2": ops.relu2}
+
+
 class Layer:
     """The weights of one block."""
 
-    def __init__(self, block: Block, dtype: str, device: Any) -> None:
+    def __init__(self, block: Block, config: ModelConfig, dtype: str, device: Any) -> None:
         def linear(module: Any) -> Linear:
             return Linear(module.weight, module.bias, dtype, device)
 
+        norm = NORMS[config.parts.norm]
         self.pre_norm = block.pre_norm
-        self.ln_1, self.ln_2 = Norm(block.ln_1, device), Norm(block.ln_2, device)
+        self.activation = ACTIVATIONS[config.parts.activation]
+        self.ln_1, self.ln_2 = norm(block.ln_1, device), norm(block.ln_2, device)
         self.qkv, self.mix = linear(block.attn.c_attn), linear(block.attn.c_proj)
         self.up, self.down = linear(block.mlp.c_fc), linear(block.mlp.c_proj)
 
     def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         def mlp(x: Tensor) -> Tensor:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
+            return self.down(self.activation(self.up(x)))
 
         if self.pre_norm:
             x = x + self.mix(attend(self.qkv(self.ln_1(x))))
@@ -89,9 +110,12 @@ class TorchWeights:
     """One set of weights, a copy; with the CUDA graphs that were recorded for it."""
 
     embedding: Tensor
+    first: Callable[[Tensor], Tensor] | None
+    """Norm of the embedding."""
     positions: Tensor | None
     layers: list[Layer]
-    final: Norm | None
+    final: Callable[[Tensor], Tensor] | None
+    """Norm before the head."""
     head: Linear
     graphs: dict[Any, tuple[Any, tuple[Tensor, ...]]] = field(default_factory=dict)
 
@@ -116,15 +140,17 @@ class TorchBackend:
         deterministic: bool,
     ) -> None:  # fmt: skip
         config = model.config
+        self.parts = config.parts
         self.slots, self.context, self.device = slots, context, device
         self.dtype, self.deterministic = dtype, deterministic
-        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.kv_heads
+        self.head_size = config.head_size
         self.sampler = Sampler(slots, model.vocab_size, device)
         # On CPU, attention with a single query is many times slower in bf16 than in fp32.
         wide = dtype == "fp32" or device.type == "cpu"
         # One more position than a full slot has: idle rows write there.
         self.cache = torch.zeros(
-            (config.n_layer, 2, slots, config.n_head, context + 1, self.head_size),
+            (config.n_layer, 2, slots, config.kv_heads, context + 1, self.head_size),
             dtype=torch.float32 if wide else torch.bfloat16,
             device=device,
         )
@@ -141,12 +167,14 @@ class TorchBackend:
     def load(self, model: GPT) -> TorchWeights:
         """Copy the weights of ``model`` in this decoder's dtype."""
         device, config = self.device, model.config
-        final = Norm(model.ln_f, device) if config.n_layer and config.norm == "pre" else None
-        wpe = model.wpe.weight.detach() if config.n_layer else None
+        norm = NORMS[config.parts.norm]
+        final = norm(model.ln_f, device) if config.n_layer and config.norm == "pre" else None
+        wpe = model.wpe.weight.detach() if model.wpe else None
         return TorchWeights(
             embedding=model.wte.weight.detach().to(device, torch.float32, copy=True),
+            first=norm(model.ln_e, device) if config.parts.norm_embedding else None,
             positions=None if wpe is None else wpe.to(device, torch.float32, copy=True),
-            layers=[Layer(block, self.dtype, device) for block in model.h],  # type: ignore[arg-type]
+            layers=[Layer(block, config, self.dtype, device) for block in model.h],  # type: ignore[arg-type]
             final=final,
             head=Linear(model.head_weight, None, self.dtype, device),
         )
@@ -265,16 +293,21 @@ class TorchBackend:
         mask = (keys[None, :] <= positions[:, None])[:, None, None, :]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            query, key, value = self._heads(qkv)  # each (rows, heads, head size)
+            query, key, value = self._heads(qkv, positions)  # each (rows, heads, head size)
             cache = self.cache[layer]
-            cache[0].index_put_((slots, self._all_heads, positions_), key)
-            cache[1].index_put_((slots, self._all_heads, positions_), value)
+            cache[0].index_put_((slots, heads, positions_), key)
+            cache[1].index_put_((slots, heads, positions_), value)
             mixed = F.scaled_dot_product_attention(
-                query[:, :, None], cache[0, :rows, :, :length], cache[1, :rows, :, :length], mask
+                query[:, :, None],
+                cache[0, :rows, :, :length],
+                cache[1, :rows, :, :length],
+                mask,
+                enable_gqa=self.n_kv_head != self.n_head,
             )
             return mixed.flatten(1).float()
 
         slots, positions_ = slots[:, None], positions[:, None]
+        heads = torch.arange(self.n_kv_head, device=self.device)[None, :]
         x = self._layers(weights, ids, positions, attend)
         index = positions + self.dropped[:rows] + 1  # in the sequence, of the token to choose
         return self.sampler.sample(self._head(weights, x), plan, index, generated, active)
@@ -292,24 +325,31 @@ class TorchBackend:
         mask = torch.arange(end, device=self.device)[None, :] <= places[:, None]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            query, key, value = (part.transpose(0, 1) for part in self._heads(qkv))
+            query, key, value = (part.transpose(0, 1) for part in self._heads(qkv, places))
             cache = self.cache[layer, :, slot]
             cache[0, :, start : start + used] = key[:, :used]
             cache[1, :, start : start + used] = value[:, :used]
             mixed = F.scaled_dot_product_attention(
-                query[None], cache[0, None, :, :end], cache[1, None, :, :end], mask
+                query[None],
+                cache[0, None, :, :end],
+                cache[1, None, :, :end],
+                mask,
+                enable_gqa=self.n_kv_head != self.n_head,
             )
             return mixed[0].transpose(0, 1).flatten(1).float()
 
         return self._layers(weights, tokens, places, attend)[:used]
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        shape = (len(qkv), 3, self.n_head, self.head_size)
-        return qkv.view(shape).to(self.cache.dtype).unbind(1)
-
-    @property
-    def _all_heads(self) -> Tensor:
-        return torch.arange(self.n_head, device=self.device)[None, :]
+    def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (rows, heads, head size) of rows at some positions."""
+        heads, parts = (self.n_head, self.n_kv_head), self.parts
+        if parts.positions == "rotary":
+            qkv = ops.rotary(qkv, positions, *heads, parts.rotary_base, parts.eps)
+        shaped = qkv.view(len(qkv), -1, self.head_size).to(self.cache.dtype)
+        found: tuple[Tensor, ...] = shaped.split(
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=1
+        )
+        return found
 
     @staticmethod
     def _layers(
@@ -317,15 +357,16 @@ class TorchBackend:
         attend: Callable[[int, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         x = weights.embedding[ids]
+        if weights.first is not None:
+            x = weights.first(x)
         if weights.positions is not None:
             x = x + weights.positions[positions.clamp(max=len(weights.positions) - 1)]
         for index, layer in enumerate(weights.layers):
             x = layer(x, partial(attend, index))
         return x if weights.final is None else weights.final(x)
 
-    @staticmethod
-    def _head(weights: TorchWeights, x: Tensor) -> Tensor:
-        return weights.head(x)
+    def _head(self, weights: TorchWeights, x: Tensor) -> Tensor:
+        return ops.soft_cap(weights.head(x), self.parts.soft_cap)
 
 
 def _power(count: int, least: int) -> int:

@@ -1,9 +1,10 @@
-"""GPT-2 as OpenAI published it; the same weights train and decode.
+"""The language model; the same weights train and decode.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; layout as in
-openai/gpt-2 ``model.py``: pre-LN blocks, tanh GELU, learned positions, output head tied to the
-token embedding. Parameter names are those of Hugging Face's GPT-2, without its ``transformer.``
-prefix; matrices are stored (out, in).
+It is GPT-2 as OpenAI published it (Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"): pre-LN blocks, tanh GELU, learned positions, output head tied to the token embedding.
+``model.architecture`` replaces some of these parts by others (`gpt_dist.config.architectures`).
+Parameter names are those of Hugging Face's GPT-2, without its ``transformer.`` prefix; matrices are
+stored (out, in).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_dist import ops
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.model.layers import Dropout, Embedding, GeluLinear, LayerNorm, Linear
+from gpt_dist.model.layers import ACTIVATIONS, Dropout, Embedding, Linear, Rotary, norm
 
 PADDING = 128
 """The vocabulary is padded to a multiple of this, for speed. Padding rows stay zero."""
@@ -32,27 +33,29 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.n_embd
+        width, rotary = config.n_embd, config.parts.positions == "rotary"
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(width, 3 * width, bias=qkv_bias)
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
+        self.c_attn = Linear(width, width + 2 * config.kv_heads * config.head_size, bias=qkv_bias)
+        self.rotary = Rotary(config) if rotary else nn.Identity()
         self.c_proj = Linear(width, width, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = ops.attention(self.c_attn(x), self.n_head, dropout)
+        qkv = self.rotary(self.c_attn(x))
+        mixed = ops.attention(qkv, self.n_head, dropout, self.n_kv_head)
         return cast(Tensor, self.resid_dropout(self.c_proj(mixed)))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh GELU."""
+    """Two linear layers around an activation."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = config.mlp_hidden or 4 * config.n_embd
-        self.c_fc = Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = GeluLinear(hidden, config.n_embd, bias=config.bias)
+        of_activation = ACTIVATIONS[config.parts.activation]
+        self.c_fc = Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = of_activation(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,10 +69,9 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         # A post-norm's output is the residual stream, which stays fp32.
-        norm = LayerNorm if self.pre_norm else nn.LayerNorm
-        self.ln_1 = norm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config, stream=not self.pre_norm)
         self.attn = Attention(config)
-        self.ln_2 = norm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config, stream=not self.pre_norm)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,28 +103,33 @@ class GPT(nn.Module):
         self.lm_head = (
             None if config.tie_embeddings else nn.Linear(config.n_embd, padded, bias=False)
         )
+        parts, deep = config.parts, config.n_layer > 0
+        self.ln_e = norm(config, stream=True) if parts.norm_embedding else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.n_layer:
+        self.wpe: nn.Embedding | None = None
+        if deep and parts.positions == "learned":
             self.wpe = nn.Embedding(config.context_length, config.n_embd)
-            self.drop = Dropout(config.dropout)
-        self.ln_f: nn.Module = nn.Identity()
-        if config.n_layer and config.norm == "pre":
-            # fp32 output: the loss scales its gradient, which would lose precision in bf16.
-            self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.drop = Dropout(config.dropout if deep else 0.0)
+        # fp32 output: the loss scales its gradient, which would lose precision in bf16.
+        final = deep and config.norm == "pre"
+        self.ln_f = norm(config, stream=True) if final else nn.Identity()
         self.init_weights()
         # Kept, because under ZeRO-3 each rank holds only a part of every parameter.
         self.shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """N(0, 0.02); projections into the residual stream scaled by 1/sqrt(2 * n_layer)."""
+        """N(0, 0.02); projections into the residual stream scaled by 1/sqrt(2 * n_layer), or 0."""
+        config = self.config
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
             scale = 1.0
             if name.endswith("c_proj.weight"):
-                scale = 1 / math.sqrt(2 * self.config.n_layer)
+                scale = 0.0 if config.zero_projections else 1 / math.sqrt(2 * config.n_layer)
+            if name == "lm_head.weight" and config.zero_head:
+                scale = 0.0
             nn.init.normal_(parameter, std=0.02 * scale)
             if name in VOCAB_PARAMETERS:
                 parameter[self.vocab_size :] = 0
@@ -139,9 +146,10 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{time} tokens do not fit the context of {self.config.context_length}"
             )
-        x = self.wte(ids)
-        if self.config.n_layer:
-            x = self.drop(x + self.wpe(torch.arange(time, device=ids.device)))
+        x = self.ln_e(self.wte(ids))
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(time, device=ids.device))
+        x = self.drop(x)
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -163,21 +171,24 @@ class GPT(nn.Module):
             With ``targets`` the sum of the cross-entropies in nats, a scalar in fp32. Without
             them logits: (B, T, vocab_size), or (N, vocab_size) of the N chosen positions.
         """
-        x = self.hidden(ids)
+        x, cap = self.hidden(ids), self.config.parts.soft_cap
         if targets is None:
             if positions is not None:
                 x = x[positions]
-            return F.linear(x, self.head_weight)[..., : self.vocab_size]
+            logits = F.linear(x, self.head_weight)[..., : self.vocab_size]
+            return ops.soft_cap(logits, cap)
         return ops.linear_cross_entropy(
-            x.flatten(0, 1), self.head_weight, targets.flatten(), self.vocab_size
+            x.flatten(0, 1), self.head_weight, targets.flatten(), self.vocab_size, cap
         )
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Parameters without padding; ``embeddings=False`` also without positions (for FLOPs)."""
+        """Parameters without padding; ``embeddings=False`` also without those that are only looked
+        up, never multiplied (for FLOPs): positions, and tokens unless they are the head too."""
+        looked_up = {"wpe.weight"} if self.lm_head is None else {"wpe.weight", "wte.weight"}
         total = 0
         for name, shape in self.shapes.items():
             rows = self.vocab_size if name in VOCAB_PARAMETERS else shape[0]
-            if embeddings or name != "wpe.weight":
+            if embeddings or name not in looked_up:
                 total += rows * math.prod(shape[1:])
         return total
 

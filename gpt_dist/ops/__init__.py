@@ -5,12 +5,20 @@ implementations for some devices, and their registration with PyTorch's dispatch
 """
 
 from gpt_dist.ops.attention import attention
-from gpt_dist.ops.cross_entropy import linear_cross_entropy
+from gpt_dist.ops.cross_entropy import linear_cross_entropy, soft_cap
 from gpt_dist.ops.dropout import dropout
 from gpt_dist.ops.gelu import gelu
-from gpt_dist.ops.linear import embedding, fused_accumulation, gelu_linear, linear
-from gpt_dist.ops.norm import layer_norm
+from gpt_dist.ops.linear import (
+    embedding,
+    fused_accumulation,
+    gelu_linear,
+    linear,
+    relu2_linear,
+)
+from gpt_dist.ops.norm import layer_norm, rms_norm
+from gpt_dist.ops.relu2 import relu2
 from gpt_dist.ops.residual import add
+from gpt_dist.ops.rotary import rotary
 
 __all__ = [
     "add",
@@ -23,4 +31,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "relu2",
+    "relu2_linear",
+    "rms_norm",
+    "rotary",
+    "soft_cap",
 ]

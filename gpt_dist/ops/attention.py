@@ -20,19 +20,32 @@ BLOCK_SCORES = 1 << 20
 """Most scores of one block, over its sequences and heads."""
 
 
-def attention(qkv: Tensor, n_head: int, dropout: float = 0.0) -> Tensor:
+def attention(
+    qkv: Tensor, n_head: int, dropout: float = 0.0, n_kv_head: int | None = None
+) -> Tensor:
     """Causal scaled dot-product self-attention.
 
     Args:
-        qkv: (B, T, 3 * H * D) queries, keys and values side by side.
+        qkv: (B, T, (H + 2 * K) * D) queries, keys and values side by side.
         n_head: H.
         dropout: share of the attention weights set to zero; on a CPU a multiple of 1/256.
+        n_kv_head: K, which divides H; each head of keys and values is for H / K heads of queries
+            that stand side by side. By default H.
 
     Returns:
         (B, T, H * D).
     """
+    if n_kv_head is not None and n_kv_head != n_head:
+        qkv = repeat_heads(qkv, n_head, n_kv_head)
     mixed: Tensor = _attention(qkv, n_head, dropout)
     return mixed
+
+
+def repeat_heads(qkv: Tensor, n_head: int, n_kv_head: int) -> Tensor:
+    """(B, T, (H + 2 * K) * D) → (B, T, 3 * H * D): keys and values for each head."""
+    heads = qkv.unflatten(2, (n_head + 2 * n_kv_head, -1))
+    shared = heads[:, :, n_head:].repeat_interleave(n_head // n_kv_head, dim=2)
+    return torch.cat([heads[:, :, :n_head], shared], 2).flatten(2)
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

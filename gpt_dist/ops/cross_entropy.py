@@ -35,8 +35,13 @@ CACHED_BYTES = 1 << 21
 """Upper bound of the fp32 logits handled at once on a CPU, so that they stay in its cache."""
 
 
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)``, elementwise; with ``cap`` 0 the logits as they are."""
+    return (logits / cap).tanh() * cap if cap else logits
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float = 0.0
 ) -> Tensor:
     """Sum of the cross-entropies of ``hidden @ weight.T`` against ``targets``.
 
@@ -45,6 +50,7 @@ def linear_cross_entropy(
         weight: (P, C) head; rows from ``vocab_size`` on are padding and are ignored.
         targets: (N,) token ids; a negative target is ignored.
         vocab_size: V, the number of classes.
+        cap: of the logits, as `soft_cap`.
 
     Returns:
         The sum in nats, a scalar in fp32.
@@ -55,7 +61,7 @@ def linear_cross_entropy(
     # needs_input_grad of a Function ignores no_grad.
     wanted = torch.is_grad_enabled()
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, vocab_size, dtype, wanted, fuses(weight)
+        hidden, weight, targets, vocab_size, cap, dtype, wanted, fuses(weight)
     )
     return loss
 
@@ -74,25 +80,26 @@ def chunk_rows(rows: int, row_bytes: int, most: int) -> int:
     return math.ceil(rows / chunks) if chunks else 1
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, classes: int, cap: float = 0.0) -> Tensor:
     """Turn logits into the gradients of their cross-entropies, in place.
 
     Args:
         logits: (N, P); columns from ``classes`` on are padding and become zero.
         targets: (N,) int64; where one is negative, loss and gradients are zero.
         classes: number of classes.
+        cap: the cross-entropies are those of ``soft_cap(logits, cap)``.
 
     Returns:
         (N,) cross-entropies in nats, fp32.
     """
-    losses: Tensor = _cross_entropy_(logits, targets, classes)
+    losses: Tensor = _cross_entropy_(logits, targets, classes, cap)
     return losses
 
 
-def _gradients_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+def _gradients_(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
     counted = targets >= 0
     labels = targets.clamp(min=0).unsqueeze(1)
-    scores = logits[:, :classes].float()
+    scores = soft_cap(logits[:, :classes].float(), cap)
     softmax = scores.softmax(dim=1)
     # The largest probability is 1 / sum(exp(score - largest score)).
     log_sum = scores.amax(dim=1) - softmax.amax(dim=1).log()
@@ -101,14 +108,16 @@ def _gradients_(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
     # On a GPU `.all()` would synchronise.
     if logits.device.type != "cpu" or not counted.all():
         softmax.mul_(counted.unsqueeze(1))
+    if cap:
+        softmax.mul_(1 - (scores / cap).square_())  # the slope of the cap
     logits[:, :classes] = softmax
     logits[:, classes:] = 0
     return losses
 
 
-def _cpu(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+def _cpu(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32)
-    if native.takes(logits) and logits.is_contiguous():
+    if native.takes(logits) and logits.is_contiguous() and not cap:
         rows, columns = logits.shape
         native.run(
             "cross_entropy",
@@ -124,25 +133,25 @@ def _cpu(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        losses[part] = _gradients_(logits[part], targets[part], classes)
+        losses[part] = _gradients_(logits[part], targets[part], classes, cap)
     return losses
 
 
-def _cuda(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
-    taken = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
+def _cuda(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
+    taken = not cap and logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
     if taken and triton.available():
         from gpt_dist.ops.triton import cross_entropy
 
         return cross_entropy.cross_entropy_(logits, targets, classes)
-    return _gradients_(logits, targets, classes)
+    return _gradients_(logits, targets, classes, cap)
 
 
-def _fake(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
+def _fake(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 _cross_entropy_ = register_in_place(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, int classes) -> Tensor",
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, int classes, float cap) -> Tensor",
     _gradients_,
     fake=_fake,
     cpu=_cpu,
@@ -194,6 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         vocab_size: int,
+        cap: float,
         dtype: torch.dtype,
         wanted: bool,
         fused: bool,
@@ -211,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + rows)
                 inputs, labels = hidden[part].to(dtype), targets[part]
                 logits = head.logits(inputs)
-                losses = cross_entropy_(logits, labels, vocab_size)
+                losses = cross_entropy_(logits, labels, vocab_size, cap)
                 total += losses.sum()
                 if grad_hidden is not None:
                     head.backward(logits, grad_hidden[part])
@@ -239,4 +249,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise ValueError("within fused_accumulation, scale the gradients, not the loss")
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtypes[1]).mul_(scale)
-        return grad_hidden.to(ctx.dtypes[0]) * scale, grad_weight, None, None, None, None, None
+        nothing = (None,) * 6
+        return grad_hidden.to(ctx.dtypes[0]) * scale, grad_weight, *nothing

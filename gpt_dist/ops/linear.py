@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from gpt_dist.ops import native_training as native
 from gpt_dist.ops.gelu import gelu, gelu_backward, gelu_forward
 from gpt_dist.ops.registry import concrete, register_in_place
+from gpt_dist.ops.relu2 import relu2
 
 ROWS = 8192
 """Most rows of a matrix whose gradient is computed at once; bounds the product's memory."""
@@ -71,6 +72,11 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(gelu(x), weight, bias)
     y: Tensor = _Linear.apply(_cast(x), weight, bias, True)  # type: ignore[no-untyped-call]
     return y
+
+
+def relu2_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(relu2(x), weight, bias)``."""
+    return linear(relu2(x), weight, bias)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

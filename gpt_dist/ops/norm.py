@@ -1,4 +1,4 @@
-"""Layer norm whose output is in the dtype of the matrix product that reads it."""
+"""Layer norm and RMSNorm, whose output is in the dtype of the matrix product that reads it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,36 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     Returns:
         (..., C) in autocast's dtype where it is on, else in the dtype of ``x``.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y: Tensor = _layer_norm(x, weight, bias, eps, dtype)
+    y: Tensor = _layer_norm(x, weight, bias, eps, _product_dtype(x))
     return y
+
+
+def rms_norm(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) over the last dimension, without weights.
+
+    Args:
+        x: (..., C).
+        eps: added to the mean of the squares.
+        dtype: of the result; by default autocast's where it is on, else that of ``x``.
+
+    Returns:
+        (..., C).
+    """
+    y: Tensor = _rms_norm(x, eps, dtype or _product_dtype(x))
+    return y
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _rms_reference(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype)
+
+
+_rms_norm = register("rms_norm(Tensor x, float eps, ScalarType dtype) -> Tensor", _rms_reference)
 
 
 def _reference(

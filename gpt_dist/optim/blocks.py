@@ -1,7 +1,8 @@
 """What Muon orthogonalises, and which rank does it.
 
-A block is a matrix, or a third of a fused query-key-value matrix. Each has one owner, the rank that
-orthogonalises it. The tensors that a rank holds contain blocks whole (DDP) or in fragments (ZeRO).
+A block is a matrix, or the queries, keys or values of a fused one. Each has one owner, the rank
+that orthogonalises it. The tensors that a rank holds contain blocks whole (DDP) or in fragments
+(ZeRO).
 """
 
 from __future__ import annotations
@@ -109,9 +110,11 @@ def blocks_of(shapes: Mapping[str, tuple[int, ...]], *, split_qkv: bool) -> list
     """
     found = []
     for name, (rows, columns) in shapes.items():
-        parts = 3 if split_qkv and name.endswith(FUSED) else 1
-        size = rows // parts
-        found += [Block(name, part * size, size, columns) for part in range(parts)]
+        sizes = [rows]
+        if split_qkv and name.endswith(FUSED):  # as many queries as columns; keys may be fewer
+            sizes = [columns, (rows - columns) // 2, (rows - columns) // 2]
+        for part, size in enumerate(sizes):
+            found.append(Block(name, sum(sizes[:part]), size, columns))
     return found
 
 

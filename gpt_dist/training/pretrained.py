@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gpt_dist.checkpoints.checkpoint import candidates, read_state, resolve
 from gpt_dist.checkpoints.reader import describe_model, load_model, load_weights
-from gpt_dist.config.settings import Config, ModelConfig, shape_problems, show
+from gpt_dist.config.conflicts import shape_problems
+from gpt_dist.config.settings import Config, ModelConfig, show
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model.empty import empty_model
 from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS

@@ -14,6 +14,8 @@ from gpt_dist.config.settings import Config, to_yaml
 from gpt_dist.errors import UsageError
 from gpt_dist.model.gpt import GPT
 
+NANOCHAT = ["--model.architecture", "nanochat"]
+
 
 def problems(*argv: str) -> list[str]:
     with pytest.raises(UsageError) as caught:
@@ -28,6 +30,16 @@ def test_every_preset_loads_and_survives_yaml() -> None:
     for name in presets():
         config, _ = load(["--config", name])
         assert build(parse_settings(to_yaml(config))) == config
+
+
+def test_an_architecture_has_its_own_defaults() -> None:
+    """They do not count as given, so weights to start from may still say otherwise."""
+    model = build({"model": {"architecture": "nanochat"}}).model
+    assert (model.bias, model.tie_embeddings, model.norm) == (False, False, "pre")
+    assert model.model_fields_set == {"architecture"}
+    tied = load([*NANOCHAT, "--model.tie_embeddings", "true", "--model.bias", "false"])[0].model
+    assert tied.tie_embeddings
+    assert load([])[0].model.tie_embeddings
 
 
 def test_the_default_is_the_paper_recipe() -> None:
@@ -75,6 +87,18 @@ def test_all_problems_at_once() -> None:
     ("argv", "message"),
     [
         (["--model.n_head", "5"], "model.n_head = 5: must divide model.n_embd = 768"),
+        (
+            ["--model.n_kv_head", "4"],
+            "model.n_kv_head = 4: model.architecture = gpt2 has n_head of",
+        ),
+        ([*NANOCHAT, "--model.n_kv_head", "5"], "n_kv_head = 5: must divide model.n_head = 12"),
+        ([*NANOCHAT, "--model.bias", "true"], "model.bias = true: model.architecture = nanochat"),
+        ([*NANOCHAT, "--model.norm", "post"], "model.norm = post: model.architecture = nanochat"),
+        ([*NANOCHAT, "--model.n_layer", "0"], "model.n_layer = 0: model.architecture = nanochat"),
+        ([*NANOCHAT, "--model.n_head", "256"], "nanochat rotates pairs of channels"),
+        (["--model.architecture", "llama"], "valid: gpt2 | nanochat"),
+        (["--model.architecture", "[a]"], "valid: gpt2 | nanochat"),
+        (["--model.zero_head", "true"], "needs model.tie_embeddings = false"),
         (["--train.batch_tokens", "1000"], "for example 1024"),
         (["--optim.min_lr", "1"], "optim.min_lr = 1: must be at most optim.lr"),
         (["--train.steps", "null"], "set train.steps or train.epochs"),

@@ -62,6 +62,12 @@ WARNED = [
     ([*BIGRAM, "--model.mlp_hidden", "64"], "model.mlp_hidden = 64", "model.n_layer = 0"),
     ([*BIGRAM, "--model.bias", "true"], "model.bias = true", "model.n_layer = 0"),
     ([*BIGRAM, "--model.qkv_bias", "true"], "model.qkv_bias = true", "model.n_layer = 0"),
+    ([*BIGRAM, "--model.n_kv_head", "1"], "model.n_kv_head = 1", "model.n_layer = 0"),
+    (
+        [*BIGRAM, "--model.zero_projections", "true"],
+        "model.zero_projections = true",
+        "model.n_layer = 0",
+    ),
     (
         [*BIGRAM, "--model.activation_checkpointing", "true"],
         "model.activation_checkpointing = true",

@@ -19,6 +19,7 @@ from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.checkpoints.writer import write_checkpoint
 from gpt_dist.config.settings import Config, ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.formats.hf import from_hf_config
 from gpt_dist.formats.hf_tokenizers import tokenizer_files
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import BpeTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -111,7 +112,15 @@ SHAPES: list[dict[str, Any]] = [
     {"bias": False, "qkv_bias": True},
     {"norm": "post"},
     {"norm": "post", "tie_embeddings": False, "bias": False},
+    {"architecture": "nanochat"},
+    {"architecture": "nanochat", "n_head": 4, "n_kv_head": 2, "mlp_hidden": 40},
+    {"architecture": "nanochat", "n_kv_head": 1, "tie_embeddings": True, "dropout": 0.1},
 ]
+CLASSES = {
+    ("gpt2", "pre"): "GPT2LMHeadModel",
+    ("gpt2", "post"): "OpenAIGPTLMHeadModel",
+    ("nanochat", "pre"): "NanoChatForCausalLM",
+}
 
 
 @pytest.mark.parametrize("settings", SHAPES, ids=str)
@@ -124,15 +133,20 @@ def test_transformers_computes_the_same(tmp_path: Path, settings: dict[str, Any]
     )
     assert not any(report.values()), report
     assert theirs.dtype == torch.float32
-    kind = "OpenAIGPTLMHeadModel" if model.config.norm == "post" else "GPT2LMHeadModel"
-    assert type(theirs).__name__ == kind
+    assert type(theirs).__name__ == CLASSES[model.config.architecture, model.config.norm]
     ids = torch.randint(model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert_close(theirs(ids).logits, model(ids))
-    # --checkpoint takes the exported directory too.
-    again, _, _ = load_model(out)
-    with torch.no_grad():
-        assert_close(again(ids), model(ids), 1e-5)
+    # --checkpoint takes the exported directory too, and what transformers makes of it.
+    theirs.save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(out / name, tmp_path / "theirs")
+    for directory in (out, tmp_path / "theirs"):
+        again, _, _ = load_model(directory)
+        found = dict(again.named_parameters())
+        for name, parameter in model.named_parameters():
+            assert torch.equal(found.pop(name), parameter), name
+        assert not any(parameter.any() for parameter in found.values())  # biases of zeros
 
 
 def assert_close(theirs: Tensor, ours: Tensor, tolerance: float = 1e-4) -> None:
@@ -141,16 +155,20 @@ def assert_close(theirs: Tensor, ours: Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.slow(2)
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize(("architecture", "norm"), CLASSES)
 def test_greedy_text_by_every_way_of_loading(
-    tmp_path: Path, tokenizer: Tokenizer, norm: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    architecture: str,
+    norm: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     transformers.utils.logging.enable_propagation()  # to caplog: nothing may be warned of
-    model = make_model(tokenizer, norm=norm)
+    model = make_model(tokenizer, architecture=architecture, norm=norm)
     out = exported(tmp_path, model, tokenizer)
     prompt = "It's we'll"
     expected = greedy(model, tokenizer.encode(prompt), 20)
-    if norm == "pre":
+    if (architecture, norm) == ("gpt2", "pre"):
         theirs = transformers.GPT2LMHeadModel.from_pretrained(out)
     else:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -230,18 +248,22 @@ def test_model_card_describes_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(2)
-@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt", "nanochat"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_import_what_transformers_wrote(tmp_path: Path, kind: str, tied: bool) -> None:
     """A random model that transformers saved in several shards: import, train, export again."""
     tokenizer = make_tokenizer("bpe")
+    sizes: dict[str, Any] = {"n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    if kind == "nanochat":
+        sizes = {
+            "max_position_embeddings": 40, "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 72,
+            "pad_token_id": None,
+        }  # fmt: skip
     hf_config = transformers.AutoConfig.for_model(
         kind,
         vocab_size=tokenizer.vocab_size,
-        n_positions=40,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
+        **sizes,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=0,
@@ -384,6 +406,26 @@ def test_broken_directories(
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0: this variant"),
+        ({"hidden_act": "silu"}, "hidden_act 'silu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}, "rotary .*yarn"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, "rotary .*500"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"num_key_value_heads": 5}, "n_kv_head 5"),
+        ({"hidden_size": 9 * 6}, "an even size"),
+    ],
+    ids=str,
+)
+def test_variants_of_nanochat_are_refused(changes: dict[str, Any], message: str) -> None:
+    data = transformers.NanoChatConfig().to_dict()
+    assert from_hf_config(data, "x").context_length == 2048
+    with pytest.raises(UsageError, match=message):
+        from_hf_config(data | changes, "x")
 
 
 def test_hub_name_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

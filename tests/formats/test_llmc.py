@@ -93,6 +93,7 @@ def test_absent_biases_are_zeros(tmp_path: Path) -> None:
     [
         ({"n_layer": 0}, "unsupported by llm.c: .* bigram"),
         ({"norm": "post"}, "pre-LN"),
+        ({"architecture": "nanochat"}, "architecture = nanochat"),
         ({"tie_embeddings": False}, "shares the embedding"),
         ({"mlp_hidden": 20}, "mlp_hidden = 20"),
     ],

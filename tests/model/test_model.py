@@ -18,6 +18,7 @@ from gpt_dist.data.loader import IGNORE
 from gpt_dist.model.gpt import GPT
 from gpt_dist.model.layers import Dropout
 
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 61}
 
 
@@ -133,9 +134,10 @@ def test_flops_follow_palm() -> None:
     assert model.flops_per_token() == 6 * matrices + 12 * 12 * 12 * 64 * 1024
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("tie", [True, False])
-def test_padding_stays_zero_through_training(tie: bool) -> None:
-    model = make(tie_embeddings=tie).train()
+def test_padding_stays_zero_through_training(tie: bool, architecture: str) -> None:
+    model = make(tie_embeddings=tie, architecture=architecture).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(3):
         ids = torch.randint(61, (4, 16))
@@ -150,12 +152,15 @@ def test_padding_stays_zero_through_training(tie: bool) -> None:
     assert model(ids).shape == (4, 16, 61)
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_nothing(dropout: float) -> None:
+def test_activation_checkpointing_changes_nothing(dropout: float, architecture: str) -> None:
     ids, targets = torch.randint(61, (2, 3, 16))
     results = []
     for checkpointing in (False, True):
-        model = make(activation_checkpointing=checkpointing, dropout=dropout).train()
+        model = make(
+            activation_checkpointing=checkpointing, dropout=dropout, architecture=architecture
+        ).train()
         torch.manual_seed(1)
         loss = model(ids, targets)
         loss.backward()
@@ -193,8 +198,9 @@ def test_no_layers_is_a_bigram_model() -> None:
     torch.testing.assert_close(model(ids), table[ids])
 
 
-def test_targets_that_are_ignored_do_not_count() -> None:
-    model = make()
+@ARCHITECTURES
+def test_targets_that_are_ignored_do_not_count(architecture: str) -> None:
+    model = make(architecture=architecture)
     ids, targets = torch.randint(61, (2, 3, 16))
     masked = targets.clone()
     masked[:, 8:] = IGNORE
@@ -202,8 +208,9 @@ def test_targets_that_are_ignored_do_not_count() -> None:
     torch.testing.assert_close(model(ids, masked), whole)
 
 
-def test_no_position_sees_the_future() -> None:
-    model = make().eval()
+@ARCHITECTURES
+def test_no_position_sees_the_future(architecture: str) -> None:
+    model = make(architecture=architecture).eval()
     ids = torch.randint(61, (1, 16))
     changed = ids.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 61
@@ -211,14 +218,15 @@ def test_no_position_sees_the_future() -> None:
     assert not torch.allclose(model(ids)[:, 10:], model(changed)[:, 10:])
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = make(dropout=0.5)
+@ARCHITECTURES
+def test_dropout_acts_in_training_only(architecture: str) -> None:
+    model = make(dropout=0.5, architecture=architecture)
     # On the embeddings, and on both branches of each block; attention has its own.
     assert sum(isinstance(module, Dropout) for module in model.modules()) == 1 + 2 * 2
     ids = torch.randint(61, (2, 16))
     assert not torch.equal(model.train()(ids), model(ids))
     assert torch.equal(model.eval()(ids), model(ids))
-    torch.testing.assert_close(model(ids), make().eval()(ids))
+    torch.testing.assert_close(model(ids), make(architecture=architecture).eval()(ids))
 
 
 def test_too_long_an_input_is_refused() -> None:

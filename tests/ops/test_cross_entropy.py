@@ -22,10 +22,14 @@ def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight.requires_grad_(), torch.randint(VOCABULARY, (rows,))
 
 
-def exact(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> list[Tensor]:
+def exact(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, cap: float = 0.0
+) -> list[Tensor]:
     """Loss and gradients in float64 by the textbook."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     logits = hidden @ weight[:VOCABULARY].t()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     return [loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))]
 
@@ -38,17 +42,18 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_equals_float64(rows: int, ignored: str) -> None:
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_equals_float64(rows: int, ignored: str, cap: float) -> None:
     hidden, weight, targets = inputs(rows)
     if ignored == "all":
         targets[:] = IGNORE
     elif ignored == "some":
         targets[:: 2 if rows > 1 else 1] = IGNORE
-    loss = linear_cross_entropy(hidden, weight, targets, VOCABULARY)
+    loss = linear_cross_entropy(hidden, weight, targets, VOCABULARY, cap)
     gradients = torch.autograd.grad(loss * 0.01, (hidden, weight))
     assert loss.dtype == torch.float32
     for actual, wanted in zip(
-        [loss, *gradients], exact(hidden, weight, targets, 0.01), strict=True
+        [loss, *gradients], exact(hidden, weight, targets, 0.01, cap), strict=True
     ):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-6)
     assert torch.count_nonzero(gradients[0][targets == IGNORE]) == 0

@@ -27,7 +27,10 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "layer_norm": (
             leaf(3, 32, dtype=torch.float32), leaf(32, dtype=torch.float32), None, 1e-5, dtype,
         ),
-        "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60),
+        "relu2": (leaf(3, 7),),
+        "rms_norm": (leaf(3, 32, dtype=torch.float32), 1e-6, dtype),
+        "rotary": (leaf(2, 5, 64), torch.arange(5), 4, 2, 100.0, 1e-6),
+        "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60, 2.0),
         "add_product_": (torch.randn(16, 4), plain[:, :16], plain[:, :4], False),
     }[name]  # fmt: skip
 
@@ -50,12 +53,29 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     [
         (ops.add, [(3, 4), (3, 4)]),
         (lambda qkv: ops.attention(qkv, 2), [(2, 5, 24)]),
+        (lambda qkv: ops.attention(qkv, 4, n_kv_head=2), [(2, 5, 32)]),
+        (lambda qkv: ops.rotary(qkv, torch.arange(5) * 3, 4, 2, 100.0, 1e-6), [(2, 5, 32)]),
+        (lambda x: ops.rms_norm(x, 1e-6), [(3, 8)]),
+        (ops.relu2, [(3, 4)]),
+        (ops.relu2_linear, [(3, 4), (5, 4), (5,)]),
         (ops.gelu, [(3, 4)]),
         (ops.layer_norm, [(3, 8), (8,), (8,)]),
         (ops.linear, [(3, 4), (5, 4), (5,)]),
         (ops.gelu_linear, [(3, 4), (5, 4), (5,)]),
     ],
-    ids=["add", "attention", "gelu", "layer_norm", "linear", "gelu_linear"],
+    ids=[
+        "add",
+        "attention",
+        "shared keys",
+        "rotary",
+        "rms_norm",
+        "relu2",
+        "relu2_linear",
+        "gelu",
+        "layer_norm",
+        "linear",
+        "gelu_linear",
+    ],
 )
 def test_gradcheck(function: Any, shapes: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)

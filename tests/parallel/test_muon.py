@@ -312,6 +312,9 @@ def test_blocks_are_shared_evenly() -> None:
         Block("h.0.attn.c_attn.weight", 768, 768, 768),
     ]
     assert len(blocks_of(shapes, split_qkv=False)) == 12 * 4
+    fewer = {"h.0.attn.c_attn.weight": (768 + 2 * 192, 768)}  # heads of keys and values
+    found = blocks_of(fewer, split_qkv=True)
+    assert [(block.first, block.rows) for block in found] == [(0, 768), (768, 192), (960, 192)]
     for ranks in (1, 2, 3, 4, 8, 16):
         owners = owners_of(blocks, ranks)
         for weight in ("flops", "size"):

@@ -81,10 +81,16 @@ def test_every_stage_follows_ddp(tiny_config: Config, tmp_path: Path) -> None:
     short = {"steps": 10, "checkpoint_every": 0, "eval_every": 10, "eval_tokens": 20 * 32}
     # A weight that differs in its last fp32 bit may round to another bf16 number; the larger the
     # steps, the faster such differences grow: to 1.03e-3 in 20 steps at 3e-3.
-    for precision, lr, clip in (("fp32", 3e-3, 0.1), ("bf16", 1e-3, 0.0)):
+    nanochat = {"architecture": "nanochat", "n_kv_head": 1}
+    muon = {"name": "muon", "newton_schulz_precision": "fp32"}
+    for precision, model, optim, clip in (
+        ("fp32", nanochat, {**muon, "lr": 3e-3}, 0.1),
+        ("bf16", {}, {"lr": 1e-3}, 0.0),
+    ):
         config = tiny_config(
+            model=model,
             train={"precision": precision, **short},
-            optim={"lr": lr, "warmup_steps": 10, "grad_clip": clip},
+            optim={"warmup_steps": 10, "grad_clip": clip, **optim},
         )
         runs[f"{precision}-ddp"] = [config, []]
         runs |= {f"{precision}-{stage}": [config, zero(stage)] for stage in STAGES}

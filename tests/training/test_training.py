@@ -36,15 +36,22 @@ def worst_relative(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.slow(40)
-def test_losses_do_not_depend_on_ranks_or_micro_batch(tiny_config: Config, tmp_path: Path) -> None:
-    config = tiny_config()
+@pytest.mark.parametrize(
+    ("architecture", "others"),
+    [
+        ("gpt2", [("four", 4, "8", 1e-5), ("micro", 1, "2", 5e-5)]),
+        ("nanochat", [("two", 2, "8", 1e-5), ("micro-two", 2, "16", 5e-5)]),
+    ],
+)
+def test_losses_do_not_depend_on_ranks_or_micro_batch(
+    tiny_config: Config,
+    tmp_path: Path,
+    architecture: str,
+    others: list[tuple[str, int, str, float]],
+) -> None:
+    config = tiny_config(model={"architecture": architecture})
     run_train(config, tmp_path / "one")
-    for name, ranks, micro_batch, tolerance in (
-        ("two", 2, "8", 1e-5),
-        ("four", 4, "8", 1e-5),
-        ("micro", 1, "2", 5e-5),
-        ("micro-two", 2, "16", 5e-5),
-    ):
+    for name, ranks, micro_batch, tolerance in others:
         run_train(config, tmp_path / name, "--train.micro_batch_size", micro_batch, ranks=ranks)
         for key in ("train_loss", "val_loss", "val_bpb", "grad_norm"):
             one, other = column(tmp_path / "one", key), column(tmp_path / name, key)
@@ -149,12 +156,14 @@ def test_validation_loss_of_each_data_set(
 
 
 @pytest.mark.slow(60)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "architecture"), [(signal.SIGTERM, "gpt2"), (signal.SIGUSR1, "nanochat")]
+)
 def test_a_stop_signal_checkpoints_and_the_same_command_continues(
-    tiny_config: Config, tmp_path: Path, number: signal.Signals
+    tiny_config: Config, tmp_path: Path, number: signal.Signals, architecture: str
 ) -> None:
     config = tiny_config(  # ends only by being stopped, however fast the machine is
-        model={"dropout": 0.1},
+        model={"dropout": 0.1, "architecture": architecture},
         optim={"schedule": "constant"},
         train={"steps": 1_000_000, "checkpoint_every": 0},
     )

@@ -20,14 +20,16 @@ USUAL = ("H100", "A100")
 def model_rows(plan: Plan) -> list[Row]:
     """Parameters and shape."""
     model = plan.config.model
+    fewer = f" ({model.kv_heads} of keys and values)" if model.kv_heads < model.n_head else ""
     shape = (
-        f"{counted(model.n_layer, 'layer')}, {counted(model.n_head, 'head')}, "
+        f"{model.architecture}, {counted(model.n_layer, 'layer')}, "
+        f"{counted(model.n_head, 'head')}{fewer}, "
         f"width {model.n_embd}, context {model.context_length:,}, "
         f"vocabulary {model.vocab_size:,} ({plan.vocabulary})"
     )
     without = plan.model.num_parameters(embeddings=False)
     return [
-        Row("parameters", f"N = {plan.parameters:,} ({without:,} without positions)"),
+        Row("parameters", f"N = {plan.parameters:,} ({without:,} multiplied)"),
         Row("model", shape),
     ]
 
