@@ -6,7 +6,8 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -20,12 +21,18 @@ from prometheus_client import (
     ProcessCollector,
     make_wsgi_app,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from serve.engine.jobs import Finish
 from serve.engine.scheduler import Scheduler
 
 log = logging.getLogger("serve")
 
+MOST_CALLERS = 100
+"""So many callers have a label of their own; names come from the token file."""
+OTHER = "other"
+"""The label of all other callers."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -65,6 +72,13 @@ class Metrics:
             "time_to_first_token_seconds", "Time from arrival to the first token"
         )
         self.inter_token = histogram("inter_token_seconds", "Time between two tokens of a sequence")
+        self.caller_calls = counter(
+            "caller_calls", "Calls, by caller and status code", "caller", "code"
+        )
+        self.caller_tokens = counter(
+            "caller_tokens", "Tokens, by caller and kind: prompt or generated", "caller", "kind"
+        )
+        self._callers: set[str] = set()
         self.reloads = counter("reloads", "Attempts to load new weights, by result", "result")
         self.weights = Gauge(
             "gpt_dist_weights", "1 for the weights in use", ["version"], registry=self.registry
@@ -73,6 +87,12 @@ class Metrics:
             self.reloads.labels(result)
         for reason in Finish:
             self.finished_sequences.labels(reason.name.lower())
+
+    def caller(self, name: str) -> str:
+        """The label of a caller."""
+        if name and len(self._callers) < MOST_CALLERS:
+            self._callers.add(name)
+        return name if name in self._callers else OTHER
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge whose value is computed at each scrape."""
@@ -84,6 +104,12 @@ class Metrics:
         self.serving(scheduler.weights.newest)
         self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.weights.live)
         self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
+        self.gauge(
+            "preemptions",
+            "How many times a sequence has lost its slot to another caller's",
+            lambda: scheduler.preempted,
+        )
+        self.registry.register(_Callers(self, scheduler))
         self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.jobs.waiting)
         self.gauge(
             "slots", "Maximum number of sequences generated at once", lambda: decoder.max_slots
@@ -105,8 +131,16 @@ class Metrics:
         self.weights.clear()
         self.weights.labels(version).set(1)
 
-    def finished(self, reason: Finish, tokens: int, drafted: int, accepted: int) -> None:
+    def prompted(self, tokens: int, caller: str) -> None:
+        """Count the tokens of an accepted prompt."""
+        self.prompt_tokens.inc(tokens)
+        self.caller_tokens.labels(caller, "prompt").inc(tokens)
+
+    def finished(
+        self, reason: Finish, tokens: int, drafted: int, accepted: int, caller: str = OTHER
+    ) -> None:
         """Count a finished sequence and its tokens: generated, guessed and rightly guessed."""
+        self.caller_tokens.labels(caller, "generated").inc(tokens)
         self.finished_sequences.labels(reason.name.lower()).inc()
         self.generated_tokens.inc(tokens)
         self.drafted_tokens.inc(drafted)
@@ -151,6 +185,30 @@ class Metrics:
         thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
         thread.start()
         return server, thread
+
+
+class _Callers(Collector):
+    """What callers have running and waiting, at the time of a scrape."""
+
+    def __init__(self, metrics: Metrics, scheduler: Scheduler) -> None:
+        self._metrics, self._scheduler = metrics, scheduler
+
+    def collect(self) -> Iterator[Metric]:
+        running: Counts[str] = Counts()
+        waiting: Counts[str] = Counts()
+        for name, slots, others in self._scheduler.jobs.by_caller():
+            label = self._metrics.caller(name)
+            running[label] += slots
+            waiting[label] += others
+        for kind, counts in (("running", running), ("waiting", waiting)):
+            family = GaugeMetricFamily(
+                f"gpt_dist_caller_{kind}",
+                f"Sequences that are {kind}, by caller",
+                labels=["caller"],
+            )
+            for label, count in counts.items():
+                family.add_metric([label], count)
+            yield family
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -28,6 +28,8 @@ class Options:
     threads: int | None = None
     max_slots: int | None = None
     max_queue: int = 256
+    caller_running: int | None = None
+    caller_waiting: int | None = None
     max_context: int | None = None
     prefill_chunk: int | None = None
     deterministic: bool = False
@@ -117,6 +119,16 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         type=at_least(0, int),
         metavar="N",
     )
+    add(
+        engine, "caller-running", "maximum number of sequences at once of one caller; default: all",
+        **count,
+    )  # fmt: skip
+    add(
+        engine, "caller-waiting",
+        "maximum number of waiting sequences of one caller; default: --max-queue, as long as "
+        "others leave room",
+        type=at_least(0, int), metavar="N",
+    )  # fmt: skip
     add(engine, "max-context", "maximum tokens of prompt and output; default: the model's", **count)
     add(engine, "prefill-chunk", "maximum prompt tokens between two steps; default: 256, CUDA 512",
         **count)  # fmt: skip
@@ -136,7 +148,13 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(network, "tls-cert", "certificate chain (PEM)", **path)
     add(network, "tls-key", "its private key (PEM)", **path)
     add(network, "tls-ca", "require client certificates from these authorities (PEM)", **path)
-    add(network, "auth-token-file", "require one of these bearer tokens, one per line", **path)
+    add(
+        network,
+        "auth-token-file",
+        "require one of these bearer tokens, one per line; name=, weight=, "
+        "running= and waiting= may follow",
+        **path,
+    )
     add(network, "http-port", "serve HTTP too, as OpenAI's clients expect it; 0 picks a free port; "
         "default: off", type=PORT, metavar="N")  # fmt: skip
     add(network, "cors-origins", "origins of web pages that may call over HTTP, with commas, such "

@@ -14,7 +14,9 @@ import grpc
 
 from gpt_dist.errors import GptDistError, UsageError, describe
 from serve.certificates import check_files
+from serve.engine.callers import Terms
 from serve.options import Options
+from serve.tokens import parse_tokens
 
 log = logging.getLogger("serve")
 
@@ -247,19 +249,19 @@ class Certificates(_Files):
 
 
 class TokenFile(_Files):
-    """Bearer tokens, one per line. Blank lines and comments (``#``) are skipped.
+    """Bearer tokens, one per line, with what their callers may use.
 
     Args:
-        path: the file.
+        path: the file; `serve.tokens.parse_tokens` describes its lines.
         flag: the option that names it.
 
     Raises:
-        GptDistError: the file cannot be read or contains no token.
+        GptDistError: the file cannot be read, contains no token, or has a line that is not valid.
     """
 
     def __init__(self, path: Path, flag: str = "--auth-token-file") -> None:
-        self.path = path
-        self._tokens: list[bytes] = []
+        self.path, self._flag = path, flag
+        self._tokens: list[tuple[bytes, Terms]] = []
         try:
             super().__init__([path])
             self._use()
@@ -269,14 +271,21 @@ class TokenFile(_Files):
             raise GptDistError(f"{flag} {path}: contains no token")
 
     def _use(self) -> None:
-        lines = (line.strip() for line in self.path.read_bytes().splitlines())
-        self._tokens = [line for line in lines if line and not line.startswith(b"#")]
+        self._tokens = parse_tokens(self.path.read_bytes(), f"{self._flag} {self.path}")
+
+    def find(self, authorization: str) -> Terms | None:
+        """What the caller with this ``authorization`` header may use; None if it may not call."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        given = token.strip().encode()
+        # Compare with every token in constant time, so that the duration reveals nothing.
+        found = None
+        for known, terms in self._tokens:
+            if hmac.compare_digest(given, known):
+                found = terms
+        return found
 
     def accepts(self, authorization: str) -> bool:
         """Whether an ``authorization`` header carries one of the tokens."""
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer":
-            return False
-        given = token.strip().encode()
-        # Compare with every token in constant time, so that the duration reveals nothing.
-        return sum(hmac.compare_digest(given, known) for known in self._tokens) > 0
+        return self.find(authorization) is not None

@@ -24,6 +24,7 @@ from serve.api.rpc import UnknownMethods, generic_handler
 from serve.api.served import describe_model
 from serve.api.service import GenerationService, ModelService
 from serve.api.serving import Serving
+from serve.engine.callers import Terms
 from serve.engine.engine import Engine
 from serve.engine.loading import Loaded, load
 from serve.engine.scheduler import Scheduler
@@ -108,17 +109,19 @@ class Server:
         self._files = Reloader()
         self.accepts: Callable[[str], bool] | None = None
         """Whether an ``authorization`` header carries a valid token; None accepts everybody."""
+        find: Callable[[str], Terms | None] | None = None
         if options.auth_token_file is not None:
             tokens = TokenFile(options.auth_token_file)
             self._files.add(tokens)
-            self.accepts = tokens.accepts
+            self.accepts, find = tokens.accepts, tokens.find
         self.certificates: Certificates | None = None
         if options.tls_cert is not None and options.tls_key is not None:
             self.certificates = Certificates(options.tls_cert, options.tls_key, options.tls_ca)
             self._files.add(self.certificates)
         self.gate = gate = Gate(
             self.metrics,
-            self.accepts,
+            find,
+            usual=Terms(running=options.caller_running, waiting=options.caller_waiting),
             max_calls=options.max_calls,
             max_message_bytes=options.max_message_bytes,
         )

@@ -42,7 +42,7 @@ class FakeBackend:
         self.weights += 1
         return self.weights
 
-    def set(self, slot: int, params: SamplingParams, ids: Any) -> None:
+    def set(self, slot: int, params: SamplingParams, ids: Any, generated: int = 0) -> None:
         self.seeds[slot] = params.seed
 
     def rows(self, highest: int) -> int:

@@ -113,8 +113,14 @@ class CpuBackend:
         )
         return CpuWeights(shape, keep)
 
-    def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
-        """Give a slot its sampling parameters; ``ids`` is the prompt."""
+    def set(
+        self,
+        slot: int,
+        params: SamplingParams,
+        ids: Sequence[int] | np.ndarray,
+        generated: int = 0,
+    ) -> None:
+        """Give a slot its sampling parameters; as `Sampler.set`."""
         stops = np.array(params.stop_ids if params.min_new_tokens else (), np.int32)
         biased = np.array(list(params.logit_bias), np.int32)
         bias = np.array(list(params.logit_bias.values()), np.float32)
@@ -127,7 +133,7 @@ class CpuBackend:
             math.log(params.min_p) if params.min_p else -math.inf,
             repetition, params.presence_penalty, params.frequency_penalty,
             params.top_k, -1 if params.logprobs is None else params.logprobs,
-            len(ids), len(ids), params.min_new_tokens, len(stops), len(biased), params.seed,
+            len(ids) - generated, len(ids), params.min_new_tokens, len(stops), len(biased), params.seed,
             self._history[slot].ctypes.data,
             stops.ctypes.data, biased.ctypes.data, bias.ctypes.data,
         )  # fmt: skip

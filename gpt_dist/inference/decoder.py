@@ -160,29 +160,44 @@ class Decoder:
         weights = self._bound[slot]
         return weights.version if weights else 0
 
-    def place(self, prompt: Ids, most: int = 1 << 62, owner: str = "") -> Place | None:
+    def weights_of(self, slot: int) -> Weights:
+        """The weights that the slot's cache was computed with, or will be."""
+        return self._bound[slot] or self.weights
+
+    def place(
+        self,
+        prompt: Ids,
+        most: int = 1 << 62,
+        owner: str = "",
+        weights: Weights | None = None,
+    ) -> Place | None:
         """Choose a free slot for a prompt; None if there is none. Changes nothing.
 
         Args:
             prompt: all tokens that are to be prefilled; a cached prefix of them is reused.
             most: tokens that may be copied from slot to slot for this.
             owner: whose prompt it is; only the owner's prefixes are reused.
+            weights: what will compute it, if not the newest weights.
 
         Raises:
             UsageError: it does not fit into the context, or an id is not in the vocabulary.
         """
+        weights = weights or self.weights
         tokens, free = self._checked(prompt, 0), self.free_slots
         if not free:
             return None
-        newest = np.array([bound is self.weights for bound in self._bound])
+        newest = np.array([bound is weights for bound in self._bound])
         rows, highest = self._backend.rows, max(self._claimed, default=0)
         least = rows(max(highest, free[0]))
         cheap = [slot for slot in free if rows(max(highest, slot)) == least]
         lengths = np.where(newest, self._lengths, 0)
         return self._prefixes.place(tokens, lengths, free, cheap, most, owner)
 
-    def admit(self, place: Place, owner: str = "") -> None:
-        """Claim the slot of a place that was just chosen, and cache the prefix that it reuses."""
+    def admit(self, place: Place, owner: str = "", weights: Weights | None = None) -> None:
+        """Claim the slot of a place that was just chosen, and cache the prefix that it reuses.
+
+        ``owner`` and ``weights`` are those given to `place`.
+        """
         slot = place.slot
         if place.refuge >= 0:
             self.copy_prefix(slot, place.refuge, self.length(slot))
@@ -192,6 +207,7 @@ class Decoder:
             self.copy_prefix(place.source, slot, place.length)
         else:
             self.prefill(slot, [])
+            self._bound[slot] = weights or self.weights
         self._prefixes.give(slot, owner)
 
     def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
@@ -268,15 +284,21 @@ class Decoder:
         self._claimed.add(target)
 
     def activate(
-        self, slot: int, sampling: SamplingParams, ids: Ids, memory: Memory | None = None
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        ids: Ids,
+        memory: Memory | None = None,
+        generated: int = 0,
     ) -> None:
         """Let a prefilled slot take part in steps.
 
         Args:
             slot: where all of the prompt is cached, with or without its last token.
             sampling: how to continue.
-            ids: the whole prompt.
+            ids: the whole prompt; for a sequence that goes on, also what it has generated.
             memory: earlier outputs in which to look for guesses.
+            generated: number of tokens at the end of ``ids`` that were generated.
 
         Raises:
             GptDistError: the prompt is not cached.
@@ -292,13 +314,13 @@ class Decoder:
             raise GptDistError(
                 f"slot {slot} has {self.length(slot)} tokens cached, not the prompt's {len(tokens)}"
             )
-        self._backend.set(slot, sampling, tokens)
+        self._backend.set(slot, sampling, tokens, generated)
         if self.speculator:
             self.speculator.begin(slot, memory)
         self._params[slot], self._groups = sampling, None
         self._claimed.add(slot)
         self._lengths[slot] = len(tokens) - 1
-        self._tokens[slot], self._generated[slot] = tokens[-1], 0
+        self._tokens[slot], self._generated[slot] = tokens[-1], generated
 
     def step(self) -> StepResult:
         """One token for each active slot, and more where guesses were right.

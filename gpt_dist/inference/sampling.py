@@ -169,8 +169,21 @@ class Sampler:
         return self._tables[name]
 
     @torch.inference_mode()
-    def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
-        """Give a slot its parameters; ``ids`` is the prompt."""
+    def set(
+        self,
+        slot: int,
+        params: SamplingParams,
+        ids: Sequence[int] | np.ndarray,
+        generated: int = 0,
+    ) -> None:
+        """Give a slot its parameters.
+
+        Args:
+            slot: which.
+            params: its parameters.
+            ids: the prompt, and what was generated so far.
+            generated: number of tokens at the end of ``ids`` that were generated.
+        """
         self.params[slot] = params
         temperature, repetition = params.divisors
         self.scales[slot] = torch.tensor(
@@ -190,12 +203,13 @@ class Sampler:
             [top_k, _signed(params.seed), params.min_new_tokens], dtype=torch.int64
         )
         if params.penalised:
-            self._table("count", torch.int32)[slot] = 0
+            start = len(ids) - generated
+            before, after = np.split(np.asarray(ids, np.int64), [start])
+            counts = np.bincount(after, minlength=self.vocab_size).astype(np.int32)
+            self._table("count", torch.int32)[slot] = torch.from_numpy(counts).to(self.device)
             prompt = self._table("prompt", torch.bool)
             prompt[slot] = False
-            prompt[slot, torch.as_tensor(np.unique(np.asarray(ids, np.int64))).to(self.device)] = (
-                True
-            )
+            prompt[slot, torch.from_numpy(np.unique(before)).to(self.device)] = True
         elif "count" in self._tables:  # others read the tables too, with penalties of nothing
             self._tables["count"][slot] = 0
         for name, dtype, ids_of, values in (

@@ -179,9 +179,15 @@ class TorchBackend:
             head=Linear(model.head_weight, None, self.dtype, device),
         )
 
-    def set(self, slot: int, params: SamplingParams, ids: Sequence[int] | np.ndarray) -> None:
-        """Give a slot its sampling parameters; ``ids`` is the prompt."""
-        self.sampler.set(slot, params, ids)
+    def set(
+        self,
+        slot: int,
+        params: SamplingParams,
+        ids: Sequence[int] | np.ndarray,
+        generated: int = 0,
+    ) -> None:
+        """Give a slot its sampling parameters; as `Sampler.set`."""
+        self.sampler.set(slot, params, ids, generated)
         self.dropped[slot] = 0
 
     def slide(self, slot: int, dropped: int) -> None:

@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from gpt_dist.v1 import generation_pb2 as gpt__dist_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$gpt_dist/v1/generation_service.proto\x12\x0bgpt_dist.v1\x1a\x17google/rpc/status.proto\x1a\x1cgpt_dist/v1/generation.proto\"\xd8\x01\n\x0fGenerateRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\r\n\x05model\x18\x05 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x06 \x01(\t\x12-\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerationConfig\x12\x12\n\ncache_salt\x18\x08 \x01(\tJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x08samplingR\x08stoppingR\x06output\"\xcf\x01\n\x10GenerateResponse\x12.\n\x07outputs\x18\x01 \x03(\x0b\x32\x1d.gpt_dist.v1.GenerationOutput\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.gpt_dist.v1.Timings\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x17\n\x0fweights_version\x18\x05 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x06 \x01(\t\"\xde\x01\n\x15GenerateStreamRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\r\n\x05model\x18\x05 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x06 \x01(\t\x12-\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerationConfig\x12\x12\n\ncache_salt\x18\x08 \x01(\tJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x08samplingR\x08stoppingR\x06output\"\xdf\x01\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ntext_delta\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12/\n\x07started\x18\x05 \x01(\x0b\x32\x1e.gpt_dist.v1.GenerationStarted\x12\x31\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1f.gpt_dist.v1.GenerationFinished\"\x84\x01\n\x11GenerationStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\"\xca\x01\n\x12GenerationFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.gpt_dist.v1.FinishReason\x12\x17\n\rstop_sequence\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.gpt_dist.v1.TimingsB\x06\n\x04stop\"U\n\x14GenerateBatchRequest\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.gpt_dist.v1.GenerateRequestJ\x04\x08\x01\x10\x02R\x08requests\"\x96\x01\n\x15GenerateBatchResponse\x12\x15\n\rrequest_index\x18\x01 \x01(\x04\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06resultJ\x04\x08\x03\x10\x04\"\xc1\x01\n\x0cScoreRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\x19\n\x0ctop_logprobs\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13prepend_end_of_text\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\x0f\n\r_top_logprobs\"\xc0\x01\n\rScoreResponse\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12\x15\n\rscored_tokens\x18\x03 \x01(\r\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\".\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"Q\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x1a\n\x12system_fingerprint\x18\x03 \x01(\t\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\">\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x02 \x01(\t2\xed\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.gpt_dist.v1.GenerateRequest\x1a\x1d.gpt_dist.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".gpt_dist.v1.GenerateStreamRequest\x1a#.gpt_dist.v1.GenerateStreamResponse0\x01\x12Z\n\rGenerateBatch\x12!.gpt_dist.v1.GenerateBatchRequest\x1a\".gpt_dist.v1.GenerateBatchResponse(\x01\x30\x01\x12>\n\x05Score\x12\x19.gpt_dist.v1.ScoreRequest\x1a\x1a.gpt_dist.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.gpt_dist.v1.TokenizeRequest\x1a\x1d.gpt_dist.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.gpt_dist.v1.DetokenizeRequest\x1a\x1f.gpt_dist.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$gpt_dist/v1/generation_service.proto\x12\x0bgpt_dist.v1\x1a\x17google/rpc/status.proto\x1a\x1cgpt_dist/v1/generation.proto\"\xfc\x01\n\x0fGenerateRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\r\n\x05model\x18\x05 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x06 \x01(\t\x12-\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerationConfig\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x15\n\x08priority\x18\t \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priorityJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x08samplingR\x08stoppingR\x06output\"\xcf\x01\n\x10GenerateResponse\x12.\n\x07outputs\x18\x01 \x03(\x0b\x32\x1d.gpt_dist.v1.GenerationOutput\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.gpt_dist.v1.Timings\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x17\n\x0fweights_version\x18\x05 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x06 \x01(\t\"\x82\x02\n\x15GenerateStreamRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\r\n\x05model\x18\x05 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x06 \x01(\t\x12-\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerationConfig\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x15\n\x08priority\x18\t \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_priorityJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x08samplingR\x08stoppingR\x06output\"\xdf\x01\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ntext_delta\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12/\n\x07started\x18\x05 \x01(\x0b\x32\x1e.gpt_dist.v1.GenerationStarted\x12\x31\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x1f.gpt_dist.v1.GenerationFinished\"\x84\x01\n\x11GenerationStarted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\"\xca\x01\n\x12GenerationFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.gpt_dist.v1.FinishReason\x12\x17\n\rstop_sequence\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.gpt_dist.v1.TimingsB\x06\n\x04stop\"U\n\x14GenerateBatchRequest\x12-\n\x07request\x18\x02 \x01(\x0b\x32\x1c.gpt_dist.v1.GenerateRequestJ\x04\x08\x01\x10\x02R\x08requests\"\x96\x01\n\x15GenerateBatchResponse\x12\x15\n\rrequest_index\x18\x01 \x01(\x04\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1d.gpt_dist.v1.GenerateResponseH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06resultJ\x04\x08\x03\x10\x04\"\xe5\x01\n\x0cScoreRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.gpt_dist.v1.Prompt\x12\x19\n\x0ctop_logprobs\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x13prepend_end_of_text\x18\x03 \x01(\x08\x12\r\n\x05model\x18\x04 \x01(\t\x12 \n\x18\x65xpected_weights_version\x18\x05 \x01(\t\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\x0f\n\r_top_logprobsB\x0b\n\t_priority\"\xc0\x01\n\rScoreResponse\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.gpt_dist.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12\x15\n\rscored_tokens\x18\x03 \x01(\r\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.gpt_dist.v1.Usage\".\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"Q\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\x12\x1a\n\x12system_fingerprint\x18\x03 \x01(\t\"5\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\">\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x02 \x01(\t2\xed\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.gpt_dist.v1.GenerateRequest\x1a\x1d.gpt_dist.v1.GenerateResponse\x12[\n\x0eGenerateStream\x12\".gpt_dist.v1.GenerateStreamRequest\x1a#.gpt_dist.v1.GenerateStreamResponse0\x01\x12Z\n\rGenerateBatch\x12!.gpt_dist.v1.GenerateBatchRequest\x1a\".gpt_dist.v1.GenerateBatchResponse(\x01\x30\x01\x12>\n\x05Score\x12\x19.gpt_dist.v1.ScoreRequest\x1a\x1a.gpt_dist.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.gpt_dist.v1.TokenizeRequest\x1a\x1d.gpt_dist.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.gpt_dist.v1.DetokenizeRequest\x1a\x1f.gpt_dist.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gpt_dist.v1.generation_serv
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=109
-  _globals['_GENERATEREQUEST']._serialized_end=325
-  _globals['_GENERATERESPONSE']._serialized_start=328
-  _globals['_GENERATERESPONSE']._serialized_end=535
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=538
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=760
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=763
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=986
-  _globals['_GENERATIONSTARTED']._serialized_start=989
-  _globals['_GENERATIONSTARTED']._serialized_end=1121
-  _globals['_GENERATIONFINISHED']._serialized_start=1124
-  _globals['_GENERATIONFINISHED']._serialized_end=1326
-  _globals['_GENERATEBATCHREQUEST']._serialized_start=1328
-  _globals['_GENERATEBATCHREQUEST']._serialized_end=1413
-  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1416
-  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1566
-  _globals['_SCOREREQUEST']._serialized_start=1569
-  _globals['_SCOREREQUEST']._serialized_end=1762
-  _globals['_SCORERESPONSE']._serialized_start=1765
-  _globals['_SCORERESPONSE']._serialized_end=1957
-  _globals['_TOKENIZEREQUEST']._serialized_start=1959
-  _globals['_TOKENIZEREQUEST']._serialized_end=2005
-  _globals['_TOKENIZERESPONSE']._serialized_start=2007
-  _globals['_TOKENIZERESPONSE']._serialized_end=2088
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2090
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2143
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2145
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2207
-  _globals['_GENERATIONSERVICE']._serialized_start=2210
-  _globals['_GENERATIONSERVICE']._serialized_end=2703
+  _globals['_GENERATEREQUEST']._serialized_end=361
+  _globals['_GENERATERESPONSE']._serialized_start=364
+  _globals['_GENERATERESPONSE']._serialized_end=571
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=574
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=832
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=835
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1058
+  _globals['_GENERATIONSTARTED']._serialized_start=1061
+  _globals['_GENERATIONSTARTED']._serialized_end=1193
+  _globals['_GENERATIONFINISHED']._serialized_start=1196
+  _globals['_GENERATIONFINISHED']._serialized_end=1398
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1400
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1485
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1488
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1638
+  _globals['_SCOREREQUEST']._serialized_start=1641
+  _globals['_SCOREREQUEST']._serialized_end=1870
+  _globals['_SCORERESPONSE']._serialized_start=1873
+  _globals['_SCORERESPONSE']._serialized_end=2065
+  _globals['_TOKENIZEREQUEST']._serialized_start=2067
+  _globals['_TOKENIZEREQUEST']._serialized_end=2113
+  _globals['_TOKENIZERESPONSE']._serialized_start=2115
+  _globals['_TOKENIZERESPONSE']._serialized_end=2196
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2198
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2251
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2253
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2315
+  _globals['_GENERATIONSERVICE']._serialized_start=2318
+  _globals['_GENERATIONSERVICE']._serialized_end=2811
 # @@protoc_insertion_point(module_scope)

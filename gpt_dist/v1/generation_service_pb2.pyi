@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "expected_weights_version", "config", "cache_salt")
+    __slots__ = ("prompt", "model", "expected_weights_version", "config", "cache_salt", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: _generation_pb2.Prompt
     model: str
     expected_weights_version: str
     config: _generation_pb2.GenerationConfig
     cache_salt: str
-    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., config: _Optional[_Union[_generation_pb2.GenerationConfig, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., config: _Optional[_Union[_generation_pb2.GenerationConfig, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("outputs", "usage", "timings", "seed", "weights_version", "system_fingerprint")
@@ -39,18 +41,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[_generation_pb2.GenerationOutput, _Mapping]]] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[_generation_pb2.Timings, _Mapping]] = ..., seed: _Optional[int] = ..., weights_version: _Optional[str] = ..., system_fingerprint: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("prompt", "model", "expected_weights_version", "config", "cache_salt")
+    __slots__ = ("prompt", "model", "expected_weights_version", "config", "cache_salt", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: _generation_pb2.Prompt
     model: str
     expected_weights_version: str
     config: _generation_pb2.GenerationConfig
     cache_salt: str
-    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., config: _Optional[_Union[_generation_pb2.GenerationConfig, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., config: _Optional[_Union[_generation_pb2.GenerationConfig, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("index", "text_delta", "token_ids", "logprobs", "started", "finished")
@@ -113,20 +117,22 @@ class GenerateBatchResponse(_message.Message):
     def __init__(self, request_index: _Optional[int] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("prompt", "top_logprobs", "prepend_end_of_text", "model", "expected_weights_version", "cache_salt")
+    __slots__ = ("prompt", "top_logprobs", "prepend_end_of_text", "model", "expected_weights_version", "cache_salt", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PREPEND_END_OF_TEXT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: _generation_pb2.Prompt
     top_logprobs: int
     prepend_end_of_text: bool
     model: str
     expected_weights_version: str
     cache_salt: str
-    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., prepend_end_of_text: _Optional[bool] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, prompt: _Optional[_Union[_generation_pb2.Prompt, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., prepend_end_of_text: _Optional[bool] = ..., model: _Optional[str] = ..., expected_weights_version: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("tokens", "total_logprob", "scored_tokens", "weights_version", "system_fingerprint", "usage")

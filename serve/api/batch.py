@@ -8,6 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from serve.api.status import StatusError
 
+FULL = ("QUEUE_FULL", "CALLER_RUNNING_LIMIT", "CALLER_WAITING_LIMIT")
+"""Reasons of refusals that pass when other work ends."""
+
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
@@ -28,7 +31,7 @@ class Batch(Generic[Request, Answer]):
         self._given: dict[int, Request] = {}
         """Requests that have no answer yet."""
         self._refused: list[int] = []
-        """Those of them that found the queue full."""
+        """Those of them for which there was no room."""
 
     async def answers(
         self, requests: AsyncIterator[Request]
@@ -82,8 +85,8 @@ class Batch(Generic[Request, Answer]):
         """What a task found, or None if it has to be tried again."""
         index = self._running.pop(task)
         error = task.exception()
-        if isinstance(error, StatusError) and error.reason == "QUEUE_FULL":
-            # Other calls fill the queue.
+        if isinstance(error, StatusError) and error.reason in FULL:
+            # Other calls, or others of this batch, take the room.
             self._refused.append(index)
             self._window = max(1, len(self._running))
             if not self._running:

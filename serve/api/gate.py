@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from serve.api.callers import Caller, identify
 from serve.api.status import StatusError
+from serve.engine.callers import NO_LIMITS, Terms
 
 if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
     from serve.metrics import Metrics
@@ -28,7 +30,9 @@ class Gate:
 
     Args:
         metrics: counts refusals, by reason.
-        accepts: whether an ``authorization`` header carries a valid token; None admits everybody.
+        find: what the caller with an ``authorization`` header may use, None if it may not call;
+            without this function everybody may.
+        usual: the limits of callers that have none of their own.
         max_calls: maximum number of open calls, besides those of `OPEN_SERVICES`.
         max_watches: maximum number of open calls of `OPEN_SERVICES`.
         max_message_bytes: maximum size of a message.
@@ -38,14 +42,15 @@ class Gate:
     def __init__(
         self,
         metrics: Metrics,
-        accepts: Callable[[str], bool] | None = None,
+        find: Callable[[str], Terms | None] | None = None,
         *,
+        usual: Terms = NO_LIMITS,
         max_calls: int = MAX_CALLS,
         max_watches: int = MAX_WATCHES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         message_seconds: float = MESSAGE_SECONDS,
     ) -> None:
-        self.metrics, self._accepts = metrics, accepts
+        self.metrics, self._find, self._usual = metrics, find, usual
         self.max_message_bytes, self.message_seconds = max_message_bytes, message_seconds
         self.max_calls, self.max_watches = max_calls, max_watches
         self.request_bytes = max_message_bytes
@@ -59,16 +64,25 @@ class Gate:
         self.calls = self.watches = 0
         """How many are open."""
 
-    def enter(self, method: str, metadata: Mapping[str, Any]) -> None:
+    def enter(
+        self, method: str, metadata: Mapping[str, Any], peer: str = "", certificate: str = ""
+    ) -> Caller:
         """Admit a call to ``package.Service/Method``. `leave` must be called once after it.
+
+        Args:
+            method: its name.
+            metadata: the metadata or headers.
+            peer: who is at the other end of the connection.
+            certificate: whose certificate it has shown, or "".
 
         Raises:
             StatusError: UNAUTHENTICATED, or RESOURCE_EXHAUSTED.
         """
         free = method.startswith(OPEN_SERVICES)
-        if self._accepts is not None and not free:
-            authorization = metadata.get("authorization", "")
-            if not (isinstance(authorization, str) and self._accepts(authorization)):
+        authorization, known = metadata.get("authorization", ""), None
+        if self._find is not None and not free:
+            known = self._find(authorization) if isinstance(authorization, str) else None
+            if known is None:
                 raise StatusError(
                     grpc.StatusCode.UNAUTHENTICATED,
                     "no valid token: send `authorization: Bearer TOKEN`",
@@ -79,6 +93,7 @@ class Gate:
         if not free and self.calls >= self.max_calls:
             raise _full(self.max_calls, "TOO_MANY_CALLS")
         self._add(free, 1)
+        return identify(authorization, peer, certificate, known, self._usual)
 
     def leave(self, method: str) -> None:
         """Note that an admitted call has ended."""

@@ -22,9 +22,17 @@ from serve.api.callers import caller
 from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
 from serve.api.served import Served
-from serve.api.status import StatusError, expired, internal, lost, other_weights
+from serve.api.status import (
+    StatusError,
+    expired,
+    internal,
+    lost,
+    other_weights,
+    overloaded,
+)
 from serve.api.text import TextAssembler
 from serve.engine.jobs import (
+    Displaced,
     Ended,
     Event,
     Expired,
@@ -85,6 +93,8 @@ class Output:
                 self.call.fail(expired())
             case Lost():
                 self.call.fail(lost(event, event.began or self.call.began))
+            case Displaced():
+                self.call.fail(overloaded(self.call.engine.scheduler.jobs.retry_after))
             case Failed():
                 self.call.fail(internal())
             case Scored():
@@ -111,7 +121,8 @@ class Output:
 
     def _end(self, reason: Finish, at: float) -> None:
         self.finish, self.ended_at = reason, at
-        self.call.metrics.finished(reason, self.tokens, self.job.drafted, self.job.accepted)
+        metrics, job = self.call.metrics, self.job
+        metrics.finished(reason, self.tokens, job.drafted, job.accepted, self.call.caller)
 
     @property
     def pending(self) -> bool:
@@ -217,7 +228,9 @@ class Call:
         """Whether only the end of an output wakes the reader; new tokens do not."""
         self.error: StatusError | None = None
         self.outputs = [Output(index, self, wanted) for index in range(wanted.outputs)]
-        budget = wanted.time_budget
+        budget, who = wanted.time_budget, caller.get()
+        self.caller = metrics.caller(who.terms.name)
+        room = served.limits.max_context - len(wanted.ids) + 1
         for output in self.outputs:
             output.job = Sequence(
                 wanted.ids,
@@ -227,8 +240,11 @@ class Call:
                 max_new_tokens=wanted.max_new_tokens,
                 eos_id=wanted.eos_id,
                 expires_at=None if budget is None else self.arrived + budget,
-                caller=caller.get(),
+                least_new_tokens=min(wanted.least_new_tokens, room),
+                caller=who.id,
+                terms=who.terms,
                 salt=wanted.salt,
+                priority=wanted.priority,
             )
 
     @property
@@ -243,7 +259,7 @@ class Call:
 
     def __enter__(self) -> Call:
         self.engine.submit(self.jobs)
-        self.metrics.prompt_tokens.inc(len(self.wanted.ids))
+        self.metrics.prompted(len(self.wanted.ids), self.caller)
         return self
 
     def __exit__(self, *_: object) -> None:

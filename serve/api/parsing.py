@@ -19,6 +19,7 @@ MAX_OUTPUTS = 64
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 16, 256, 64
 MAX_BIASES = 1024
 MAX_SALT = 256
+MAX_PRIORITY = 10
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 128
 RESPONSE_BYTES = 4 << 20
@@ -90,6 +91,14 @@ class Generation:
     expected_weights_version: str
     """Empty: any."""
     salt: str
+    priority: int
+
+    @property
+    def least_new_tokens(self) -> int:
+        """An output has at least so many tokens unless the context or its time ends."""
+        if self.stops or self.sampling.stop_ids:
+            return max(1, self.sampling.min_new_tokens)
+        return self.max_new_tokens
 
     def sampling_of(self, index: int) -> SamplingParams:
         """The parameters of one output. Seeds are consecutive, modulo 2**64."""
@@ -167,6 +176,7 @@ async def parse_generation(request: Any, limits: Limits, whole: bool = True) -> 
         time_budget=time_budget,
         expected_weights_version=request.expected_weights_version,
         salt=parse_salt(request),
+        priority=parse_priority(request),
     )
 
 
@@ -212,6 +222,18 @@ def parse_salt(request: Any) -> str:
     if len(salt) > MAX_SALT:
         raise invalid("cache_salt", f"has more than {MAX_SALT} characters")
     return salt
+
+
+def parse_priority(request: Any) -> int:
+    """The priority of a request; 0 if it has none.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT.
+    """
+    priority: int = request.priority
+    if abs(priority) > MAX_PRIORITY:
+        raise invalid("priority", f"{priority} is not between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+    return priority
 
 
 async def parse_prompt(

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from serve.api.callers import caller, identify
+from serve.api.callers import caller
 from serve.api.gate import OPEN_SERVICES, Gate
 from serve.api.status import DETAILS, StatusError, internal, invalid
 
@@ -44,6 +44,7 @@ UNKNOWN = "unknown"
 REJECTIONS = frozenset(
     {
         "QUEUE_FULL", "DRAINING", "LOADING", "ENGINE_FAILED", "TOO_MANY_CALLS", "TOO_MANY_WATCHES",
+        "CALLER_RUNNING_LIMIT", "CALLER_WAITING_LIMIT", "DEADLINE_UNREACHABLE",
         "UNAUTHENTICATED", "UNKNOWN_METHOD", "MESSAGE_TOO_LARGE", "NO_MESSAGE",
     }
 )  # fmt: skip
@@ -286,6 +287,9 @@ def log_call(
     gate.metrics.call_seconds.labels(name).observe(seconds)
     # Probes ask every few seconds, and each client watches: that is for --log-level debug.
     quiet = name.startswith(OPEN_SERVICES) and "error" not in record.notes
+    if terms := caller.get().terms.name:
+        record.notes = {"caller": terms, **record.notes}
+    gate.metrics.caller_calls.labels(gate.metrics.caller(terms), code.name).inc()
     log.log(
         logging.DEBUG if quiet else logging.INFO,
         "%s %s %.1f ms",
@@ -320,7 +324,6 @@ class _Frame:
         self.record = call_record(self.metadata.get(REQUEST_ID, ""))
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
         current.set(self.record)
-        caller.set(identify(self.metadata.get("authorization", ""), self.peer))
         return self
 
     def enter(self) -> None:
@@ -329,7 +332,8 @@ class _Frame:
         Raises:
             StatusError: it is closed to this call.
         """
-        self.gate.enter(self.name, self.metadata)
+        shown = b",".join(self.context.peer_identities() or ()).decode(errors="replace")
+        caller.set(self.gate.enter(self.name, self.metadata, self.peer, shown))
         self._entered = True
         task = asyncio.current_task()
         assert task is not None

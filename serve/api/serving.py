@@ -22,7 +22,9 @@ from serve.api.parsing import (
     MAX_TEXT,
     MAX_TOP_LOGPROBS,
     RESPONSE_BYTES,
+    SAMPLING,
     parse_generation,
+    parse_priority,
     parse_prompt,
     parse_salt,
     tokenize,
@@ -35,12 +37,13 @@ from serve.api.status import (
     invalid,
     lost,
     other_weights,
-    overloaded,
+    refused,
     too_large,
     unavailable,
 )
 from serve.engine.engine import EngineLost
-from serve.engine.jobs import Event, Expired, Lost, QueueFull, Scored, Scoring
+from serve.engine.jobs import Displaced, Event, Expired, Lost, Scored, Scoring
+from serve.engine.refusals import REFUSALS, QueueFull, Refusal
 from serve.metrics import Metrics
 
 
@@ -87,22 +90,24 @@ class Serving:
         if not self.open_calls:
             self.idle.set()
 
-    def refused(self, error: QueueFull | EngineLost) -> StatusError:
+    def refused(self, error: Refusal | EngineLost) -> StatusError:
         """The status of a call that the engine did not accept."""
         if isinstance(error, EngineLost):
             return unavailable(str(error), "DRAINING" if self.draining else "ENGINE_FAILED")
         assert self.served is not None
-        return overloaded(self.served.engine.scheduler.jobs.retry_after)
+        return refused(error, self.served.engine.scheduler.jobs.retry_after)
 
     def check_room(self, served: Served) -> None:
-        """Refuse work before anything is done for it, if the queue is full.
+        """Refuse work before anything is done for it, if there is no room for it.
 
         Raises:
             StatusError: RESOURCE_EXHAUSTED.
         """
-        scheduler = served.engine.scheduler
-        if len(scheduler.jobs) >= scheduler.jobs.capacity:
-            raise overloaded(scheduler.jobs.retry_after)
+        who = caller.get()
+        try:
+            served.engine.scheduler.jobs.check(who.terms.account or who.id, who.terms)
+        except REFUSALS as error:
+            raise self.refused(error) from None
 
     @asynccontextmanager
     async def generation(
@@ -132,11 +137,14 @@ class Serving:
         served.check_model(request.model)
         self.check_room(served)
         wanted = await parse_generation(request, served.limits, whole)
+        most = caller.get().terms.most(served.limits.max_slots)
+        if most is not None and wanted.outputs > most:
+            raise invalid(f"{SAMPLING}.n", f"{wanted.outputs} exceeds the caller's limit, {most}")
         served.check_weights(wanted.expected_weights_version)
         try:
             with Call(wanted, served, self.metrics, deadline) as call:
                 yield call
-        except (QueueFull, EngineLost) as error:
+        except (*REFUSALS, EngineLost) as error:
             raise self.refused(error) from None
 
     async def score(
@@ -163,7 +171,7 @@ class Serving:
         deadline = None if seconds is None else served.engine.clock() + seconds
         expected = request.expected_weights_version
         served.check_weights(expected)
-        salt = parse_salt(request)
+        salt, priority = parse_salt(request), parse_priority(request)
         if request.top_logprobs > MAX_TOP_LOGPROBS:
             raise invalid("top_logprobs", f"exceeds {MAX_TOP_LOGPROBS}")
         prepend, eot_id = request.prepend_end_of_text, served.tokenizer.eot_id
@@ -176,7 +184,11 @@ class Serving:
             raise too_large("top_logprobs", size, RESPONSE_BYTES)
         if eot_id is not None and prepend:
             ids = np.concatenate((np.array([eot_id]), ids))
-        event = await self._scored(served, ids, request.top_logprobs, deadline, salt)
+        who = caller.get()
+        job = Scoring(
+            ids, _ignore, deadline, who.id, salt, who.terms, priority, top=request.top_logprobs
+        )
+        event = await self._scored(served, job)
         if expected and event.weights_version != expected:
             raise other_weights(expected, event.weights_version)
         response = await served.limits.heavy.run(
@@ -186,19 +198,17 @@ class Serving:
         response.system_fingerprint = served.fingerprint(event.weights_version)
         return response
 
-    async def _scored(
-        self, served: Served, ids: np.ndarray, top: int, deadline: float | None, salt: str
-    ) -> Scored:
+    async def _scored(self, served: Served, job: Scoring) -> Scored:
         answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
         def listen(event: Event) -> None:
             if not answer.done():
                 answer.set_result(event)
 
-        job = Scoring(ids, listen, deadline, caller.get(), salt, top=top)
+        job.listener = listen
         try:
             served.engine.submit([job])
-        except (QueueFull, EngineLost) as error:
+        except (*REFUSALS, EngineLost) as error:
             raise self.refused(error) from None
         try:
             event = await answer
@@ -209,6 +219,8 @@ class Serving:
                 return event
             case Expired():
                 raise expired()
+            case Displaced():
+                raise self.refused(QueueFull())
             case Lost():
                 raise lost(event, event.began)
         raise internal()
@@ -251,3 +263,7 @@ class Serving:
         return api.DetokenizeResponse(
             text=text, system_fingerprint=served.fingerprint(served.weights_version)
         )
+
+
+def _ignore(event: Event) -> None:
+    """The listener of a job that nobody waits for yet."""

@@ -9,6 +9,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from gpt_dist.v1 import errors_pb2
+from serve.engine.refusals import CallerFull, Refusal, TooLate
 
 if TYPE_CHECKING:  # it imports torch
     from serve.engine.jobs import Lost
@@ -148,6 +149,26 @@ def overloaded(retry_after: float) -> StatusError:
         "QUEUE_FULL",
         retry_after=retry_after,
     )
+
+
+def refused(error: Refusal, retry_after: float) -> StatusError:
+    """RESOURCE_EXHAUSTED: the scheduler has no room for the work.
+
+    Args:
+        error: what it said.
+        retry_after: seconds until there may be room.
+    """
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    match error:
+        case CallerFull(limit=limit, terms=terms):
+            most = getattr(terms, limit)
+            message = f"{terms.name or 'the caller'} may have {most} {limit} sequences"
+            reason = f"CALLER_{limit.upper()}_LIMIT"
+            return StatusError(code, message, reason, retry_after=retry_after)
+        case TooLate(seconds=seconds):
+            message = f"the answer would take at least {seconds:.3g} s, longer than its deadline"
+            return StatusError(code, message, "DEADLINE_UNREACHABLE", retry_after=retry_after)
+    return overloaded(retry_after)
 
 
 def expired() -> StatusError:

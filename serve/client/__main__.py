@@ -147,6 +147,12 @@ def _parameters(group: Any) -> None:
         help="share cached prefixes only with requests that have the same salt",
     )
     group.add_argument(
+        "--priority",
+        type=int,
+        metavar="N",
+        help="of your waiting requests lower ones go first; -10 to 10, default 0",
+    )
+    group.add_argument(
         "--time-budget",
         type=float,
         metavar="SECONDS",

@@ -20,7 +20,7 @@ FIELDS = {
     field.name: part for part, message in _PARTS.items() for field in message.DESCRIPTOR.fields
 }
 """Keyword → part of GenerationConfig."""
-OWN = ("model", "expected_weights_version", "cache_salt")
+OWN = ("model", "expected_weights_version", "cache_salt", "priority")
 """Keywords that are fields of the request itself."""
 CONFIG = ("truncate_prompt_tokens",)
 """Keywords that are fields of GenerationConfig itself."""
@@ -38,8 +38,8 @@ def build_request(prompt: Prompt, **parameters: Any) -> api.GenerateRequest:
     """Build a request for Generate.
 
     Keywords are the fields of SamplingParams, StoppingCriteria and OutputOptions, and ``model``,
-    ``expected_weights_version``, ``cache_salt`` and ``truncate_prompt_tokens``. ``time_budget`` is
-    in seconds.
+    ``expected_weights_version``, ``cache_salt``, ``priority`` and ``truncate_prompt_tokens``.
+    ``time_budget`` is in seconds.
 
     Raises:
         TypeError: a keyword is unknown, or a value has the wrong type.

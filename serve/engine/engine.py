@@ -55,7 +55,9 @@ class Engine:
         """Queue jobs, all or none.
 
         Raises:
+            CallerFull: a limit of their caller is reached.
             QueueFull: the queue has no room for all of them.
+            TooLate: they could not end before their deadline.
             EngineLost: the thread has failed, or `shed` was called.
         """
         if self.failure is not None:
@@ -74,7 +76,7 @@ class Engine:
     def shed(self, message: str) -> None:
         """End all jobs and accept no more. Listeners learn whether their job had begun."""
         self._shed = message
-        jobs = self.scheduler.jobs.all()
+        jobs = [*self.scheduler.jobs.all(), *self.scheduler.jobs.displaced()]
         _deliver(losses(jobs, message, stopped=True))
         for job in jobs:
             job.cancelled = True

@@ -8,12 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from gpt_dist.inference.results import Scores
+from gpt_dist.inference.results import Scores, Weights
 from gpt_dist.inference.sampling import SamplingParams
-
-
-class QueueFull(Exception):
-    """The queue has no room for all of the jobs; none was submitted."""
+from serve.engine.callers import Terms
 
 
 class Finish(IntEnum):
@@ -81,11 +78,16 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Displaced:
+    """The queue was full, and the job of a caller with fewer jobs came. It had not begun."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The job raised an error of its own, which is logged. Other jobs are not affected."""
 
 
-Event = Started | Token | Ended | Scored | Expired | Lost | Failed
+Event = Started | Token | Ended | Scored | Expired | Displaced | Lost | Failed
 
 
 class Listener(Protocol):
@@ -109,7 +111,19 @@ class Job:
     """Whose it is. Cached prefixes and guesses come from the same caller's jobs."""
     salt: str = ""
     """They come from jobs with the same salt only, too."""
+    terms: Terms = field(default=Terms())
+    """What the caller may use."""
+    priority: int = 0
+    """Lower ones of the same caller come first."""
     cancelled: bool = field(default=False, init=False)
+    began: bool = field(default=False, init=False)
+    """Whether it has ever had a slot."""
+    number: int = field(default=0, init=False)
+    """Its place in the order of arrival."""
+    due: float = field(default=0.0, init=False)
+    """Its place among its caller's jobs: see `serve.engine.callers.due`."""
+    since: float = field(default=0.0, init=False)
+    """When it got its slot."""
     slot: int = field(default=-1, init=False)
     """Where it is computed; -1 while it waits and after its end."""
     done: int = field(default=0, init=False)
@@ -119,6 +133,26 @@ class Job:
     def owner(self) -> str:
         """Caller and salt."""
         return f"{self.caller} salt {self.salt}" if self.salt else self.caller
+
+    @property
+    def account(self) -> str:
+        """Who pays for it."""
+        return self.terms.account or self.caller
+
+    @property
+    def input(self) -> np.ndarray:
+        """(T,) the tokens to compute when it gets a slot."""
+        return self.ids
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it has lost its slot before."""
+        return False
+
+    @property
+    def ends_at(self) -> float | None:
+        """When it ends with what it has; None for never."""
+        return None
 
     def overdue(self, now: float) -> Event | None:
         """How the job ends because its time is over; None while it is not."""
@@ -135,11 +169,36 @@ class Sequence(Job):
     """The member of ``sampling.stop_ids`` whose finish reason is EOS."""
     expires_at: float | None = None
     """When to end the sequence and keep what was generated."""
+    least_new_tokens: int = 1
+    """It has at least so many unless its time runs out. Estimates rely on it."""
     generated: int = field(default=0, init=False)
+    repeated: int = field(default=0, init=False)
+    """Tokens still to be generated once more, because the sequence lost its slot."""
+    kept: np.ndarray | None = field(default=None, init=False)
+    """(T,) prompt and output when it lost its slot, if they are computed like a prompt."""
+    weights: Weights | None = field(default=None, init=False)
+    """What it began with, if it lost its slot."""
     drafted: int = field(default=0, init=False)
     """Number of tokens that were guessed and verified."""
     accepted: int = field(default=0, init=False)
     """Number of its generated tokens that were guessed."""
+
+    @property
+    def input(self) -> np.ndarray:
+        return self.ids if self.kept is None else self.kept
+
+    @property
+    def resumed(self) -> bool:
+        return self.weights is not None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of prompt and output."""
+        return len(self.ids) + self.generated
+
+    @property
+    def ends_at(self) -> float | None:
+        return self.expires_at
 
     def overdue(self, now: float) -> Event | None:
         if self.expires_at is not None and now >= self.expires_at:

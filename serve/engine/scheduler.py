@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.lookup import Memories
 from gpt_dist.inference.prefix_cache import ALIGNMENT
+from serve.engine.estimates import Estimates
 from serve.engine.jobs import (
+    Displaced,
     Ended,
     Event,
     Failed,
@@ -28,6 +30,7 @@ from serve.engine.jobs import (
     Token,
 )
 from serve.engine.queue import Queue
+from serve.engine.refusals import TooLate
 from serve.engine.versions import Versions
 
 log = logging.getLogger("serve")
@@ -38,8 +41,8 @@ COPIES = 16
 
 def losses(jobs: Iterable[Job], message: str, stopped: bool = False) -> list[tuple[Job, Event]]:
     """The end of jobs that are not finished; those that have begun come first."""
-    order = sorted(jobs, key=lambda job: job.slot < 0)
-    return [(job, Lost(message, job.slot >= 0, stopped)) for job in order]
+    order = sorted(jobs, key=lambda job: not job.began)
+    return [(job, Lost(message, job.began, stopped)) for job in order]
 
 
 class Scheduler:
@@ -70,7 +73,12 @@ class Scheduler:
         if decoder.deterministic:
             self.prefill_chunk = max(ALIGNMENT, prefill_chunk // ALIGNMENT * ALIGNMENT)
         self.clock, self.shared_prefixes = clock, shared_prefixes
-        self.jobs = Queue(decoder.max_slots + max_queue, clock)
+        self.jobs = Queue(decoder.max_slots + max_queue, clock, decoder.max_slots)
+        self.estimates = Estimates()
+        self.preempted = 0
+        """How many times a sequence has lost its slot."""
+        self._prefilled = 0
+        """Tokens of prompts that this tick has computed."""
         self.weights = Versions(decoder, weights_version)
         self.running: dict[int, Sequence] = {}
         """The sequences that take part in steps, by slot."""
@@ -88,9 +96,20 @@ class Scheduler:
         """Queue jobs, all or none.
 
         Raises:
+            CallerFull: a limit of their caller is reached.
             QueueFull: the queue has no room for all of them.
+            TooLate: they could not end before their deadline.
         """
+        self._check_deadline(jobs[0])
         self.jobs.add(jobs)
+
+    def _check_deadline(self, job: Job) -> None:
+        """Refuse what cannot end in time, so that it takes no slot for nothing."""
+        if job.deadline is None or (job.ends_at is not None and job.ends_at <= job.deadline):
+            return
+        seconds = self.estimates.least_seconds(job, *self.jobs.ahead(job))
+        if self.clock() + seconds > job.deadline:
+            raise TooLate(seconds)
 
     def cancel(self, jobs: list[Sequence] | list[Scoring]) -> None:
         """Drop jobs before the next step. Finished jobs are ignored."""
@@ -100,13 +119,17 @@ class Scheduler:
     def tick(self) -> list[tuple[Job, Event]]:
         """Run at most one chunk of prefill and one step; returns the events in order."""
         events = self._events = []
+        self._prefilled, began = 0, self.clock()
         self.weights.apply()
         self._reap(events)
         self._prefill(events)
-        if self.running:
-            self._step(events)
+        running = len(self.running)
+        tokens = 0
+        if running:
+            tokens = self._step(events)
         else:
             self.decoder.flush()
+        self.estimates.ticked(self.clock() - began, self._prefilled, tokens / max(running, 1))
         return events
 
     def abandon(self, message: str) -> list[tuple[Job, Event]]:
@@ -126,14 +149,18 @@ class Scheduler:
             self._remember(job)
             self.running.pop(job.slot, None)
             self.decoder.free(job.slot)
+            if not job.cancelled:
+                self.estimates.ended(self.clock() - job.since)
+        if isinstance(job, Sequence):
+            self.weights.release(job.weights)
         self.jobs.remove(job)
-        job.slot = -1
         if event is not None:
             events.append((job, event))
 
     def _reap(self, events: list[tuple[Job, Event]]) -> None:
         """Release jobs that were cancelled or whose time is over."""
         now = self.clock()
+        events += [(job, Displaced()) for job in self.jobs.displaced() if not job.cancelled]
         for job in self.jobs.all():
             event = job.overdue(now)
             if job.cancelled or event is not None:
@@ -149,7 +176,7 @@ class Scheduler:
             if job is None:
                 return
             # A sequence's last token is run by its first step, together with the other sequences.
-            left = len(job.ids) - 1 - job.done
+            left = len(job.input) - 1 - job.done
             count = min(budget, left)
             if self.decoder.deterministic and count < left:
                 count -= count % ALIGNMENT
@@ -168,33 +195,37 @@ class Scheduler:
 
     def _compute(self, job: Job, count: int, events: list[tuple[Job, Event]]) -> None:
         """Compute the next ``count`` tokens of a prompt or text, and start what is complete."""
-        chunk = job.ids[job.done : job.done + count + 1]
+        chunk = job.input[job.done : job.done + count + 1]
         if isinstance(job, Sequence):
             self.decoder.prefill(job.slot, chunk[:-1], job.done)
         elif isinstance(job, Scoring) and count:
             job.parts.append(self.decoder.score(job.slot, chunk, job.done, job.top))
         job.done += count
-        self.jobs.charge(job, count)
-        if job.done < len(job.ids) - 1:
+        self._prefilled += count
+        if not job.resumed:
+            self.jobs.charge(job, count)
+        if job.done < len(job.input) - 1:
             return
         self._prefilling = None
         if isinstance(job, Sequence):
             memory = self._memories.of(job.owner)
-            self.decoder.activate(job.slot, job.sampling, job.ids, memory)
+            generated = len(job.input) - len(job.ids)
+            self.decoder.activate(job.slot, job.sampling, job.input, memory, generated)
             self.running[job.slot] = job
         elif isinstance(job, Scoring):
             self._end(job, events, Scored(job.parts, self.weights.of(job.slot)))
 
     def _admit(self, budget: int, events: list[tuple[Job, Event]]) -> int:
         """Give the next job a slot if the budget pays for the copies; returns what they cost."""
-        job = self.jobs.next() if self.decoder.free_slots else None
-        if job is None:
+        job = self.jobs.next()
+        if job is None or not (self.decoder.free_slots or self._preempt()):
             return 0
         # All tokens of a text are computed, because each has to be scored.
-        prompt = job.ids[: -1 if isinstance(job, Sequence) else 0]
+        prompt = job.input[: -1 if isinstance(job, Sequence) else 0]
+        weights = job.weights if isinstance(job, Sequence) else None
         owner = job.salt if self.shared_prefixes else job.owner
         try:
-            place = self.decoder.place(prompt, COPIES * self.prefill_chunk, owner)
+            place = self.decoder.place(prompt, COPIES * self.prefill_chunk, owner, weights)
         except Exception:
             log.exception("a request failed")
             self._end(job, events, Failed())
@@ -202,30 +233,63 @@ class Scheduler:
         if place is None or place.copied > COPIES * budget:
             return 0
         # Before admit: if that fails, this job may be why.
-        job.slot, job.done = place.slot, place.length
-        self.decoder.admit(place, owner)
+        again = job.began
+        self.jobs.start(job, place.slot)
+        job.done, job.since = place.length, self.clock()
+        self.decoder.admit(place, owner, weights)
         self._prefilling = job
-        if isinstance(job, Sequence):
+        self.estimates.admitted(len(prompt), place.length)
+        if isinstance(job, Sequence) and not again:
             events.append((job, Started(self.clock(), place.length, self.weights.of(job.slot))))
         return -(-place.copied // COPIES)
+
+    def _preempt(self) -> bool:
+        """Free a slot for the next job, if its caller has fewer than another; returns whether.
+
+        The sequence that loses it goes on later. Its tokens are computed like a prompt then. In
+        deterministic mode they are generated once more, because a step adds in another order.
+        """
+        job = self.jobs.victim(self.running.values())
+        if job is None:
+            return False
+        self.weights.release(job.weights)
+        job.weights = self.decoder.weights_of(job.slot)
+        self.weights.hold(job.weights)
+        if self.decoder.deterministic:
+            job.repeated = job.generated
+        else:
+            job.kept = self.decoder.tokens(job.slot)
+        del self.running[job.slot]
+        self.decoder.free(job.slot)
+        self.jobs.put_back(job)
+        self.preempted += 1
+        return True
 
     def _remember(self, job: Job) -> None:
         """Keep a sequence's output for the guesses of its caller's later ones."""
         if isinstance(job, Sequence) and (memory := self._memories.of(job.owner)):
             memory.add(self.decoder.tokens(job.slot, len(job.ids)))
 
-    def _step(self, events: list[tuple[Job, Event]]) -> None:
-        """Generate one token for each running sequence, and release finished ones."""
+    def _step(self, events: list[tuple[Job, Event]]) -> int:
+        """Generate one token for each running sequence, and release finished ones.
+
+        Returns:
+            How many tokens were generated.
+        """
         result = self.decoder.step()
         now = self.clock()
         for slot, count in result.drafted.items():
-            self.running[slot].drafted += count
+            if not self.running[slot].repeated:
+                self.running[slot].drafted += count
         rows = zip(
             result.slots, result.tokens, result.logprobs, result.top, result.last, strict=True
         )
         for slot, token, logprob, top, last in rows:
             job = self.running.get(slot)
             if job is None:  # an earlier token of this step ended it
+                continue
+            if job.repeated:  # its caller has this token already
+                job.repeated -= 1
                 continue
             if token in job.sampling.stop_ids:
                 reason = Finish.EOS if token == job.eos_id else Finish.STOP_TOKEN
@@ -239,3 +303,4 @@ class Scheduler:
                 self._end(job, events, Ended(now, Finish.LENGTH))
             elif last and not self.decoder.room(slot):
                 self._end(job, events, Ended(now, Finish.CONTEXT_FULL))
+        return len(result.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.results import Weights
@@ -21,6 +22,8 @@ class Versions:
         self._lock = threading.Lock()
         self._names = {decoder.weights.version: name}
         self._pending: tuple[Weights, str] | None = None
+        self._held: Counter[int] = Counter()
+        """Versions that sequences without a slot go on with."""
 
     @property
     def newest(self) -> str:
@@ -44,6 +47,18 @@ class Versions:
         """Name of the weights that a slot's cache was computed with."""
         return self._names[self._decoder.version(slot)]
 
+    def hold(self, weights: Weights) -> None:
+        """Note that a sequence goes on with these weights when it gets a slot."""
+        with self._lock:
+            self._held[weights.version] += 1
+
+    def release(self, weights: Weights | None) -> None:
+        """Note the end of a `hold`; None is none."""
+        if weights is not None:
+            with self._lock:
+                self._held[weights.version] -= 1
+                self._held += Counter()  # drops zeros
+
     def swap(self, weights: Weights, name: str) -> None:
         """Have `apply` put other weights to use."""
         with self._lock:
@@ -62,7 +77,7 @@ class Versions:
             self._names = {key: name for key, name in self._names.items() if key in live}
 
     def _in_use(self) -> set[int]:
-        """Versions of the weights of all slots, and of the newest."""
+        """Versions of the weights of all slots, of sequences without one, and of the newest."""
         decoder = self._decoder
         versions = {decoder.version(slot) for slot in range(decoder.max_slots)}
-        return versions - {0} | {decoder.weights.version}
+        return versions - {0} | {decoder.weights.version} | set(self._held)

@@ -161,6 +161,7 @@ class Completion:
                 top_logprobs=self.body.logprobs,
                 expected_weights_version=request.expected_weights_version,
                 cache_salt=request.cache_salt,
+                priority=request.priority,
             )
             scored = await self.serving.score_part(self.served, wanted)
             echo.tokens = list(scored.tokens)

@@ -14,7 +14,7 @@ from grpc import StatusCode
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.api.callers import caller, identify
+from serve.api.callers import caller
 from serve.api.gate import Gate
 from serve.api.rpc import REQUEST_ID, call_record, current, log_call, note_failure
 from serve.api.status import StatusError
@@ -68,12 +68,11 @@ async def answer(
     current.set(record)
     client = scope.get("client")
     peer = f"{client[0]}:{client[1]}" if client else ""
-    caller.set(identify(head.get("authorization", ""), peer))
     writer = _Writer(send, record.request_id)
     code = StatusCode.CANCELLED
     entered = False
     try:
-        gate.enter(name, dict(head))
+        caller.set(gate.enter(name, dict(head), peer))
         entered = True
         work = asyncio.create_task(_work(behaviour, await _body(receive, gate), writer))
         gone = asyncio.create_task(_gone(receive))

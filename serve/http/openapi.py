@@ -32,7 +32,7 @@ ERRORS = {
     "408": "The body did not arrive in time.",
     "412": "The weights are not those that the request expects.",
     "413": "The body is too large.",
-    "429": "The queue is full; Retry-After says when to try again.",
+    "429": "The queue or a limit of the caller is full; Retry-After says when to try again.",
     "500": "A defect of the server, or the engine failed; do not repeat the request.",
     "503": "The model is loading, or the server is shutting down; the request had no effect.",
 }

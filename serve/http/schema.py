@@ -103,6 +103,8 @@ class CompletionRequest(AnyBody):
     """Fail with 412 if the server has other weights."""
     cache_salt: str | None = None
     """Share cached prefixes only with requests that have the same salt."""
+    priority: int | None = None
+    """Of the caller's waiting requests lower ones go first: -10 to 10, by default 0."""
 
 
 class TokenizeRequest(AnyBody):
@@ -235,6 +237,8 @@ def generation_request(body: CompletionRequest, prompt: Prompt) -> api.GenerateR
             _set(getattr(config, part), field, name, value)
     if body.max_tokens:
         _set(config.stopping, "max_new_tokens", "max_tokens", body.max_tokens)
+    if body.priority is not None:
+        _set(request, "priority", "priority", body.priority)
     if body.seed is not None:
         config.sampling.seed = body.seed % (1 << 64)
     if body.truncate_prompt_tokens is not None:

@@ -55,17 +55,20 @@ def test_a_cached_prompt_is_its_callers_secret(
     [
         ("", "ipv4:192.0.2.1:50000", "host 192.0.2.1"),
         ("", "192.0.2.1:8", "host 192.0.2.1"),
-        ("", "ipv6:%5B2001:db8::1%5D:50000", "host %5B2001:db8::1%5D"),
+        ("", "ipv6:%5B2001:db8::1%5D:50000", "host 2001:db8::/64"),
+        ("", "[2001:db8::ffff]:8", "host 2001:db8::/64"),
+        ("", "ipv6:%5B::ffff:192.0.2.1%5D:50000", "host 192.0.2.1"),
         ("", "unix:", "host unix"),
         ("", "", "host "),
     ],
 )
 def test_callers_without_a_token_are_hosts(header: str, peer: str, caller: str) -> None:
-    assert identify(header, peer) == caller
+    assert identify(header, peer).id == caller
 
 
 def test_tokens_are_not_kept() -> None:
     one, other = identify("Bearer secret", "a:1"), identify(b"Bearer other", "a:1")
-    assert one != other
-    assert "secret" not in one
-    assert identify(b"Bearer secret", "elsewhere:2") == one
+    assert one.id != other.id
+    assert "secret" not in one.id
+    assert one.terms == other.terms  # a token that nobody checks is worth no share of the slots
+    assert identify(b"Bearer secret", "elsewhere:2").id == one.id

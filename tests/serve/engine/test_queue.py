@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
-from serve.engine.jobs import Job, QueueFull, Sequence, Started, Token
+from serve.engine.callers import Terms
+from serve.engine.jobs import Job, Sequence
 from serve.engine.queue import ACCOUNTS, Queue
-from serve.engine.scheduler import Scheduler
-from tests.fake_decoder import VOCABULARY, fake_decoder
+from serve.engine.refusals import CallerFull, QueueFull
+from tests.fake_decoder import VOCABULARY
 from tests.serve.engine.test_ticks import ignore
 
 
-def job(caller: str, length: int = 5, **options: int) -> Sequence:
+def job(caller: str, length: int = 5, **options: object) -> Sequence:
     ids = np.arange(length) % VOCABULARY
     return Sequence(ids, ignore, caller=caller, **options)  # type: ignore[arg-type]
 
@@ -23,7 +22,7 @@ def take(queue: Queue, tokens: int) -> str:
     """Give the next job a slot, charge it, and let it end; returns its caller."""
     chosen = queue.next()
     assert chosen is not None
-    chosen.slot = 0
+    queue.start(chosen, 0)
     queue.charge(chosen, tokens)
     queue.remove(chosen)
     return chosen.caller
@@ -43,7 +42,8 @@ def test_the_caller_that_was_served_least_comes_next() -> None:
 def test_one_caller_is_served_in_order_of_arrival() -> None:
     queue = Queue(10, lambda: 0.0)
     jobs = [job("one") for _ in range(4)]
-    queue.add(jobs)
+    queue.add(jobs[:2])
+    queue.add(jobs[2:])
     for expected in jobs:
         assert queue.next() is expected
         assert queue.next() is expected  # nothing has changed
@@ -78,32 +78,78 @@ def test_accounts_are_bounded() -> None:
         queue.add([job(f"caller {number}")])
         take(queue, 1)
     assert len(queue._served) <= ACCOUNTS + 1
-    queue.add([job("x") for _ in range(5)])
+
+
+def test_a_heavier_caller_gets_more() -> None:
+    queue = Queue(300, lambda: 0.0)
+    queue.add([job("heavy", terms=Terms(weight=3)) for _ in range(100)])
+    queue.add([job("plain") for _ in range(100)])
+    order = [take(queue, 10) for _ in range(80)]
+    assert abs(order.count("heavy") - 60) <= 1
+
+
+def test_a_full_queue_takes_from_the_caller_that_has_the_most() -> None:
+    queue = Queue(10, lambda: 0.0)
+    hog = [job("hog") for _ in range(10)]
+    queue.add(hog)
+    running = queue.next()
+    assert running is hog[0]
+    queue.start(running, 0)
+    queue.add([job("light") for _ in range(3)])
+    assert queue.displaced() == [hog[9], hog[8], hog[7]]
+    assert len(queue) == 10
     with pytest.raises(QueueFull):
-        queue.add([job("y")])
+        queue.add([job("hog")])
+    with pytest.raises(QueueFull):
+        queue.add([job("light") for _ in range(3)])  # it would have more than the other
+    assert queue.displaced() == []
+    queue.check("light", Terms())
+    with pytest.raises(QueueFull):
+        queue.check("hog", Terms())
 
 
-def test_light_callers_do_not_wait_for_a_hogs_queue() -> None:
-    """One caller queues 1,000 calls, nine others make one at a time, through the scheduler."""
-    decoder, _ = fake_decoder(8, 64)
-    scheduler = Scheduler(decoder, max_queue=2000)
-    scheduler.submit([job("hog", max_new_tokens=10) for _ in range(1000)])
-    served: Counter[str] = Counter()
-    waited: list[int] = []
-    since: dict[Job, int] = {}
-    for tick in range(400):
-        busy = {each.caller for each in scheduler.jobs.all()}
-        for number in range(9):
-            if f"light {number}" not in busy:
-                light = job(f"light {number}", 3 + number, max_new_tokens=10)
-                since[light] = tick
-                scheduler.submit([light])
-        for each, event in scheduler.tick():
-            if isinstance(event, Started) and each in since:
-                waited.append(tick - since[each])
-            if isinstance(event, Token) and tick > 50:
-                served[each.caller] += 1
-    assert max(waited) <= 20  # two generations of 10 tokens in 8 slots for 10 callers
-    tokens = np.array([served["hog"], *(served[f"light {number}"] for number in range(9))], float)
-    jain = tokens.sum() ** 2 / (len(tokens) * (tokens**2).sum())
-    assert jain >= 0.95, tokens
+def test_limits_of_a_caller() -> None:
+    queue = Queue(100, lambda: 0.0, slots=8)
+    terms = Terms(running=2, waiting=3)
+    jobs = [job("one", terms=terms) for _ in range(5)]
+    queue.add(jobs)
+    with pytest.raises(CallerFull, match="waiting"):
+        queue.add([job("one", terms=terms)])
+    for slot in range(2):
+        queue.start(jobs[slot], slot)
+    assert queue.next() is None  # the others wait although slots are free
+    queue.add([job("other")])
+    assert queue.next() is not None
+    queue.remove(jobs[0])
+    queue.add([job("one", terms=terms)])
+    strict = Terms(account="strict", running=1, waiting=0)
+    queue.add([job("a token", terms=strict)])
+    with pytest.raises(CallerFull, match="running"):
+        queue.add([job("another token of it", terms=strict)])
+
+
+def test_the_order_within_a_caller() -> None:
+    now = [0.0]
+    queue = Queue(10, lambda: now[0])
+    plain, urgent = job("one"), job("one", deadline=20.0)
+    first, high = job("one", deadline=9.0), job("one", priority=-2)
+    queue.add([plain])
+    for each in (urgent, first, high):
+        queue.add([each])
+    assert order(queue) == [first, urgent, high, plain]
+    queue.add([plain := job("one")])
+    now[0] = 19.0
+    queue.add([early := job("one", priority=-2)])
+    now[0] = 21.0
+    queue.add([late := job("one", priority=-2)])  # `plain` has aged by two steps
+    assert order(queue) == [early, plain, late]
+
+
+def order(queue: Queue) -> list[Job]:
+    """Let all jobs have their turn."""
+    jobs = []
+    while (chosen := queue.next()) is not None:
+        queue.start(chosen, 0)
+        queue.remove(chosen)
+        jobs.append(chosen)
+    return jobs

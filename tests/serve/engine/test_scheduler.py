@@ -19,13 +19,13 @@ from serve.engine.jobs import (
     Event,
     Expired,
     Finish,
-    QueueFull,
     Scored,
     Scoring,
     Sequence,
     Started,
     Token,
 )
+from serve.engine.refusals import QueueFull
 from serve.engine.scheduler import Scheduler
 from tests.serve.conftest import CONTEXT, VOCABULARY, tiny_model
 
@@ -299,8 +299,11 @@ def test_deadlines_and_time_budgets(make_decoder: MakeDecoder) -> None:
     queued = sequence([1, 2], max_new_tokens=99, expires_at=5)
     overdue = sequence([1, 2], max_new_tokens=99, deadline=5)
     late = sequence([1, 2], max_new_tokens=99, deadline=20)
-    scheduler.submit([running, queued, overdue, late])
-    for _ in range(4):
+    scheduler.submit([running])
+    tick(scheduler)
+    for job in (queued, overdue, late):
+        scheduler.submit([job])
+    for _ in range(3):
         tick(scheduler)
     assert scheduler.jobs.waiting == 3
     now[0] = 5

@@ -11,18 +11,19 @@ import pytest
 from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import SamplingParams
 from serve.engine.jobs import (
+    Displaced,
     Ended,
     Event,
     Expired,
     Finish,
     Job,
-    QueueFull,
     Scored,
     Scoring,
     Sequence,
     Started,
     Token,
 )
+from serve.engine.refusals import QueueFull, TooLate
 from serve.engine.scheduler import COPIES, Scheduler
 from tests.fake_decoder import (
     VOCABULARY,
@@ -60,7 +61,7 @@ def test_tick_by_tick() -> None:
     assert scheduler.tick() == []
     first, second = sequence([7], max_new_tokens=3), sequence(counting(41), max_new_tokens=1)
     text = Scoring(np.array(counting(20)), ignore)
-    last = sequence(counting(41), seed=1, max_new_tokens=1, deadline=9.0)
+    last = sequence(counting(41), seed=1, max_new_tokens=1)
     scheduler.submit([first, second])
     scheduler.submit([text])
     scheduler.submit([last])
@@ -185,6 +186,7 @@ class Traffic:
 
     def submit(self) -> None:
         dice, ids = self.dice, self.prompt()
+        caller, soon = dice.choice(("", "one", "other")), dice.random() < 0.05
         if dice.random() < 0.1:
             jobs: list[Sequence] | list[Scoring] = [Scoring(np.array(ids), ignore)]
         else:
@@ -192,8 +194,8 @@ class Traffic:
                 sequence(
                     ids, dice.randrange(1 << 40), max_new_tokens=dice.randint(1, 30),
                     stop_ids=dice.choice(((), (3, 17))), eos_id=3,
-                    caller=dice.choice(("", "one", "other")),
-                    deadline=self.now + 20 if dice.random() < 0.05 else None,
+                    caller=caller, priority=dice.choice((0, 0, 5)),
+                    deadline=self.now + 20 if soon else None,
                     expires_at=self.now + 20 if dice.random() < 0.05 else None,
                 )
                 for _ in range(dice.choice((1, 1, 1, 4)))
@@ -202,6 +204,8 @@ class Traffic:
             self.scheduler.submit(jobs)
         except QueueFull:
             assert len(self.scheduler.jobs) + len(jobs) > self.scheduler.jobs.capacity
+        except TooLate:
+            assert soon
         else:
             self.events.update({job: [] for job in jobs})
             self.oldest.update(dict.fromkeys(jobs, int(self.scheduler.weights.newest)))
@@ -235,7 +239,9 @@ class Traffic:
     def in_use(self) -> set[int]:
         """Versions of the weights of the sequences at work, and of the newest."""
         slots = set(range(self.decoder.max_slots)) - set(self.decoder.free_slots)
-        return {self.decoder.version(slot) for slot in slots} | {self.decoder.weights.version}
+        versions = {self.decoder.version(slot) for slot in slots} | {self.decoder.weights.version}
+        waiting = [job for job in self.scheduler.jobs.all() if isinstance(job, Sequence)]
+        return versions | {job.weights.version for job in waiting if job.weights}
 
 
 @pytest.mark.slow(1)
@@ -264,7 +270,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
         assert isinstance(job, Sequence)
         started = [event for event in events if isinstance(event, Started)]
         if not started:
-            assert all(isinstance(event, Expired | Ended) for event in events)
+            assert all(isinstance(event, Expired | Ended | Displaced) for event in events)
             continue
         tokens = traffic.tokens(job)
         assert job.accepted <= min(job.drafted, len(tokens))
@@ -288,13 +294,15 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
     assert (accepted > COUNT / 2) == speculate
     assert reused > COUNT / 50  # within a caller
     assert traffic.decoder.weights.version > 3
+    assert chunk == 5 or traffic.scheduler.preempted > COUNT / 50  # else prompts hold it up
+    assert traffic.scheduler.weights.live == 1
 
 
 def check_scores(job: Scoring, events: list[Event]) -> None:
     """The likeliest token at each place is the one that a greedy sequence would get there."""
     for event in events:
         if not isinstance(event, Scored):
-            assert isinstance(event, Expired)
+            assert isinstance(event, Expired | Displaced)
             continue
         cached = job.ids + VOCABULARY * int(event.weights_version)
         found = np.concatenate([part.logprobs for part in event.parts] or [np.zeros(0)])
