@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ OPEN_SERVICES = ("grpc.health.v1.Health/", "GET /health")
 MAX_WATCHES = 4096
 """Maximum number of open calls of `OPEN_SERVICES`. Each takes about 25 KB."""
 MAX_CALLS = 1024
+RESERVED = 8
+"""One place in so many is for callers that have few open calls."""
 MAX_MESSAGE_BYTES = 1 << 19
 MESSAGE_SECONDS = 30.0
 """How long a caller may take to send its first message."""
@@ -63,6 +66,8 @@ class Gate:
         """Held while a long message is parsed."""
         self.calls = self.watches = 0
         """How many are open."""
+        self._open: Counter[str] = Counter()
+        """Those of them that are not of `OPEN_SERVICES`, by caller."""
 
     def enter(
         self, method: str, metadata: Mapping[str, Any], peer: str = "", certificate: str = ""
@@ -90,14 +95,20 @@ class Gate:
                 )
         if free and self.watches >= self.max_watches:
             raise _full(self.max_watches, "TOO_MANY_WATCHES")
-        if not free and self.calls >= self.max_calls:
-            raise _full(self.max_calls, "TOO_MANY_CALLS")
-        self._add(free, 1)
-        return identify(authorization, peer, certificate, known, self._usual)
+        who = identify(authorization, peer, certificate, known, self._usual)
+        if not free and self.calls >= self.max_calls - self._reserved(who):
+            raise _full(self.calls, "TOO_MANY_CALLS")
+        self._add(free, 1, who)
+        return who
 
-    def leave(self, method: str) -> None:
-        """Note that an admitted call has ended."""
-        self._add(method.startswith(OPEN_SERVICES), -1)
+    def _reserved(self, who: Caller) -> int:
+        """Places that a caller with many open calls leaves to others."""
+        places = self.max_calls // RESERVED
+        return places if self._open[who.terms.account] >= places else 0
+
+    def leave(self, method: str, who: Caller) -> None:
+        """Note that a call of ``who`` that was admitted has ended."""
+        self._add(method.startswith(OPEN_SERVICES), -1, who)
 
     def close(self) -> None:
         """Cancel the gRPC calls that are still open."""
@@ -105,11 +116,14 @@ class Gate:
         for task in list(self.tasks):
             task.cancel()
 
-    def _add(self, free: bool, count: int) -> None:
+    def _add(self, free: bool, count: int, who: Caller) -> None:
         if free:
             self.watches += count
-        else:
-            self.calls += count
+            return
+        self.calls += count
+        self._open[who.terms.account] += count
+        if not self._open[who.terms.account]:
+            del self._open[who.terms.account]
 
     def refused(self, reason: str) -> None:
         """Count a refusal."""

@@ -363,5 +363,5 @@ class _Frame:
         if kind is asyncio.CancelledError and (self.context.time_remaining() or 1) <= 0:
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED
         if self._entered:
-            self.gate.leave(self.name)
+            self.gate.leave(self.name, caller.get())
         log_call(self.gate, self.name, self.code, self.began, self.peer, self.record)

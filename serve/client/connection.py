@@ -141,8 +141,8 @@ def read_token(path: Path | None) -> str | None:
     """
     if path is None:
         return os.environ.get(TOKEN)
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    token = next((line for line in lines if line and not line.startswith("#")), None)
+    lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    token = next((words[0] for words in lines if words and not words[0].startswith("#")), None)
     if token is None:
         raise UsageError(f"--token-file {path}: contains no token")
     return token

@@ -93,7 +93,7 @@ async def answer(
         await writer.fail(status)
     finally:
         if entered:
-            gate.leave(name)
+            gate.leave(name, caller.get())
         log_call(gate, name, code, began, peer, record)
 
 

@@ -233,8 +233,26 @@ def test_the_gate_counts_what_is_open() -> None:
 
     gate = Gate(Metrics(), max_calls=1, max_watches=1)
     for method in ("a.B/C", "grpc.health.v1.Health/Watch"):
-        gate.enter(method, {})
+        who = gate.enter(method, {})
         with pytest.raises(StatusError, match="1 calls are open"):
             gate.enter(method, {})
-        gate.leave(method)
+        gate.leave(method, who)
         gate.enter(method, {})
+
+
+def test_one_caller_leaves_places_to_others() -> None:
+    from serve.api.status import StatusError
+    from serve.metrics import Metrics
+
+    gate = Gate(Metrics(), max_calls=16)
+    for _ in range(14):
+        gate.enter("a.B/C", {}, "hog:1")
+    with pytest.raises(StatusError, match="14 calls are open"):
+        gate.enter("a.B/C", {}, "hog:1")
+    first, _ = (gate.enter("a.B/C", {}, f"light:{port}") for port in range(2))
+    with pytest.raises(StatusError, match="16 calls are open"):
+        gate.enter("a.B/C", {}, "other:1")
+    gate.leave("a.B/C", first)
+    with pytest.raises(StatusError):
+        gate.enter("a.B/C", {}, "hog:1")
+    gate.enter("a.B/C", {}, "other:1")
