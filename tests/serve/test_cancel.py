@@ -111,7 +111,8 @@ def test_interrupted_calls_leave_nothing(
     wait_until(lambda: server.call(tasks()) <= tasks_before)
     assert memory() - before < 20 << 20
     # Each of the three endings occurred, and no other.
-    assert set(codes) == {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
+    # What could not be done before its deadline may have been refused.
+    assert set(codes) - {"RESOURCE_EXHAUSTED"} == {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
     assert min(codes.values()) > COUNT / 50, codes
     assert errors(caplog) == []
     # The server still answers.
