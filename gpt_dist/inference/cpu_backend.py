@@ -133,7 +133,8 @@ class CpuBackend:
             math.log(params.min_p) if params.min_p else -math.inf,
             repetition, params.presence_penalty, params.frequency_penalty,
             params.top_k, -1 if params.logprobs is None else params.logprobs,
-            len(ids) - generated, len(ids), params.min_new_tokens, len(stops), len(biased), params.seed,
+            len(ids) - generated, len(ids), params.min_new_tokens, len(stops), len(biased),
+            params.seed,
             self._history[slot].ctypes.data,
             stops.ctypes.data, biased.ctypes.data, bias.ctypes.data,
         )  # fmt: skip

@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.lookup import Memories
 from gpt_dist.inference.prefix_cache import ALIGNMENT
@@ -258,7 +260,7 @@ class Scheduler:
         if self.decoder.deterministic:
             job.repeated = job.generated
         else:
-            job.kept = self.decoder.tokens(job.slot)
+            job.kept = np.array(self.decoder.tokens(job.slot))
         del self.running[job.slot]
         self.decoder.free(job.slot)
         self.jobs.put_back(job)

@@ -110,9 +110,10 @@ def test_interrupted_calls_leave_nothing(
     # The last call's task ends a moment after its answer.
     wait_until(lambda: server.call(tasks()) <= tasks_before)
     assert memory() - before < 20 << 20
-    # Each of the three endings occurred, and no other.
-    # What could not be done before its deadline may have been refused.
-    assert set(codes) - {"RESOURCE_EXHAUSTED"} == {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
+    # Each of the three endings occurred, and no other. What could not be done before its deadline
+    # may have been refused.
+    codes.pop("RESOURCE_EXHAUSTED", None)
+    assert set(codes) == {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
     assert min(codes.values()) > COUNT / 50, codes
     assert errors(caplog) == []
     # The server still answers.

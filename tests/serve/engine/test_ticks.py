@@ -291,7 +291,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
         reused += started[0].cached_tokens > 0
         ended += isinstance(events[-1], Ended)
     assert ended > COUNT / 3
-    assert (accepted > COUNT / 2) == speculate
+    assert (accepted > COUNT / 10) == speculate
     assert reused > COUNT / 50  # within a caller
     assert traffic.decoder.weights.version > 3
     assert chunk == 5 or traffic.scheduler.preempted > COUNT / 50  # else prompts hold it up
