@@ -22,15 +22,16 @@ SHAPES = {
     "no qkv bias": {"qkv_bias": False},
     "odd sizes": {"n_embd": 42, "n_head": 3, "mlp_hidden": 50, "vocab_size": 131},
     "wide heads": {"n_embd": 160, "n_head": 2},
-    "nanochat": {"architecture": "nanochat"},
-    "shared keys": {
+    "nanochat": {"architecture": "nanochat", "n_kv_head": 2},
+    "nanochat, odd sizes": {
         "architecture": "nanochat",
         "n_embd": 40,
-        "n_kv_head": 2,
         "mlp_hidden": 50,
         "vocab_size": 131,
     },
 }
+ARCHITECTURES = pytest.mark.parametrize("shape", ["gpt2", "nanochat"])
+"""For what depends on the parts of a model, but not on its sizes."""
 
 
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ def make_backend(
 ) -> Backend:
     """The fastest backend on this machine for the device."""
     small = model.config.head_size <= kernels.MAX_HEAD_SIZE
-    plain = model.config.architecture == "gpt2"
-    if device.type == "cpu" and small and plain and kernels.decoder_library() is not None:
+    if device.type == "cpu" and small and kernels.decoder_library() is not None:
         return CpuBackend(model, slots, context, dtype)
     return TorchBackend(model, slots, context, device, dtype, deterministic)

@@ -45,15 +45,15 @@ class CpuBackend:
         self.name = f"kernels-{instruction_set()}"
         self.threads = torch.get_num_threads()
         config = model.config
-        head_size = config.n_embd // config.n_head
+        head_size = config.head_size
         context = -(-context // 16) * 16  # keys lie in tiles of 16 positions
         sizes = -(-head_size // 2) * 2, -(-head_size // 16) * 16
         stored = torch.float32 if dtype == "fp32" else torch.bfloat16
-        heads = config.n_layer * slots * config.n_head
+        heads = config.n_layer * slots * config.kv_heads
         self._keys, self._values = (
             kernels.buffer(heads * context * size * stored.itemsize)
             .view(stored)
-            .view(config.n_layer, slots, config.n_head, context * size)
+            .view(config.n_layer, slots, config.kv_heads, context * size)
             for size in sizes
         )
         self._sizes = sizes
@@ -80,15 +80,18 @@ class CpuBackend:
     def load(self, model: GPT) -> CpuWeights:
         """Pack the weights of ``model`` in this decoder's dtype."""
         keep: list[Any] = []
-        config = model.config
+        config, parts = model.config, model.config.parts
 
         def linear(module: Any) -> kernels.Linear:
             return kernels.pack(module.weight, module.bias, self.dtype, keep)
 
+        def norm(module: Any, exists: bool = True) -> kernels.Norm:
+            return kernels.norm(module, parts.norm, keep) if exists else kernels.Norm()
+
         layers = (kernels.Layer * config.n_layer)(
             *(
                 kernels.Layer(
-                    kernels.norm(block.ln_1, keep), kernels.norm(block.ln_2, keep),
+                    norm(block.ln_1), norm(block.ln_2),
                     linear(block.attn.c_attn), linear(block.attn.c_proj),
                     linear(block.mlp.c_fc), linear(block.mlp.c_proj),
                 )
@@ -96,20 +99,27 @@ class CpuBackend:
             )
         )  # fmt: skip
         keep.append(layers)
-        final = config.n_layer and config.norm == "pre"
+        final = config.n_layer > 0 and config.norm == "pre"
         shape = kernels.Model(
             dtype=kernels.DTYPES[self.dtype],
             pre_norm=config.norm == "pre",
             n_layer=config.n_layer,
             n_head=config.n_head,
-            head_size=config.n_embd // config.n_head,
+            n_kv_head=config.kv_heads,
+            head_size=config.head_size,
             width=config.n_embd,
-            hidden=config.mlp_hidden or 4 * config.n_embd,
+            hidden=config.hidden,
+            activation=kernels.ACTIVATIONS[parts.activation],
+            turned_eps=parts.eps,
             wte=kernels.pointer(kernels.own(model.wte.weight, keep)),
             wpe=kernels.pointer(kernels.own(model.wpe.weight, keep)) if model.wpe else None,
+            rotations=kernels.rotations(config, keep),
             layers=layers,
-            final_norm=kernels.norm(model.ln_f, keep) if final else kernels.Norm(),
-            head=kernels.pack(model.head_weight[: model.vocab_size], None, self.dtype, keep),
+            first_norm=norm(model.ln_e, parts.norm_embedding),
+            final_norm=norm(model.ln_f, final),
+            head=kernels.pack(
+                model.head_weight[: model.vocab_size], None, self.dtype, keep, parts.soft_cap
+            ),
         )
         return CpuWeights(shape, keep)
 

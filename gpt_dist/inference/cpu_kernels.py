@@ -13,24 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError
 from gpt_dist.ops.build import disabled, load
+from gpt_dist.ops.rotary import angles
 
 _log = logging.getLogger(__name__)
 
 MAX_HEAD_SIZE = 4096
 DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+NORMS = {"layer": 1, "rms": 2}
+ACTIVATIONS = {"gelu": 2, "relu2": 3}
 
 
 class Linear(Structure):
     _fields_ = (
         ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
-        ("outputs", c_int32), ("inputs", c_int32),
+        ("outputs", c_int32), ("inputs", c_int32), ("cap", c_float),
     )  # fmt: skip
 
 
 class Norm(Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32))
 
 
 class Layer(Structure):
@@ -43,9 +47,10 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = (
         ("dtype", c_int32), ("pre_norm", c_int32), ("n_layer", c_int32), ("n_head", c_int32),
-        ("head_size", c_int32), ("width", c_int32), ("hidden", c_int32),
-        ("wte", c_void_p), ("wpe", c_void_p), ("layers", POINTER(Layer)),
-        ("final_norm", Norm), ("head", Linear),
+        ("n_kv_head", c_int32), ("head_size", c_int32), ("width", c_int32), ("hidden", c_int32),
+        ("activation", c_int32), ("turned_eps", c_float),
+        ("wte", c_void_p), ("wpe", c_void_p), ("rotations", c_void_p), ("layers", POINTER(Layer)),
+        ("first_norm", Norm), ("final_norm", Norm), ("head", Linear),
     )  # fmt: skip
 
 
@@ -110,7 +115,9 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def pack(weight: Tensor, bias: Tensor | None, dtype: str, keep: list[Any]) -> Linear:
+def pack(
+    weight: Tensor, bias: Tensor | None, dtype: str, keep: list[Any], cap: float = 0.0
+) -> Linear:
     """Pack an (outputs, inputs) matrix for the kernels; ``keep`` owns the memory."""
     lib = decoder_library()
     assert lib is not None
@@ -124,12 +131,22 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: str, keep: list[Any]) -> Li
     )  # fmt: skip
     bias = own(bias, keep)
     keep += [packed, scale]
-    return Linear(packed.data_ptr(), scale.data_ptr(), pointer(bias), outputs, inputs)
+    return Linear(packed.data_ptr(), scale.data_ptr(), pointer(bias), outputs, inputs, cap)
 
 
-def norm(module: Any, keep: list[Any]) -> Norm:
-    """A layer norm's parameters in fp32; ``keep`` owns them."""
-    return Norm(pointer(own(module.weight, keep)), pointer(own(module.bias, keep)), module.eps)
+def norm(module: Any, kind: str, keep: list[Any]) -> Norm:
+    """A norm and, of a layer norm, its parameters in fp32; ``keep`` owns them."""
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    return Norm(pointer(own(weight, keep)), pointer(own(bias, keep)), module.eps, NORMS[kind])
+
+
+def rotations(config: ModelConfig, keep: list[Any]) -> int | None:
+    """Address of the rotations of every position, where positions are such; ``keep`` owns them."""
+    if config.parts.positions != "rotary":
+        return None
+    positions = torch.arange(config.context_length)
+    turns = angles(positions, config.head_size, config.parts.rotary_base)
+    return pointer(own(torch.cat([turns.cos(), turns.sin()], 1), keep))
 
 
 def own(tensor: Tensor | None, keep: list[Any]) -> Tensor | None:

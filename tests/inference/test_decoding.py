@@ -24,7 +24,7 @@ from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT
 from tests.conftest import break_compiler
-from tests.decoders import SHAPES, small_model, use_backend
+from tests.decoders import ARCHITECTURES, SHAPES, small_model, use_backend
 from tests.fake_decoder import expected, fake_decoder
 
 GREEDY = SamplingParams(temperature=0)
@@ -94,10 +94,11 @@ def join(parts: Iterator[Scores]) -> Scores:
     return Scores(1, *(np.concatenate([getattr(part, name) for part in every]) for name in names))
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-def test_chunks_do_not_matter(dtype: Any, backend: str) -> None:
+def test_chunks_do_not_matter(shape: str, dtype: Any, backend: str) -> None:
     """Log-probabilities for any division of the prompt; the kernels' are bitwise equal."""
-    model, dice = small_model(), random.Random(0)
+    model, dice = small_model(**SHAPES[shape]), random.Random(0)
     ids = random_prompts(model, 1, 1)[0] + list(range(80))
     outcomes = []
     for chunk in (81, 80, 1, 7, 16, None):
@@ -144,9 +145,12 @@ def test_fifty_prompts_of_mixed_length_join_and_leave(backend: str) -> None:
 
 
 @pytest.mark.slow(2)
+@ARCHITECTURES
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-def test_a_sequence_is_the_same_alone_and_among_31_others(dtype: Any, backend: str) -> None:
-    model = small_model()
+def test_a_sequence_is_the_same_alone_and_among_31_others(
+    shape: str, dtype: Any, backend: str
+) -> None:
+    model = small_model(**SHAPES[shape])
     prompts = random_prompts(model, 32, 50)
     sampling = [SamplingParams(top_k=40, top_p=0.95, seed=s, logprobs=3) for s in range(32)]
 
@@ -173,8 +177,9 @@ def test_a_sequence_is_the_same_alone_and_among_31_others(dtype: Any, backend: s
         assert run({index: index})[index] == together[index]
 
 
-def test_copied_prefix_continues_as_if_prefilled(backend: str) -> None:
-    model = small_model()
+@ARCHITECTURES
+def test_copied_prefix_continues_as_if_prefilled(shape: str, backend: str) -> None:
+    model = small_model(**SHAPES[shape])
     decoder = Decoder(model, max_slots=4, dtype="fp32")
     shared, tails = list(range(37)), [[5, 6], [7], [8, 9, 10]]
     decoder.prefill(0, shared)
@@ -351,9 +356,10 @@ def test_a_step_never_waits_for_the_device() -> None:
     assert [tuple(output.shape) for output in outputs] == [(4,), (4, 5), (4, 4)]
 
 
-def test_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@ARCHITECTURES
+def test_threads_do_not_matter(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_backend("kernels", monkeypatch)
-    model, outcomes = small_model(), []
+    model, outcomes = small_model(**SHAPES[shape]), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -401,13 +407,14 @@ def test_without_a_compiler_the_decoder_says_so_and_runs(
     kernels.decoder_library.cache_clear()
 
 
+@ARCHITECTURES
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_short_prompts_go_through_the_model_together(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
+    shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as fit, in order, and with the result of one by one."""
     use_backend("kernels", monkeypatch)
-    model = small_model()
+    model = small_model(**SHAPES[shape])
     together, alone = (Decoder(model, max_slots=9, dtype=dtype) for _ in range(2))  # type: ignore[arg-type]
     calls = []
     forward = CpuBackend._forward

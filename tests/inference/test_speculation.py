@@ -19,7 +19,7 @@ from gpt_dist.inference.lookup import NGRAMS, Follower, Memories, Memory
 from gpt_dist.inference.results import Chosen
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.speculation import Speculator, StepTimes
-from tests.decoders import small_model, use_backend
+from tests.decoders import SHAPES, small_model, use_backend
 
 COUNT = 10_000 if os.environ.get("SOAK") else 60
 """Generations with each dtype of the weights."""
@@ -126,11 +126,16 @@ def streams(
 
 
 @pytest.mark.slow(5)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-def test_tokens_and_logprobs_are_those_without_guesses(dtype: DType, free_rows: None) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [("gpt2", "fp32"), ("gpt2", "bf16"), ("gpt2", "int8"), ("nanochat", "bf16")],
+)
+def test_tokens_and_logprobs_are_those_without_guesses(
+    shape: str, dtype: DType, free_rows: None
+) -> None:
     """Greedy and drawn, with every processor, alone and in company, to the context's end."""
     plain, guessing = (
-        Decoder(small_model(), max_slots=5, dtype=dtype, speculate=speculate)
+        Decoder(small_model(**SHAPES[shape]), max_slots=5, dtype=dtype, speculate=speculate)
         for speculate in (False, True)
     )
     generated = total = guessed = 0
@@ -146,7 +151,7 @@ def test_tokens_and_logprobs_are_those_without_guesses(dtype: DType, free_rows: 
         assert none == 0
         generated, guessed = generated + batch, guessed + accepted
         total += sum(map(len, found))
-    assert guessed > total / 20
+    assert guessed > total / (20 if shape == "gpt2" else 100)  # random nanochats repeat less
 
 
 def test_wrong_guesses_change_nothing(free_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:

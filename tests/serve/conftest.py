@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -40,11 +40,21 @@ TOKENIZER = BpeTokenizer.train(["Ünïcödé 👩‍🚀 text, to be, or not to 
 VOCABULARY = TOKENIZER.vocab_size
 
 
-def tiny_model(seed: int = 0, vocab_size: int = VOCABULARY, context: int = CONTEXT) -> GPT:
+def tiny_model(
+    seed: int = 0,
+    vocab_size: int = VOCABULARY,
+    context: int = CONTEXT,
+    architecture: Literal["gpt2", "nanochat"] = "gpt2",
+) -> GPT:
     """A random model whose logits are far enough apart for a clear argmax."""
     torch.manual_seed(seed)
     config = ModelConfig(
-        n_layer=2, n_head=2, n_embd=32, context_length=context, vocab_size=vocab_size
+        architecture=architecture,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        context_length=context,
+        vocab_size=vocab_size,
     )
     model = GPT(config).eval()
     with torch.no_grad():

@@ -7,17 +7,36 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gpt_dist.inference.decoder import Decoder
+from gpt_dist.inference.generation import generate
+from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from serve.client import AsyncClient
 from tests.model.test_model import copy_to_transformers
-from tests.serve.conftest import CONTEXT, TOKENIZER, VOCABULARY, LiveServer, StartServer
+from tests.model.test_nanochat import in_their_names, transformers_model
+from tests.serve.conftest import (
+    CONTEXT,
+    TOKENIZER,
+    VOCABULARY,
+    LiveServer,
+    StartServer,
+    tiny_model,
+)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "nanochat"])
+def served(request: pytest.FixtureRequest) -> GPT:
+    return tiny_model(architecture=request.param)
 
 
 @pytest.fixture(scope="module")
-def reference(model: GPT) -> GPT2LMHeadModel:
+def reference(served: GPT) -> PreTrainedModel:
+    if served.config.architecture == "nanochat":
+        nanochat = transformers_model(served)
+        nanochat.load_state_dict(in_their_names(served, dict(served.named_parameters())))
+        return nanochat
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
@@ -27,17 +46,19 @@ def reference(model: GPT) -> GPT2LMHeadModel:
         attn_implementation="eager",
     )
     other = GPT2LMHeadModel(config).eval()
-    copy_to_transformers(model, other)
+    copy_to_transformers(served, other)
     return other
 
 
 @pytest.fixture(scope="module")
-def server(start: StartServer, model: GPT) -> LiveServer:
-    return start(Decoder(model, max_slots=8, dtype="fp32"))
+def server(start: StartServer, served: GPT) -> LiveServer:
+    return start(Decoder(served, max_slots=8, dtype="fp32"))
 
 
-def test_greedy_text_of_fifty_callers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
-    """Each token has the largest logit of a full forward pass without a cache, up to 1e-4."""
+def test_greedy_text_of_fifty_callers(
+    server: LiveServer, served: GPT, reference: PreTrainedModel
+) -> None:
+    """Each token is `generate`'s, and has the largest logit of transformers' model, up to 1e-4."""
     generator = np.random.default_rng(7)
     prompts = [generator.integers(VOCABULARY, size=n).tolist() for n in range(1, 101, 2)]
 
@@ -56,14 +77,14 @@ def test_greedy_text_of_fifty_callers(server: LiveServer, reference: GPT2LMHeadM
     answers = asyncio.run(ask_all())
     assert len(answers) == 50
     for prompt, tokens in zip(prompts, answers, strict=True):
-        assert len(tokens) == 24
+        assert tokens == list(generate(served, prompt, SamplingParams(temperature=0), 24))
         with torch.no_grad():
             logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert float((logits.amax(1) - chosen).max()) < 1e-4
 
 
-def test_scores_are_transformers(server: LiveServer, reference: GPT2LMHeadModel) -> None:
+def test_scores_are_transformers(server: LiveServer, reference: PreTrainedModel) -> None:
     async def score(text: str) -> list[float]:
         async with AsyncClient(server.target) as client:
             response = await client.score(text)

@@ -1,4 +1,4 @@
-// A GPT-2 forward pass over rows of (token, slot, position), and sampling, for CPUs. Every thread
+// A forward pass over rows of (token, slot, position), and sampling, for CPUs. Every thread
 // runs all layers and waits for the others between phases, so that a step with a single row is
 // limited by reading the weights only. inference/cpu_kernels.py binds this.
 //
@@ -14,9 +14,12 @@
 
 namespace {
 
+enum NormKind : int32_t { NONE, LAYER, RMS };
+
 struct Norm {
-    const float *weight, *bias;  // bias may be null
+    const float *weight, *bias;  // of a layer norm; bias may be null
     float eps;
+    NormKind kind;
 };
 
 struct Layer {
@@ -25,14 +28,44 @@ struct Layer {
 };
 
 struct Model {
-    int32_t dtype, pre_norm, n_layer, n_head, head_size, width, hidden;
-    const float *wte, *wpe;  // wpe is null in the bigram model
+    int32_t dtype, pre_norm, n_layer, n_head, n_kv_head, head_size, width, hidden;
+    Epilogue activation;
+    float turned_eps;  // in the norm of what was rotated
+    const float *wte, *wpe;  // wpe is null where positions are not learned
+    const float* rotations;  // (context, head_size): of a position the cosines, then the sines; or null
     const Layer* layers;
-    Norm final_norm;  // weight may be null
+    Norm first_norm, final_norm;
     Linear head;
 };
 
-void layer_norm(const float* x, const Norm& norm, int width, float* out) {
+void rms_norm(const float* x, float eps, int width, float* out) {
+    Vec squares = Vec{};
+    for (int i = 0; i < width; i += LANES) {
+        Vec part = load(x + i, tail(width - i));
+        squares = fma(part, part, squares);
+    }
+    const Vec scale = splat(1 / std::sqrt(reduce_add(squares) / width + eps));
+    for (int i = 0; i < width; i += LANES) {
+        Mask mask = tail(width - i);
+        store(out + i, load(x + i, mask) * scale, mask);
+    }
+}
+
+// Rotates a head in place, channel i with channel i + size / 2, and normalises it.
+void turn(float* head, const float* rotation, float eps, int size) {
+    const int half = size / 2;
+    for (int i = 0; i < half; i += LANES) {
+        Mask mask = tail(half - i);
+        Vec cosine = load(rotation + i, mask), sine = load(rotation + half + i, mask);
+        Vec first = load(head + i, mask), second = load(head + half + i, mask);
+        store(head + i, fma(first, cosine, second * sine), mask);
+        store(head + half + i, fms(second, cosine, first * sine), mask);
+    }
+    rms_norm(head, eps, size, head);
+}
+
+void normalise(const float* x, const Norm& norm, int width, float* out) {
+    if (norm.kind == RMS) return rms_norm(x, norm.eps, width, out);
     Vec sum = Vec{}, squares = Vec{};
     for (int i = 0; i < width; i += LANES)
         sum += load(x + i, tail(width - i));
@@ -59,7 +92,7 @@ struct Scratch {  // (rows, padded width) each, parts of one buffer
 
     Scratch(const Model& model, int rows, int context, int threads, uint8_t* buffer) {
         c = padded(model.width, GROUP), h = padded(model.hidden, GROUP);
-        c3 = padded(3 * model.width, BLOCK);
+        c3 = padded(model.width + 2 * model.n_kv_head * model.head_size, BLOCK);
         size_t used = 0;
         auto take = [&](size_t bytes) {
             uint8_t* start = buffer ? buffer + used : nullptr;
@@ -98,21 +131,23 @@ template <DType D> void forward(Team& team, const Model& model, const Cache& cac
                                 const Rows& rows, const Scratch& s) {
     using Stored = std::conditional_t<D == FP32, float, Bf16>;
     const int width = model.width, size = model.head_size, count = rows.count;
+    const int kv_heads = model.n_kv_head, group = model.n_head / kv_heads;
     auto x = [&](int row) { return s.x + (size_t)row * s.c; };
     auto mixed = [&](int row) { return s.mixed + (size_t)row * s.c; };
     auto qkv = [&](int row) { return s.qkv + (size_t)row * s.c3; };
     auto normed = [&](int row, const Norm& norm) {
         float* out = s.normed + (size_t)row * s.c;
-        layer_norm(x(row), norm, width, out);
+        normalise(x(row), norm, width, out);
         return out;
     };
     auto head = [&](int layer, int row, int head) {
         size_t slot = (size_t)layer * cache.slots + rows.slots[row];
-        return Head<Stored>(cache, size, slot * model.n_head + head);
+        return Head<Stored>(cache, size, slot * kv_heads + head);
     };
 
     team.each(count, [&](int row) {
         std::memcpy(x(row), model.wte + (size_t)rows.ids[row] * width, width * sizeof(float));
+        if (model.first_norm.kind) normalise(x(row), model.first_norm, width, x(row));
         if (!model.wpe) return;
         const float* place = model.wpe + (size_t)rows.positions[row] * width;
         for (int i = 0; i < width; i++) x(row)[i] += place[i];
@@ -123,44 +158,58 @@ template <DType D> void forward(Team& team, const Model& model, const Cache& cac
             s.narrow.set<D>(row, model.pre_norm ? normed(row, layer.ln_1) : x(row), width);
         });
         linear<D>(team, s.narrow, layer.qkv, count, s.qkv, s.c3, STORE);
-        auto put = [&](int row, int h) {
-            const float* key = qkv(row) + width + h * size;
-            head(index, row, h).put(rows.positions[row], key, key + width);
+        auto put = [&](int row, int h) {  // a head of keys and values; and rotate, also its queries
+            float* key = qkv(row) + width + h * size;
+            if (model.rotations) {
+                const float* rotation = model.rotations + (size_t)rows.positions[row] * size;
+                turn(key, rotation, model.turned_eps, size);
+                for (int q = h * group; q < (h + 1) * group; q++)
+                    turn(qkv(row) + q * size, rotation, model.turned_eps, size);
+            }
+            head(index, row, h).put(rows.positions[row], key, key + kv_heads * size);
         };
-        if (rows.shared)
-            team.each(model.n_head, [&](int h) {
-                for (int row = 0; row < count; row++) put(row, h);
-            });
         constexpr int TOGETHER = 4;  // rows of an item, so that claiming items costs little
         const int items = (count + TOGETHER - 1) / TOGETHER;
-        team.each(items * model.n_head, [&](int item) {
+        auto each_row = [&](int item, auto&& work) {
             const int h = item / items, first = item % items * TOGETHER;
-            for (int row = first; row < std::min(count, first + TOGETHER); row++) {
-                if (!rows.shared) put(row, h);
-                head(index, row, h)
+            for (int row = first; row < std::min(count, first + TOGETHER); row++) work(row, h);
+        };
+        // A head whose keys nobody else needs is cached by who attends to it.
+        const bool before = rows.shared || group > 1;
+        if (rows.shared)
+            team.each(kv_heads, [&](int h) {
+                for (int row = 0; row < count; row++) put(row, h);
+            });
+        else if (before)
+            team.each(items * kv_heads, [&](int item) { each_row(item, put); });
+        team.each(items * model.n_head, [&](int item) {
+            each_row(item, [&](int row, int h) {
+                if (!before) put(row, h);
+                head(index, row, h / group)
                     .attend(qkv(row) + h * size, rows.positions[row] + 1,
                             s.weights + (size_t)team.rank * cache.context, mixed(row) + h * size);
-            }
+            });
         });
         team.each(count, [&](int row) { s.narrow.set<D>(row, mixed(row), width); });
         linear<D>(team, s.narrow, layer.mix, count, s.x, s.c, ADD);
         team.each(count, [&](int row) {
-            if (!model.pre_norm) layer_norm(x(row), layer.ln_1, width, x(row));
+            if (!model.pre_norm) normalise(x(row), layer.ln_1, width, x(row));
             s.narrow.set<D>(row, model.pre_norm ? normed(row, layer.ln_2) : x(row), width);
         });
-        linear<D>(team, s.narrow, layer.up, count, s.hidden, s.h, GELU);
+        linear<D>(team, s.narrow, layer.up, count, s.hidden, s.h, model.activation);
         team.each(count, [&](int row) {
             s.wide.set<D>(row, s.hidden + (size_t)row * s.h, model.hidden);
         });
         linear<D>(team, s.wide, layer.down, count, s.x, s.c, ADD);
         if (!model.pre_norm)
-            team.each(count, [&](int row) { layer_norm(x(row), layer.ln_2, width, x(row)); });
+            team.each(count, [&](int row) { normalise(x(row), layer.ln_2, width, x(row)); });
     }
     if (!rows.logits) return;
     team.each(count, [&](int row) {
-        s.narrow.set<D>(row, model.final_norm.weight ? normed(row, model.final_norm) : x(row), width);
+        s.narrow.set<D>(row, model.final_norm.kind ? normed(row, model.final_norm) : x(row), width);
     });
-    linear<D>(team, s.narrow, model.head, count, rows.logits, rows.stride, STORE);
+    const Epilogue last = model.head.cap ? CAP : STORE;
+    linear<D>(team, s.narrow, model.head, count, rows.logits, rows.stride, last);
 }
 
 }  // namespace

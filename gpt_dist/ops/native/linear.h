@@ -13,7 +13,7 @@
 namespace {
 
 enum DType : int32_t { FP32, BF16, INT8 };
-enum Epilogue { STORE, ADD, GELU };
+enum Epilogue : int32_t { STORE, ADD, GELU, RELU2, CAP };
 
 constexpr int BLOCK = 64;  // outputs are padded to a multiple of this
 constexpr int GROUP = 64;  // int8 activations that share a scale; inputs are padded to a multiple
@@ -23,6 +23,7 @@ struct Linear {  // weights (outputs, inputs), packed by `pack`
     const float* scale;  // of each output, int8 only
     const float* bias;   // or null
     int32_t outputs, inputs;
+    float cap;  // of the outputs, for CAP
 };
 
 // Inputs that lie side by side in the 32 bits of a lane.
@@ -187,6 +188,8 @@ template <DType D, int R> struct Tile {
                 Vec y = D == INT8 ? fma(total[r][v], scale, bias)
                                   : total[r][v] + bias;
                 if (e == GELU) y = gelu(y);
+                if (e == RELU2) y = relu2(y);
+                if (e == CAP) y = soft_cap(y, layer.cap);
                 if (e == ADD) y += load(to, mask);
                 store(to, y, mask);
             }

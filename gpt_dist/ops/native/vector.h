@@ -68,6 +68,18 @@ inline Vec gelu_gate(Vec x) {
 
 inline Vec gelu(Vec x) { return x * gelu_gate(x); }
 
+inline Vec relu2(Vec x) {
+    x = max(x, Vec{});
+    return x * x;
+}
+
+// cap tanh(x / cap), with tanh(u) = 1 - 2 / (1 + e^(2u)).
+inline Vec soft_cap(Vec x, float cap) {
+    const Vec one = splat(1.f);
+    const Vec e = exp(min(x * splat(2 / cap), splat(88.f)));
+    return splat(cap) * (one - splat(2.f) / (e + one));
+}
+
 // The threads of one parallel region. Work comes in phases. Threads claim the items of a phase one
 // by one, and the next phase begins when all are done: a thread that the system pauses delays the
 // others by one item only.
