@@ -164,6 +164,9 @@ class DataConfig(Section):
     """Tokenizer of shards that have no dataset.json: gpt2, or the path of a tokenizer.json."""
     shuffle: Literal["full", "blocks", "none"] = "full"
     """full: over the whole data set; blocks: block by block, for network file systems; none."""
+    rows: Literal["stream", "documents"] = "stream"
+    """stream: windows of the text as it lies; documents: each row begins where a document begins,
+    is filled with the documents that fit best, and the last one is cropped."""
     stride: Count | None = None
     """Tokens between the starts of two windows; null = context_length (no overlap)."""
 

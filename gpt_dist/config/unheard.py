@@ -45,6 +45,13 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("data.stride",),
+        "data.rows",
+        lambda config: config.data.rows == "documents",
+        "data.rows = stream",
+        refused=True,
+    ),
+    Rule(
         ("optim.min_lr",),
         "optim.schedule",
         lambda config: (

@@ -1,8 +1,9 @@
 """Which tokens rank r sees at step s: a pure function of (fingerprint, seed, sequence index).
 
 The shards of a data set form one stream of tokens. Windows of ``context_length + 1`` tokens start
-at ``offset + i * stride``, with a new offset for each epoch. A keyed permutation, computed and not
-stored, orders the windows of an epoch. Nothing depends on the number of ranks or on the
+at ``offset + i * stride``, with a new offset for each epoch; or they are rows packed from whole
+documents (`gpt_dist.data.rows`). A keyed permutation, computed and not stored, orders the windows
+of an epoch. Nothing depends on the number of ranks or on the
 micro-batch, so a run can continue with the same data on other hardware.
 """
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from gpt_dist.config.settings import Config
 from gpt_dist.data.dataset import Dataset
+from gpt_dist.data.rows import DocumentRows
 from gpt_dist.data.shards import TokenStream
 from gpt_dist.errors import GptDistError
 
@@ -120,7 +122,7 @@ class TrainingData:
         if len(datasets) > 1:
             parts = [(d.fingerprint, w) for d, w in zip(datasets, weights, strict=True)]
             self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
-        self.streams: list[TokenStream] = []
+        self.streams: list[TokenStream | DocumentRows] = []
         self.orders: list[WindowOrder] = []
         for dataset in datasets:
             stream = dataset.split("train")
@@ -129,8 +131,13 @@ class TrainingData:
                     f"{dataset.directory}: {len(stream) if stream else 0} training tokens do not "
                     f"fill one window of model.context_length + 1 = {self.context + 1}"
                 )
-            self.streams.append(stream)
             key = key_of(dataset.fingerprint, config.seed)
+            if config.data.rows == "documents":
+                rows = DocumentRows(dataset, stream, self.context + 1)
+                self.streams.append(rows)
+                self.orders.append(WindowOrder(len(rows), 0, 1, config.data.shuffle, key))
+                continue
+            self.streams.append(stream)
             self.orders.append(
                 WindowOrder(len(stream), self.context, config.stride, config.data.shuffle, key)
             )

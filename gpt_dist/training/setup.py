@@ -12,6 +12,7 @@ from gpt_dist.config.settings import Config
 from gpt_dist.data.dataset import Dataset
 from gpt_dist.data.loader import Loader, open_datasets
 from gpt_dist.data.order import TrainingData
+from gpt_dist.data.rows import DocumentRows
 from gpt_dist.errors import UsageError
 from gpt_dist.evaluation.validation import ValidationSplit
 from gpt_dist.model.empty import empty_model
@@ -89,12 +90,17 @@ class Run:
             f"× {counted(self.micro_batch, 'sequence')} × {context:,} tokens",
         ]
         sequences, weights = self.total_steps * config.batch_sequences, config.data.path
-        for (path, weight), order in zip(weights.items(), self.data.orders, strict=True):
+        for (path, weight), stream, order in zip(
+            weights.items(), self.data.streams, self.data.orders, strict=True
+        ):
             share = weight / sum(weights.values())
             part = f"{share:.3g} of the batch, " if len(weights) > 1 else ""
+            what = "windows"
+            if isinstance(stream, DocumentRows):
+                what = f"rows of documents ({stream.share:.0%} of the tokens)"
             epochs = sequences * share / order.windows
             lines.append(
-                f"  data   {path}: {part}{human(order.windows)} windows, {epochs:.3g} epochs"
+                f"  data   {path}: {part}{human(order.windows)} {what}, {epochs:.3g} epochs"
             )
         if config.stride < context:
             times = context / config.stride

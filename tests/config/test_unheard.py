@@ -21,6 +21,11 @@ REFUSED = [
         "train.steps = 900",
         "train.epochs = 1",
     ),
+    (
+        ["--data.rows", "documents", "--data.stride", "8"],
+        "data.stride = 8",
+        "data.rows = documents",
+    ),
     (["--optim.schedule", "constant", "--optim.min_lr", "1e-5"], "optim.min_lr = 1e-05", "cosine"),
     (["--optim.momentum", "0.9"], "optim.momentum = 0.9", "optim.name = muon"),
     (["--optim.momentum_start", "0.9"], "optim.momentum_start = 0.9", "optim.name = adamw"),

@@ -174,7 +174,7 @@ def data_parts(config: Config, datasets: dict[str, Dataset]) -> list[DataPart]:
         if path in datasets:
             alone = config.data.model_copy(update={"path": {path: 1.0}})
             data = TrainingData(config.model_copy(update={"data": alone}), [datasets[path]])
-            tokens, windows = len(data.streams[0]), data.windows
+            tokens, windows = len(datasets[path].split("train") or ()), data.windows
             validation = len(datasets[path].split("val") or ())
         parts.append(DataPart(path, weight / total, tokens, validation, windows))
     return parts

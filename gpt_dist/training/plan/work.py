@@ -48,6 +48,9 @@ def data_rows(plan: Plan) -> list[Row]:
         cells.append("-" if epochs is None else f"{epochs:.2f}")
         text = "".join(f"{cell:>7}" for cell in cells)
         rows.append(Row("", f"{part.share:>6.1%}{text}  {part.directory}"))
+        if plan.config.data.rows == "documents" and part.windows and part.tokens:
+            kept = part.windows * (context + 1) / part.tokens
+            rows.append(Row("", f"its rows of documents hold {kept:.0%} of the training tokens"))
     if stride < context:
         rows.append(
             Row(
