@@ -112,6 +112,11 @@ class Metrics:
         self.registry.register(_Callers(self, scheduler))
         self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.jobs.waiting)
         self.gauge(
+            "load",
+            "Running and waiting sequences in relation to the slots: above 1 some wait",
+            lambda: len(scheduler.jobs) / decoder.max_slots,
+        )
+        self.gauge(
             "slots", "Maximum number of sequences generated at once", lambda: decoder.max_slots
         )
         self.gauge("queue_limit", "Maximum number of waiting requests", lambda: scheduler.max_queue)

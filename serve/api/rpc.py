@@ -350,9 +350,13 @@ class _Frame:
         """End the call with the status of an error; raises."""
         status = note_failure(self.gate, self.name, error, self.record)
         self.code = status.code
-        trailing = ((DETAILS, status.details()), (REQUEST_ID, self.record.request_id))
+        trailing = [(DETAILS, status.details()), (REQUEST_ID, self.record.request_id)]
+        attempts = str(self.metadata.get("grpc-previous-rpc-attempts", "0"))
+        wait = status.pushback(int(attempts[:3]) if attempts.isdecimal() else 0)
+        if wait is not None:
+            trailing.append(("grpc-retry-pushback-ms", str(wait)))
         try:
-            await self.context.abort(status.code, status.message, trailing)
+            await self.context.abort(status.code, status.message, tuple(trailing))
         except grpc.aio.AbortError:
             raise
         except Exception:  # the caller has left

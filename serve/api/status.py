@@ -23,6 +23,13 @@ MOST = 500
 too long is an error of its own."""
 
 
+PASSING = ("QUEUE_FULL", "TOO_MANY_CALLS", "DEADLINE_UNREACHABLE")
+"""Reasons of RESOURCE_EXHAUSTED that another server may not have. Limits of a caller are not among
+them: more servers do not raise them."""
+FIRST_WAIT, LONGEST_WAIT = 20, 1.0
+"""Milliseconds until the first repetition; seconds at most until a later one."""
+
+
 class StatusError(Exception):
     """Ends the call with this status.
 
@@ -54,6 +61,20 @@ class StatusError(Exception):
         """The code as a number of google.rpc.Code."""
         number: int = self.code.value[0]
         return number
+
+    def pushback(self, attempts: int) -> int | None:
+        """When the client should repeat the call, in milliseconds; -1: never; None: as it likes.
+
+        At its first attempt it should try another server at once, later it should wait.
+
+        Args:
+            attempts: how often it has tried before.
+        """
+        if self.code != grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return None
+        if self.reason not in PASSING:
+            return -1
+        return round(1000 * min(self.retry_after or 1.0, LONGEST_WAIT)) if attempts else FIRST_WAIT
 
     def details(self) -> bytes:
         """A serialised ``google.rpc.Status``, for the trailing metadata."""

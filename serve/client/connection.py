@@ -24,8 +24,9 @@ MAX_RESPONSE_BYTES = 64 << 20
 SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
 """Of names that gRPC resolves by itself."""
 
-# A call that failed with UNAVAILABLE had no effect (gRFC A6), so it is safe to repeat. Other
-# failures are left to the caller.
+# A call that failed with UNAVAILABLE or RESOURCE_EXHAUSTED had no effect (gRFC A6), so it is safe
+# to repeat. With the latter the server says when, or that it is of no use. Other failures are left
+# to the caller. Repetitions have a budget: when many calls fail, one is repeated for ten successes.
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -34,14 +35,15 @@ SERVICE_CONFIG = {
                 {"service": "gpt_dist.v1.ModelService"},
             ],
             "retryPolicy": {
-                "maxAttempts": 4,
+                "maxAttempts": 5,
                 "initialBackoff": "0.2s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             },
         }
     ],
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     "loadBalancingConfig": [{"round_robin": {}}],
     # Servers that load, drain or stall get no calls.
     "healthCheckConfig": {"serviceName": "gpt_dist.v1.GenerationService"},
@@ -49,6 +51,8 @@ SERVICE_CONFIG = {
 
 CHANNEL_OPTIONS = [
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    # Calls can be repeated as long as their request fits into this buffer.
+    ("grpc.per_rpc_retry_buffer_size", 1 << 20),
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -28,11 +28,19 @@ def test_the_client_has_a_deadline(start: StartServer, model: GPT) -> None:
     server.wait_at_rest()
 
 
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 @pytest.mark.parametrize(
     ("refusal", "attempts"),
-    [(unavailable("the server is shutting down", "DRAINING"), 2), (overloaded(0.1), 1)],
+    [
+        (unavailable("the server is shutting down", "DRAINING"), 2),
+        (overloaded(0.1), 2),
+        (StatusError(EXHAUSTED, "a limit", "CALLER_WAITING_LIMIT", retry_after=0.1), 1),
+        (StatusError(grpc.StatusCode.ABORTED, "it failed", "ENGINE_FAILED"), 1),
+    ],
 )
-def test_the_client_repeats_only_what_was_unavailable(
+def test_the_client_repeats_only_what_had_no_effect(
     start: StartServer,
     model: GPT,
     refusal: StatusError,

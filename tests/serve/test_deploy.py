@@ -30,7 +30,7 @@ def manifests() -> dict[str, Any]:
     found = {}
     for path in sorted((LAUNCH / "k8s").glob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
-            found[document["kind"]] = document
+            found.setdefault(document["kind"], document)  # of two services the headless one
     return found
 
 
@@ -42,6 +42,7 @@ def test_the_deployment_fits_the_server() -> None:
     assert set(environment) <= names | {"XDG_CACHE_HOME"}
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert str(ports["grpc"]) == environment[f"{PREFIX}PORT"]
+    assert str(ports["http"]) == environment[f"{PREFIX}HTTP_PORT"]
     assert str(ports["metrics"]) == environment[f"{PREFIX}METRICS_PORT"]
     services = api.DESCRIPTOR.services_by_name
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -63,7 +64,15 @@ def test_the_service_is_headless_and_finds_the_pods() -> None:
     assert service["selector"].items() <= labels.items()
     assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
     [metric] = found["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert metric["pods"]["metric"]["name"] == "gpt_dist_waiting"
+    assert metric["pods"]["metric"]["name"] == "gpt_dist_load"
+    labels = deployment["selector"]["matchLabels"]
+    [spread] = deployment["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == labels
+    budget = found["PodDisruptionBudget"]["spec"]
+    assert budget["selector"]["matchLabels"] == labels
+    assert budget["maxUnavailable"] < deployment["replicas"]
+    allowed = found["NetworkPolicy"]["spec"]["ingress"][0]["ports"]
+    assert [port["port"] for port in allowed] == ["grpc", "http"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_service_pb2 as api
 from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
+from serve.api.status import StatusError
 from serve.client import Client, build_request
 from tests.serve.conftest import PATIENCE, HeldDecoder, LiveServer, StartServer, wait_until
 
@@ -79,6 +80,64 @@ def test_a_poisoned_request_ends_one_engine(pair: list[LiveServer]) -> None:
         assert outcome(poison) == "ABORTED"
         assert [outcome(call) for call in (*running, *waiting)] == ["OK"] * 6
         assert sorted(server.engine.failure is None for server in pair) == [False, True]
+
+
+def method_calls(server: LiveServer, code: str) -> float:
+    method = "gpt_dist.v1.GenerationService/Generate"
+    return float(server.server.metrics.calls.labels(method, code)._value.get())
+
+
+def test_a_full_replica_fails_no_call_while_another_has_room(
+    start: StartServer, model: GPT
+) -> None:
+    full, idle = (
+        start(HeldDecoder(Decoder(model, max_slots=2, dtype="fp32")), max_queue=size)
+        for size in (0, 50)
+    )
+    request = build_request([1], max_new_tokens=2, ignore_eos=True)
+    with Client(full.target) as filler, Client(spread(full, idle)) as client:
+        reach(client, [full, idle])
+        full.scheduler.decoder.hold()
+        blocking = [filler._stub.Generate.future(request, timeout=PATIENCE) for _ in range(2)]
+        wait_until(lambda: len(full.scheduler.jobs) == 2)
+        for _ in range(40):  # each is repeated at the next server, which has room
+            assert client._stub.Generate(request, timeout=PATIENCE).usage.completion_tokens == 2
+        assert method_calls(full, "RESOURCE_EXHAUSTED") >= 10
+        assert method_calls(idle, "OK") == 40
+        full.scheduler.decoder.release()
+        assert [outcome(call) for call in blocking] == ["OK"] * 2
+
+
+def test_repetitions_have_a_budget(start: StartServer, model: GPT) -> None:
+    """When all servers are full, clients do not multiply the load."""
+    server = start(HeldDecoder(Decoder(model, max_slots=1, dtype="fp32")), max_queue=0)
+    server.scheduler.decoder.hold()
+    request = build_request([1], max_new_tokens=2, ignore_eos=True)
+    with Client(server.target) as client:
+        running = client._stub.Generate.future(request, timeout=PATIENCE)
+        wait_until(lambda: len(server.scheduler.jobs) == 1)
+        calls = [client._stub.Generate.future(request, timeout=PATIENCE) for _ in range(200)]
+        assert {outcome(call) for call in calls} == {"RESOURCE_EXHAUSTED"}
+        assert method_calls(server, "RESOURCE_EXHAUSTED") < 300
+        server.scheduler.decoder.release()
+        assert outcome(running) == "OK"
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempts", "wait"),
+    [
+        ("QUEUE_FULL", 0, 20),
+        ("QUEUE_FULL", 1, 700),
+        ("DEADLINE_UNREACHABLE", 0, 20),
+        ("CALLER_WAITING_LIMIT", 0, -1),
+        ("MESSAGE_TOO_LARGE", 2, -1),
+    ],
+)
+def test_the_server_says_when_to_repeat(reason: str, attempts: int, wait: int) -> None:
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert StatusError(code, "", reason, retry_after=0.7).pushback(attempts) == wait
+    assert StatusError(code, "", "QUEUE_FULL", retry_after=9.0).pushback(3) == 1000
+    assert StatusError(grpc.StatusCode.UNAVAILABLE, "", "LOADING").pushback(0) is None
 
 
 def test_a_stream_that_was_running_is_aborted(start: StartServer, model: GPT) -> None:

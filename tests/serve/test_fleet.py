@@ -1,0 +1,182 @@
+"""Two servers behind HAProxy, with the configuration that launch/fleet gives it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import yaml
+
+from gpt_dist.errors import UsageError
+from gpt_dist.inference.decoder import Decoder
+from gpt_dist.model.gpt import GPT
+from serve.client import Client, build_request
+from tests.components import require
+from tests.conftest import free_ports
+from tests.serve.conftest import PATIENCE, LiveServer, StartServer, wait_until
+from tests.serve.test_replicas import POISON, Poisonable, outcome
+
+FLEET = Path(__file__).parents[2] / "launch/fleet"
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Any:
+    """The script as a module."""
+    require("haproxy")
+    specification = importlib.util.spec_from_file_location("fleet", FLEET / "fleet.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["fleet"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+class Pair:
+    """Two servers in threads, and HAProxy."""
+
+    def __init__(self, fleet: Any, start: StartServer, model: GPT, places: int) -> None:
+        self.start, self.model = start, model
+        ports = iter(free_ports(6))
+        self.replicas = [fleet.Replica(number, next(ports), next(ports)) for number in range(2)]
+        self.servers = [self.serve(replica) for replica in self.replicas]
+        self.target, self.web = (f"127.0.0.1:{port}" for port in ports)
+        self.balancer = fleet.Balancer(fleet.backends(self.replicas, places), self.target, self.web)
+        for replica in self.replicas:
+            assert self.balancer.ready(replica.number)
+
+    def serve(self, replica: Any) -> LiveServer:
+        decoder = Poisonable(Decoder(self.model, max_slots=2, dtype="fp32"))
+        return self.start(
+            decoder, port=replica.port, http_port=replica.http_port, max_connection_age=0
+        )
+
+    def restart(self, index: int) -> None:
+        """As `Fleet.restart`."""
+        self.balancer.drain(index)
+        self.servers[index].call(self.servers[index].server.drain())
+        self.servers[index] = self.serve(self.replicas[index])
+        self.balancer.ready(index)
+
+
+@pytest.fixture
+def pair(fleet: Any, start: StartServer, model: GPT, request: Any) -> Iterator[Pair]:
+    made = Pair(fleet, start, model, getattr(request, "param", 256))
+    yield made
+    made.balancer.close()
+
+
+def test_rolling_restarts_lose_no_call(pair: Pair) -> None:
+    outcomes: Counter[str] = Counter()
+    stop = threading.Event()
+    body = {"prompt": "to be", "max_tokens": 5, "ignore_eos": True}
+
+    def ask() -> None:
+        with Client(pair.target) as client:
+            while not stop.is_set():
+                try:
+                    pieces = list(client.stream([1, 2], max_new_tokens=5, ignore_eos=True))
+                    tokens = sum(len(piece.token_ids) for piece in pieces)
+                    outcomes["OK" if tokens == 5 else f"{tokens} tokens"] += 1
+                except grpc.RpcError as error:
+                    outcomes[f"{error.code().name} {error.details()}"] += 1
+
+    def fetch() -> None:
+        with httpx.Client(base_url=f"http://{pair.web}", timeout=PATIENCE) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/completions", json=body)
+                outcomes["HTTP" if answer.status_code == 200 else answer.text] += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(work) for work in (ask, ask, ask, fetch)]
+        try:
+            for index in (0, 1, 0):
+                before = outcomes.copy()
+                wait_until(
+                    lambda: all(outcomes[kind] > before[kind] + 10 for kind in ("OK", "HTTP"))  # noqa: B023
+                )
+                pair.restart(index)
+        finally:
+            stop.set()
+        for each in asking:
+            each.result(PATIENCE)
+    assert set(outcomes) == {"OK", "HTTP"}, outcomes
+
+
+@pytest.mark.parametrize("pair", [3], indirect=True)
+def test_a_full_server_fails_no_call_while_another_has_room(pair: Pair) -> None:
+    full, idle = pair.servers
+    request = build_request([1], max_new_tokens=2, ignore_eos=True)
+    full.scheduler.decoder.hold()
+    with Client(pair.target) as client:
+        calls = [client._stub.Generate.future(request, timeout=PATIENCE) for _ in range(20)]
+        assert [outcome(call) for call in calls if outcome_now(call, full)] == []
+        wait_until(lambda: sum(call.done() for call in calls) >= 17)
+        full.scheduler.decoder.release()
+        assert [outcome(call) for call in calls] == ["OK"] * 20
+    assert idle.open_calls == full.open_calls == 0
+
+
+def outcome_now(call: Any, server: LiveServer) -> bool:
+    """Whether a call has failed already."""
+    return bool(call.done() and call.exception() is not None and server.engine.failure is None)
+
+
+def test_a_poisoned_request_ends_one_server(pair: Pair) -> None:
+    innocent = build_request([1, 2], max_new_tokens=3, ignore_eos=True)
+    with Client(pair.target) as client:
+        poison = client._stub.Generate.future(build_request([POISON] * 20), timeout=PATIENCE)
+        assert outcome(poison) == "ABORTED"
+        failed = [server.engine.failure is not None for server in pair.servers]
+        assert sorted(failed) == [False, True]
+        pair.balancer.drain(failed.index(True))  # or within half a second, by its health
+        calls = [client._stub.Generate.future(innocent, timeout=PATIENCE) for _ in range(10)]
+        assert [outcome(call) for call in calls] == ["OK"] * 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 listens beyond this machine: give --tls-pem"),
+        (["--host", "0.0.0.0", "--tls-pem", "x"], "give --auth-token-file"),
+    ],
+)
+def test_exposure(fleet: Any, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        fleet.main(flags)
+
+
+def test_one_server_a_gpu_or_socket(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(fleet.places(3)) == 3
+    monkeypatch.setattr(fleet.shutil, "which", lambda name: name)
+    listed = fleet.subprocess.CompletedProcess([], 0, "GPU 0: a\nGPU 1: b\n")
+    monkeypatch.setattr(fleet.subprocess, "run", lambda *_, **__: listed)
+    assert fleet.places(None) == [([], {"CUDA_VISIBLE_DEVICES": each}) for each in "01"]
+    nodes = [Path("node0"), Path("node1")]
+    monkeypatch.setattr(fleet.Path, "glob", lambda *_: nodes)
+    listed.stdout = ""
+    assert fleet.places(None)[1] == (["numactl", "--cpunodebind=1", "--membind=1"], {})
+
+
+def test_compose_uses_the_same_configuration(fleet: Any) -> None:
+    compose = yaml.safe_load((FLEET / "compose.yaml").read_text())
+    balancer = compose["services"]["haproxy"]
+    text = (FLEET / "haproxy.cfg").read_text() + (FLEET / "backends.cfg").read_text()
+    for name in balancer["environment"]:
+        assert name in text
+    for part in (
+        "balance leastconn",
+        "http-check send meth GET uri /health",
+        "proto h2 inter 500ms",
+    ):
+        assert part in text
+        assert part in fleet.backends([])
