@@ -117,7 +117,7 @@ def _gradients_(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Te
 
 def _cpu(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32)
-    if native.takes(logits) and logits.is_contiguous() and not cap:
+    if native.takes(logits) and logits.is_contiguous():
         rows, columns = logits.shape
         native.run(
             "cross_entropy",
@@ -127,6 +127,7 @@ def _cpu(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
             rows,
             columns,
             classes,
+            cap,
             losses,
         )
         return losses

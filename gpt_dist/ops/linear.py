@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_dist.ops import native_training as native
-from gpt_dist.ops.gelu import gelu, gelu_backward, gelu_forward
+from gpt_dist.ops.activation import activate, activate_backward
+from gpt_dist.ops.gelu import gelu
 from gpt_dist.ops.registry import concrete, register_in_place
 from gpt_dist.ops.relu2 import relu2
 
@@ -62,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not fuses(weight):
         return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(_cast(x), weight, bias, False)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(_cast(x), weight, bias, "")  # type: ignore[no-untyped-call]
     return y
 
 
@@ -70,13 +71,16 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(gelu(x), weight, bias)``; a fused backward pass recomputes the GELU's output."""
     if not fuses(weight) or not native.takes(x):
         return linear(gelu(x), weight, bias)
-    y: Tensor = _Linear.apply(_cast(x), weight, bias, True)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(_cast(x), weight, bias, "gelu")  # type: ignore[no-untyped-call]
     return y
 
 
 def relu2_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``linear(relu2(x), weight, bias)``."""
-    return linear(relu2(x), weight, bias)
+    """``linear(relu2(x), weight, bias)``; a fused backward pass recomputes the squares."""
+    if not fuses(weight) or not native.takes(x):
+        return linear(relu2(x), weight, bias)
+    y: Tensor = _Linear.apply(_cast(x), weight, bias, "relu2")  # type: ignore[no-untyped-call]
+    return y
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -151,14 +155,14 @@ _add_product_ = register_in_place(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of_gelu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of: str) -> Tensor:
         ctx.save_for_backward(x)
         # Not a saved tensor: recomputation (activation checkpointing) would hand out another one.
         ctx.weight = weight
         ctx.bias = None if bias is None else bias.dtype
-        ctx.of_gelu = of_gelu
-        if of_gelu:
-            x = gelu_forward(x)
+        ctx.of = of  # an activation, or "": of the input itself
+        if of:
+            x = activate(of, x)
         dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -168,9 +172,9 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad = grad_outputs[0]
         grad_x = grad @ ctx.weight.to(grad.dtype)
-        if ctx.of_gelu:
+        if ctx.of:
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            grad_x = gelu_backward(x, grad_x, y)
+            grad_x = activate_backward(ctx.of, x, grad_x, y)
             x = y
         flat = grad.flatten(0, -2)
         add_to_main_grad(ctx.weight, flat, x.flatten(0, -2))

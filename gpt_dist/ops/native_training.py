@@ -33,9 +33,19 @@ _ARGUMENTS = {
     "layer_norm_backward": [
         c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int,
     ],
+    "rms_norm": [c_void_p, c_int, c_int, c_float, c_void_p, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int],
+    "rotary": [
+        c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int, c_float, c_void_p, c_void_p, c_int,
+    ],
+    "rotary_backward": [
+        c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p, c_int,
+    ],
     "gelu": [c_void_p, c_void_p, c_int64, c_int],
     "gelu_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int],
-    "cross_entropy": [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int],
+    "relu2": [c_void_p, c_void_p, c_int64, c_int],
+    "relu2_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_int, c_int, c_int, c_float, c_void_p, c_int],
     "add": [c_void_p, c_void_p, c_void_p, c_int64, c_int],
 }  # fmt: skip
 

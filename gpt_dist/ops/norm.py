@@ -52,7 +52,37 @@ def _rms_reference(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype)
 
 
-_rms_norm = register("rms_norm(Tensor x, float eps, ScalarType dtype) -> Tensor", _rms_reference)
+def _rms_cpu(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if native.takes(x, torch.float32) and dtype in (torch.bfloat16, torch.float32):
+        y: Tensor = _RMSNorm.apply(x, eps, dtype)  # type: ignore[no-untyped-call]
+        return y
+    return _rms_reference(x, eps, dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """fp32 (..., C) → bf16 or fp32 (..., C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x = x.contiguous()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        y, scales = torch.empty_like(x, dtype=dtype), torch.empty(rows)
+        native.run("rms_norm", dtype, x, rows, width, eps, y, scales)
+        ctx.save_for_backward(x, scales)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        x, scales = ctx.saved_tensors
+        grad, grad_x = grad_outputs[0].contiguous(), torch.empty_like(x)
+        arguments = x, scales, grad, len(scales), x.shape[-1], grad_x
+        native.run("rms_norm_backward", grad.dtype, *arguments)
+        return grad_x, None, None
+
+
+_rms_norm = register(
+    "rms_norm(Tensor x, float eps, ScalarType dtype) -> Tensor", _rms_reference, cpu=_rms_cpu
+)
 
 
 def _reference(

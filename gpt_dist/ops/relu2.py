@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_dist.ops import native_training as native
+from gpt_dist.ops.activation import Activation
 from gpt_dist.ops.registry import register
 
 
@@ -18,4 +20,11 @@ def _reference(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-_relu2 = register("relu2(Tensor x) -> Tensor", _reference)
+def _cpu(x: Tensor) -> Tensor:
+    if native.takes(x):
+        y: Tensor = Activation.apply(x, "relu2")  # type: ignore[no-untyped-call]
+        return y
+    return _reference(x)
+
+
+_relu2 = register("relu2(Tensor x) -> Tensor", _reference, cpu=_cpu)

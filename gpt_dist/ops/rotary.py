@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gpt_dist.ops import native_training as native
 from gpt_dist.ops.registry import register
 
 
@@ -51,8 +54,45 @@ def _reference(
     return torch.cat([(turned * scale).to(qkv.dtype), values], -2).flatten(-2)
 
 
+def _cpu(
+    qkv: Tensor, positions: Tensor, n_head: int, n_kv_head: int, base: float, eps: float
+) -> Tensor:
+    if not native.takes(qkv):
+        return _reference(qkv, positions, n_head, n_kv_head, base, eps)
+    heads, turned = n_head + 2 * n_kv_head, n_head + n_kv_head
+    angle = angles(positions, qkv.shape[-1] // heads, base)
+    table = torch.cat([angle.cos(), angle.sin()], -1)
+    y: Tensor = _Rotary.apply(qkv, table, heads, turned, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps its output for the backward pass, which attention keeps anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, table: Tensor, heads: int, turned: int, eps: float
+    ) -> Tensor:
+        qkv = qkv.contiguous()
+        tokens, size = table.shape
+        rows = qkv.numel() // (heads * size)
+        ctx.shape = rows, tokens, heads, turned, size
+        y, scales = torch.empty_like(qkv), torch.empty(rows, turned)
+        native.run("rotary", qkv.dtype, qkv, table, *ctx.shape, eps, y, scales)
+        ctx.save_for_backward(y, table, scales)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        y, table, scales = ctx.saved_tensors
+        grad, grad_qkv = grad_outputs[0].contiguous(), torch.empty_like(y)
+        native.run("rotary_backward", y.dtype, y, table, scales, grad, *ctx.shape, grad_qkv)
+        return grad_qkv, None, None, None, None
+
+
 _rotary = register(
     "rotary(Tensor qkv, Tensor positions, int n_head, int n_kv_head, float base, float eps)"
     " -> Tensor",
     _reference,
+    cpu=_cpu,
 )

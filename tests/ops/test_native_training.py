@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +13,18 @@ from torch.nn import functional as F
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.model.gpt import GPT
-from gpt_dist.ops import add, attention, gelu, layer_norm, native_training
-from gpt_dist.ops.gelu import gelu_backward, gelu_forward
+from gpt_dist.ops import (
+    add,
+    attention,
+    gelu,
+    layer_norm,
+    native_training,
+    norm,
+    relu2,
+    rms_norm,
+    rotary,
+)
+from gpt_dist.ops.activation import activate, activate_backward
 from tests.components import missing
 
 if native_training.kernels() is None:
@@ -127,21 +139,66 @@ def test_add_keeps_the_residual_stream_in_fp32() -> None:
     assert torch.equal(for_y, upstream.bfloat16())
 
 
+@pytest.mark.parametrize("name", ["gelu", "relu2"])
 @DTYPES
-def test_gelu_once_more(dtype: torch.dtype) -> None:
+def test_an_activation_once_more(dtype: torch.dtype, name: str) -> None:
     """What the backward pass computes again is what the forward pass had, bit for bit."""
     x = (torch.randn(5000) * 4).to(dtype)
     again = torch.empty_like(x)
-    gelu_backward(x, torch.ones_like(x), again)
-    assert torch.equal(again, gelu_forward(x))
+    activate_backward(name, x, torch.ones_like(x), again)
+    assert torch.equal(again, activate(name, x))
 
 
 @DTYPES
+def test_relu2(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.randn(1003) * 3, torch.tensor([0.0, -0.0, 40.0, -40.0])]).to(dtype)
+    upstream = torch.randn(1007).to(dtype).double()
+    own = errors(relu2, x, upstream)
+    plain = errors(lambda v: F.relu(v).square(), x, upstream)
+    exact = errors(lambda v: F.relu(v).square(), x.double(), upstream)
+    check(own, plain, exact)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (63, 16), (130, 40)])
+@DTYPES
+def test_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, width) * 3 + 1
+    upstream = torch.randn(rows, width).to(dtype).double()
+    own = errors(lambda v: rms_norm(v, 1e-2, dtype), x, upstream)
+    plain = errors(lambda v: norm._rms_reference(v, 1e-2, dtype), x, upstream)
+    exact = errors(lambda v: F.rms_norm(v, (width,), eps=1e-2), x.double(), upstream)
+    check(own, plain, exact, slack=1.1)
+
+
+@pytest.mark.parametrize(("heads", "shared", "size"), [(1, 1, 6), (4, 2, 10), (6, 1, 64)])
+@DTYPES
+def test_rotary(dtype: torch.dtype, heads: int, shared: int, size: int) -> None:
+    torch.manual_seed(size)
+    qkv = (torch.randn(2, 7, (heads + 2 * shared) * size) * 2).to(dtype)
+    upstream = torch.randn_like(qkv).double()
+    shape = torch.arange(7) * 100, heads, shared, 100.0, 1e-2
+
+    def turned(x: Tensor) -> Tensor:
+        return rotary(x, *shape)
+
+    assert native_training.takes(qkv)
+    own = errors(turned, qkv, upstream)
+    exact = errors(turned, qkv.double(), upstream)  # by the reference, as float64 always is
+    with mock.patch.object(native_training, "kernels", return_value=None):
+        plain = errors(turned, qkv, upstream)
+    # The gradient is that of the rounded output, which is kept.
+    check(own, plain, exact, slack=1.5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "nanochat"])
+@DTYPES
 def test_whole_model_is_as_exact_without_them(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, architecture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of a model against its float64 twin, with the kernels and without."""
-    config = ModelConfig(n_layer=3, n_head=4, n_embd=64, context_length=96, vocab_size=300)
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "context_length": 96, "vocab_size": 300}
+    config = ModelConfig(architecture=architecture, **sizes)
     ids, targets = torch.randint(300, (2, 4, 96))
 
     def gradients(weights: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
-// Operations of a training step on CPUs, in bf16 and in fp32: causal self-attention, layer norm, GELU
-// and cross-entropy, forward and backward. Matrices are row-major. ops/native_training.py binds this.
+// Operations of a training step on CPUs, in bf16 and in fp32: causal self-attention, rotation of
+// queries and keys, norms, activations and cross-entropy, forward and backward. Matrices are row-major. ops/native_training.py binds this.
 
 #include "training_attention.h"
 
@@ -121,6 +121,116 @@ void layer_norm_backward(const float* x, const float* weight, const float* stats
         for (int j = 0; j < 2 * width; j++) total[j] += sums[(int64_t)(first / block) * 2 * width + j];
 }
 
+// RMSNorm without weights: fp32 (rows, width) → (rows, width), and each row's scale.
+template <class T>
+void rms_norm(const float* x, int rows, int width, float eps, T* y, float* scales, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int r = 0; r < rows; r++) {
+        const float* row = x + (int64_t)r * width;
+        Vec squares = Vec{};
+        for (int j = 0; j < width; j += LANES) {
+            Vec part = load(row + j, tail(width - j));
+            squares = fma(part, part, squares);
+        }
+        scales[r] = 1 / std::sqrt(reduce_add(squares) / width + eps);
+        const Vec scale = splat(scales[r]);
+        for (int j = 0; j < width; j += LANES) {
+            Mask mask = tail(width - j);
+            store(y + (int64_t)r * width + j, load(row + j, mask) * scale, mask);
+        }
+    }
+}
+
+// Gradients of the outputs → gradients of the inputs.
+template <class T>
+void rms_norm_backward(const float* x, const float* scales, const T* grad, int rows, int width,
+                       float* grad_x, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int r = 0; r < rows; r++) {
+        const int64_t start = (int64_t)r * width;
+        Vec along = Vec{};
+        for (int j = 0; j < width; j += LANES) {
+            Mask mask = tail(width - j);
+            along = fma(load(grad + start + j, mask), load(x + start + j, mask), along);
+        }
+        const Vec scale = splat(scales[r]);
+        const Vec slope = splat(reduce_add(along) / width * scales[r] * scales[r]);
+        for (int j = 0; j < width; j += LANES) {
+            Mask mask = tail(width - j);
+            Vec rest = fnma(load(x + start + j, mask), slope, load(grad + start + j, mask));
+            store(grad_x + start + j, rest * scale, mask);
+        }
+    }
+}
+
+// qkv (rows, heads, size) → y: the first `turned` heads are rotated, channel i with channel
+// i + size / 2, and normalised; the others are copied. `angles` (tokens, size) are the cosines and
+// sines of row r at r % tokens. `scales` (rows, turned) are those of the norms.
+template <class T>
+void rotary(const T* qkv, const float* angles, int rows, int tokens, int heads, int turned, int size,
+            float eps, T* y, float* scales, int threads) {
+    const int half = size / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int r = 0; r < rows; r++) {
+        const float *cosines = angles + (int64_t)(r % tokens) * size, *sines = cosines + half;
+        const int64_t start = (int64_t)r * heads * size;
+        for (int h = 0; h < turned; h++) {
+            const T* x = qkv + start + h * size;
+            T* to = y + start + h * size;
+            Vec squares = Vec{};
+            for (int i = 0; i < size; i += LANES) {  // a rotation changes no length
+                Vec part = load(x + i, tail(size - i));
+                squares = fma(part, part, squares);
+            }
+            const float factor = 1 / std::sqrt(reduce_add(squares) / size + eps);
+            scales[(int64_t)r * turned + h] = factor;
+            const Vec scale = splat(factor);
+            for (int i = 0; i < half; i += LANES) {
+                Mask mask = tail(half - i);
+                Vec cosine = load(cosines + i, mask), sine = load(sines + i, mask);
+                Vec first = load(x + i, mask) * scale, second = load(x + half + i, mask) * scale;
+                store(to + i, fma(first, cosine, second * sine), mask);
+                store(to + half + i, fms(second, cosine, first * sine), mask);
+            }
+        }
+        std::copy_n(qkv + start + turned * size, (heads - turned) * size, y + start + turned * size);
+    }
+}
+
+// Gradients of the outputs `y` → gradients of the inputs.
+template <class T>
+void rotary_backward(const T* y, const float* angles, const float* scales, const T* grad, int rows,
+                     int tokens, int heads, int turned, int size, T* grad_qkv, int threads) {
+    const int half = size / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int r = 0; r < rows; r++) {
+        const float *cosines = angles + (int64_t)(r % tokens) * size, *sines = cosines + half;
+        const int64_t start = (int64_t)r * heads * size;
+        for (int h = 0; h < turned; h++) {
+            const T *out = y + start + h * size, *slopes = grad + start + h * size;
+            T* to = grad_qkv + start + h * size;
+            Vec along = Vec{};
+            for (int i = 0; i < size; i += LANES) {
+                Mask mask = tail(size - i);
+                along = fma(load(slopes + i, mask), load(out + i, mask), along);
+            }
+            const Vec level = splat(reduce_add(along) / size);
+            const Vec scale = splat(scales[(int64_t)r * turned + h]);
+            for (int i = 0; i < half; i += LANES) {
+                Mask mask = tail(half - i);
+                Vec cosine = load(cosines + i, mask), sine = load(sines + i, mask);
+                Vec first = fnma(load(out + i, mask), level, load(slopes + i, mask)) * scale;
+                Vec second =
+                    fnma(load(out + half + i, mask), level, load(slopes + half + i, mask)) * scale;
+                store(to + i, fms(first, cosine, second * sine), mask);
+                store(to + half + i, fma(second, cosine, first * sine), mask);
+            }
+        }
+        std::copy_n(grad + start + turned * size, (heads - turned) * size,
+                    grad_qkv + start + turned * size);
+    }
+}
+
 // tanh GELU.
 template <class T> void gelu(const T* x, T* y, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -147,11 +257,76 @@ void gelu_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, in
     }
 }
 
-// Cross-entropies of logits (rows, columns), of which the first `classes` columns count. A row with
-// a negative target has none. The logits become the gradients of the sum of the losses.
+// Squared ReLU.
+template <class T> void relu2(const T* x, T* y, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) {
+        Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
+        store(y + i, relu2(load(x + i, mask)), mask);
+    }
+}
+
+// As gelu_backward.
 template <class T>
-void cross_entropy(T* logits, const int64_t* targets, int rows, int columns, int classes,
+void relu2_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += LANES) {
+        Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
+        Vec kept = max(load(x + i, mask), Vec{});
+        if (y) store(y + i, kept * kept, mask);
+        store(grad_x + i, (kept + kept) * load(grad + i, mask), mask);
+    }
+}
+
+template <class T>
+void capped_cross_entropy(T* logits, const int64_t* targets, int rows, int columns, int classes,
+                          float cap, float* losses, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(classes);
+        float* capped = buffer.data();
+#pragma omp for schedule(dynamic)
+        for (int r = 0; r < rows; r++) {
+            T* row = logits + (int64_t)r * columns;
+            losses[r] = 0;
+            if (targets[r] < 0) {
+                std::fill_n(row, columns, T(0));
+                continue;
+            }
+            Vec top = splat(-cap), sum = Vec{};
+            for (int j = 0; j < classes; j += LANES) {
+                Mask mask = tail(classes - j);
+                Vec z = soft_cap(load(row + j, mask), cap);
+                store(capped + j, z, mask);
+                top = select(mask, max(top, z), top);
+            }
+            const float largest = reduce_max(top);
+            for (int j = 0; j < classes; j += LANES) {
+                Mask mask = tail(classes - j);
+                sum += keep(mask, exp(load(capped + j, mask) - splat(largest)));
+            }
+            const float log_sum = largest + std::log(reduce_add(sum));
+            losses[r] = log_sum - capped[targets[r]];
+            const Vec shift = splat(log_sum), inverse = splat(1 / cap), one = splat(1.f);
+            for (int j = 0; j < classes; j += LANES) {
+                Mask mask = tail(classes - j);
+                Vec z = load(capped + j, mask), level = z * inverse;
+                store(row + j, exp(z - shift) * fnma(level, level, one), mask);
+            }
+            const float own = capped[targets[r]], level = own / cap;
+            put(row + targets[r], (std::exp(own - log_sum) - 1) * (1 - level * level));
+            std::fill_n(row + classes, columns - classes, T(0));
+        }
+    }
+}
+
+// Cross-entropies of logits (rows, columns), of which the first `classes` columns count. A row with
+// a negative target has none. The logits become the gradients of the sum of the losses. With `cap`
+// above 0 the losses are those of capped logits, which are kept in fp32.
+template <class T>
+void cross_entropy(T* logits, const int64_t* targets, int rows, int columns, int classes, float cap,
                    float* losses, int threads) {
+    if (cap) return capped_cross_entropy(logits, targets, rows, columns, classes, cap, losses, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int r = 0; r < rows; r++) {
         T* row = logits + (int64_t)r * columns;
@@ -206,7 +381,13 @@ EXPORT(attention)
 EXPORT(attention_backward)
 EXPORT(layer_norm)
 EXPORT(layer_norm_backward)
+EXPORT(rms_norm)
+EXPORT(rms_norm_backward)
+EXPORT(rotary)
+EXPORT(rotary_backward)
 EXPORT(gelu)
 EXPORT(gelu_backward)
+EXPORT(relu2)
+EXPORT(relu2_backward)
 EXPORT(cross_entropy)
 EXPORT(add)
