@@ -45,6 +45,7 @@ MAY_CHANGE = (
         (
             "train.micro_batch_size",
             "train.precision",
+            "train.residual",
             "train.compile",
             "device",
             "optim.newton_schulz_precision",

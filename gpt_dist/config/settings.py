@@ -268,6 +268,9 @@ class TrainConfig(Section):
     """Maximum sequences in a forward pass of one rank; lowered until it divides the batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of matrix products; weights stay fp32. auto = bf16 where hardware supports it."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """dtype in which blocks add to their input where matrix products are bf16; bf16 moves fewer
+    bytes on a GPU, and loses precision."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the blocks; auto tries it on CUDA and falls back, saying why."""
     init_from: str | None = None

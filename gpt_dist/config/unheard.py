@@ -38,6 +38,13 @@ RULES = (
         refused=True,
     ),
     Rule(
+        ("train.residual",),
+        "train.precision",
+        lambda config: config.train.precision == "fp32" and config.train.residual != "fp32",
+        "train.precision = bf16",
+        refused=True,
+    ),
+    Rule(
         ("train.steps",),
         "train.epochs",
         lambda config: config.train.epochs is not None,

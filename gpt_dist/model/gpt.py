@@ -98,6 +98,8 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size is not set: take it from the tokenizer")
         self.config = config
         self.vocab_size = config.vocab_size
+        self.low_residual = False
+        """Whether blocks add to their input in autocast's dtype (``train.residual``)."""
         padded = math.ceil(config.vocab_size / PADDING) * PADDING
         self.wte = Embedding(padded, config.n_embd)
         self.lm_head = (
@@ -150,6 +152,15 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(time, device=ids.device))
         x = self.drop(x)
+        if self.low_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.trunk(x)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Embeddings (B, T, C) → final activations: all that can be compiled as one graph.
+
+        The embedding is left out, because compiled its gradient is summed in any order on a GPU.
+        """
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)

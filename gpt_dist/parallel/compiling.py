@@ -1,4 +1,4 @@
-"""Compile the blocks, and run the passes that come before the first step.
+"""Compile the model, and run the passes that come before the first step.
 
 Compiling, failing to compile and running out of device memory all happen here, before a run has
 written anything.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
@@ -24,13 +25,14 @@ AUTOMATIC = ("cuda",)
 
 
 def compile_blocks(model: GPT, world: World, config: Config, dtype: torch.dtype) -> str:
-    """Compile the blocks in place as ``train.compile`` says, and try them. Collective.
+    """Compile the model in place as ``train.compile`` says, and try it. Collective.
 
-    Only the blocks are compiled: one compilation serves all of them, and gradients are reduced
-    while the backward pass goes on. They are tried on the bare model, where no rank waits for
-    another, in the passes of a run: forward and backward in training, forward in validation,
-    with the run's shape and dtype. So the steps find everything compiled, and where one rank
-    fails, all of them go on without compiling.
+    With several ranks each block is compiled: one compilation serves all of them, and gradients
+    are reduced while the backward pass goes on. One process compiles all blocks as one graph, so
+    that what ends a block is fused with what begins the next. The graphs are tried on the bare
+    model, where no rank waits for another, in the passes of a run: forward and backward in
+    training, forward in validation, with the run's shape and dtype. So the steps find everything
+    compiled, and where one rank fails, all of them go on without compiling.
 
     Args:
         model: in training mode, on its device, not yet owned by an engine.
@@ -53,18 +55,37 @@ def compile_blocks(model: GPT, world: World, config: Config, dtype: torch.dtype)
 
     # Dynamo would split a block where DDP's gradient buckets end; blocks overlap enough already.
     torch._dynamo.config.optimize_ddp = False
-    for block in model.h:
-        # On the instance: a wrapper around the block would rename its parameters.
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+    for module, name in _compiled(model, whole=world.size == 1 and not _split(config)):
+        # On the instance: a wrapper around the module would rename its parameters.
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
     try:
         world.together(lambda: _rehearse(model, world, config, dtype))
     except GptDistError as error:
         if setting is True:
             raise GptDistError(f"train.compile = true: {error}") from error
-        for block in model.h:
-            del block.forward
+        _eager(model)
         return f"eager (torch.compile failed: {error})"
     return "compiled"
+
+
+def _split(config: Config) -> bool:
+    """Whether something happens between two blocks."""
+    return config.model.activation_checkpointing or config.parallel.strategy == "deepspeed"
+
+
+def _compiled(model: GPT, *, whole: bool) -> list[tuple[nn.Module, str]]:
+    """Modules and their methods that are graphs."""
+    return [(model, "trunk")] if whole else [(block, "forward") for block in model.h]
+
+
+def _eager(model: GPT) -> dict[tuple[nn.Module, str], Any]:
+    """Take the graphs away; returns them."""
+    found = {}
+    for whole in (True, False):
+        for module, name in _compiled(model, whole=whole):
+            if name in vars(module):
+                found[module, name] = vars(module).pop(name)
+    return found
 
 
 def _rehearse(model: GPT, world: World, config: Config, dtype: torch.dtype) -> None:
@@ -93,14 +114,13 @@ def _rehearse(model: GPT, world: World, config: Config, dtype: torch.dtype) -> N
 
 @contextmanager
 def uncompiled(model: GPT) -> Iterator[None]:
-    """Run the blocks without their compiled form, for batches of shapes that do not come again."""
-    compiled = {block: vars(block).pop("forward", None) for block in model.h}
+    """Run the model without its graphs, for batches of shapes that do not come again."""
+    compiled = _eager(model)
     try:
         yield
     finally:
-        for block, forward in compiled.items():
-            if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
+        for (module, name), graph in compiled.items():
+            setattr(module, name, graph)
 
 
 def warm_up(engine: Engine, world: World, config: Config, batch: Batch) -> None:

@@ -19,6 +19,9 @@ from gpt_dist.parallel.copies import CopiedState, make_optimizer
 from gpt_dist.parallel.engine import Reader, guard_step, load_spikes, set_rates, spikes_state
 from gpt_dist.parallel.world import World
 
+FUSED = ("cpu", "cuda")
+"""Devices whose products can add to a gradient."""
+
 
 class DDPEngine:
     """A whole copy on every rank; DistributedDataParallel averages the gradients.
@@ -64,7 +67,7 @@ class DDPEngine:
             # DDP decides in the forward pass whether to reduce, so no_sync must cover it too.
             if isinstance(self.ddp, DistributedDataParallel) and not last:
                 settings.enter_context(self.ddp.no_sync())
-            if self.world.device.type == "cpu" and (self.world.size == 1 or not last):
+            if self.world.device.type in FUSED and (self.world.size == 1 or not last):
                 settings.enter_context(fused_accumulation())
             with self._autocast():
                 loss = self.ddp(batch.ids, batch.targets)

@@ -148,6 +148,7 @@ def setup(config: Config, world: World, directory: RunDirectory | None = None) -
         keep_freed_memory()
 
     model = world.together(lambda: initial_model(config, start.path if start else None))
+    model.low_residual = config.train.residual == "bf16"
 
     def build() -> tuple[Engine, str]:
         if not config.parallel.shards_weights:  # which move one at a time, to be partitioned

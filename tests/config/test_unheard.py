@@ -17,6 +17,11 @@ REFUSED = [
     (["--parallel.zero_stage", "2"], "parallel.zero_stage = 2", "parallel.strategy = deepspeed"),
     (["--parallel.zero_stage", "1"], "parallel.zero_stage = 1", "parallel.strategy = ddp"),
     (
+        ["--train.residual", "bf16", "--train.precision", "fp32"],
+        "train.residual = bf16",
+        "train.precision = fp32",
+    ),
+    (
         ["--config", "tinystories-124m", "--train.steps", "900"],
         "train.steps = 900",
         "train.epochs = 1",

@@ -249,3 +249,29 @@ def test_models_without_initial_weights_are_quick_to_make() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False ['meta', 'cpu'] True\n", done.stderr
+
+
+def test_a_bf16_residual_stream() -> None:
+    """Blocks add in bf16, the loss stays close, and what is not autocast stays fp32."""
+    losses = {}
+    for low in (False, True):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=16, vocab_size=40))
+        model.low_residual = low
+        kinds: list[torch.dtype] = []
+        model.h[2].register_forward_hook(lambda *call, kinds=kinds: kinds.append(call[2].dtype))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        ids = torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(1))
+        found = []
+        for _ in range(12):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids[:, :-1], ids[:, 1:]) / 64
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        assert set(kinds) == {torch.bfloat16 if low else torch.float32}
+        assert found[-1] < 0.9 * found[0]
+        losses[low] = found
+        assert model.hidden(ids[:, :-1]).dtype == kinds.pop() == torch.float32
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)

@@ -13,6 +13,7 @@ import torch
 from gpt_dist.config.command_line import build, load
 from gpt_dist.config.settings import Config
 from gpt_dist.data.loader import Batch
+from gpt_dist.evaluation.scoring import Request, score
 from gpt_dist.model.gpt import GPT
 from gpt_dist.parallel.compiling import compile_blocks, warm_up
 from gpt_dist.parallel.world import World
@@ -110,6 +111,7 @@ def step_compiled(world: World, strategy: str, counter: Counter) -> None:
         model.eval()
         engine.evaluate(pair[0])
         model.train()
+        score(model, [Request([1] * 3, [2, 3]), Request([4], [5])], batch_size=3, world=world)
     assert graphs == (2, 1), strategy
     assert (len(counter.forward), len(counter.backward)) == graphs, strategy
 
