@@ -70,7 +70,7 @@ def test_memory(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         targets = torch.empty(rows, dtype=torch.int64)
         with Watch() as watch:
             cross_entropy._LinearCrossEntropy.forward(
-                context, hidden, weight, targets, 50257, torch.bfloat16, True, False
+                context, hidden, weight, targets, 50257, 0.0, torch.bfloat16, True, False
             )
     casts = 2 * (hidden.numel() + hidden.numel() // chunks + weight.numel())
     gradient = 4 * weight.numel()
