@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.cpu_backend import CpuBackend
+from gpt_dist.inference.cuda_backend import CudaBackend
 from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.inference.torch_backend import TorchBackend
 from gpt_dist.model.gpt import GPT
+from gpt_dist.ops import triton
 
 DType = Literal["auto", "fp32", "bf16", "int8"]
 Ids = Sequence[int] | np.ndarray
@@ -63,4 +65,6 @@ def make_backend(
     small = model.config.head_size <= kernels.MAX_HEAD_SIZE
     if device.type == "cpu" and small and kernels.decoder_library() is not None:
         return CpuBackend(model, slots, context, dtype)
+    if device.type == "cuda" and triton.available():
+        return CudaBackend(model, slots, context, device, dtype, deterministic)
     return TorchBackend(model, slots, context, device, dtype, deterministic)

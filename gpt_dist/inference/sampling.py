@@ -159,7 +159,16 @@ class Sampler:
         self.scales = torch.ones(slots, 6, device=device)
         # Columns: top_k, seed, min_new_tokens.
         self.numbers = torch.ones(slots, 3, dtype=torch.int64, device=device)
+        # Bits: 1 bias, 2 penalties, 4 stop tokens.
+        self.flags = torch.zeros(slots, dtype=torch.int32, device=device)
         self._tables: dict[str, Tensor] = {}
+
+    def all_tables(self) -> list[Tensor]:
+        """Bias, count, prompt and stop, made now where they are not there yet."""
+        kinds = {"bias": torch.float32, "count": torch.int32, "prompt": torch.bool}
+        kinds["stop"] = torch.bool
+        tables = [self._table(name, kind) for name, kind in kinds.items()]
+        return [table.view(torch.int8) if table.dtype == torch.bool else table for table in tables]
 
     def _table(self, name: str, dtype: torch.dtype) -> Tensor:
         """A (slots, V) tensor of zeros, made when it is first needed."""
@@ -202,6 +211,8 @@ class Sampler:
         self.numbers[slot] = torch.tensor(
             [top_k, _signed(params.seed), params.min_new_tokens], dtype=torch.int64
         )
+        early = bool(params.stop_ids) and params.min_new_tokens > 0
+        self.flags[slot] = bool(params.logit_bias) + 2 * params.penalised + 4 * early
         if params.penalised:
             start = len(ids) - generated
             before, after = np.split(np.asarray(ids, np.int64), [start])

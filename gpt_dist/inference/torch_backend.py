@@ -1,4 +1,4 @@
-"""The decoder's arithmetic in plain PyTorch: any device; on CUDA one graph per shape of a step.
+"""The decoder's arithmetic in plain PyTorch, on any device.
 
 A step always runs over slots 0 to n - 1 with n rounded up, whether all of them are in use or not,
 so that there are few shapes and the cache is read in place. A row that is not in use writes its
@@ -22,6 +22,7 @@ from gpt_dist.config.settings import ModelConfig
 from gpt_dist.inference.results import Chunk
 from gpt_dist.inference.sampling import Plan, Sampler, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
+from gpt_dist.ops import decode
 
 PREFILL = 128
 """Tokens of one prompt that go through the model together."""
@@ -62,6 +63,14 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def add(
+        self, stream: Tensor, branch: Tensor | None, dtype: torch.dtype, keep: bool = False
+    ) -> Tensor:
+        """`gpt_dist.ops.decode.add_norm` with this norm."""
+        return decode.add_norm(
+            stream, branch, self.weight, self.bias, self.eps, rms=False, keep=keep, dtype=dtype
+        )
+
 
 class RMSNorm:
     """An RMSNorm without weights, in fp32."""
@@ -72,8 +81,16 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.eps)
 
+    def add(
+        self, stream: Tensor, branch: Tensor | None, dtype: torch.dtype, keep: bool = False
+    ) -> Tensor:
+        """`gpt_dist.ops.decode.add_norm` with this norm."""
+        return decode.add_norm(
+            stream, branch, None, None, self.eps, rms=True, keep=keep, dtype=dtype
+        )
 
-NORMS: dict[str, Callable[[Any, Any], Callable[[Tensor], Tensor]]] = {
+
+NORMS: dict[str, type[Norm] | type[RMSNorm]] = {
     "layer": Norm,
     "rms": RMSNorm,
 }
@@ -83,9 +100,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": ops.gelu, "relu2":
 class Layer:
     """The weights of one block."""
 
-    def __init__(self, block: Block, config: ModelConfig, dtype: str, device: Any) -> None:
+    def __init__(
+        self, block: Block, config: ModelConfig, dtype: str, device: Any, kind: type[Linear]
+    ) -> None:
         def linear(module: Any) -> Linear:
-            return Linear(module.weight, module.bias, dtype, device)
+            return kind(module.weight, module.bias, dtype, device)
 
         norm = NORMS[config.parts.norm]
         self.pre_norm = block.pre_norm
@@ -107,17 +126,18 @@ class Layer:
 
 @dataclass
 class TorchWeights:
-    """One set of weights, a copy; with the CUDA graphs that were recorded for it."""
+    """One set of weights, a copy."""
 
     embedding: Tensor
-    first: Callable[[Tensor], Tensor] | None
+    first: Norm | RMSNorm | None
     """Norm of the embedding."""
     positions: Tensor | None
     layers: list[Layer]
-    final: Callable[[Tensor], Tensor] | None
+    final: Norm | RMSNorm | None
     """Norm before the head."""
     head: Linear
-    graphs: dict[Any, tuple[Any, tuple[Tensor, ...]]] = field(default_factory=dict)
+    graphs: dict[int, Any] = field(default_factory=dict)
+    """CUDA graphs of a step, by its number of rows."""
 
 
 class TorchBackend:
@@ -133,6 +153,7 @@ class TorchBackend:
     """
 
     name = "pytorch"
+    linear = Linear
     rows_at_once = 0  # the result of a row would depend on the guesses beside it
 
     def __init__(
@@ -155,8 +176,6 @@ class TorchBackend:
             device=device,
         )
         self.cache_bytes = self.cache.nbytes
-        # Graphs may share memory, as a step's results are copied before the next one runs.
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # Rows: token ids, positions, tokens generated, active; uploaded once a step.
         self.inputs = torch.zeros(4, slots, dtype=torch.int64, device=device)
         # Tokens of each slot's sequence that stood before those in the cache.
@@ -174,9 +193,12 @@ class TorchBackend:
             embedding=model.wte.weight.detach().to(device, torch.float32, copy=True),
             first=norm(model.ln_e, device) if config.parts.norm_embedding else None,
             positions=None if wpe is None else wpe.to(device, torch.float32, copy=True),
-            layers=[Layer(block, config, self.dtype, device) for block in model.h],  # type: ignore[arg-type]
+            layers=[
+                Layer(block, config, self.dtype, device, self.linear)  # type: ignore[arg-type]
+                for block in model.h
+            ],
             final=final,
-            head=Linear(model.head_weight, None, self.dtype, device),
+            head=self.linear(model.head_weight, None, self.dtype, device),
         )
 
     def set(
@@ -251,10 +273,8 @@ class TorchBackend:
         plan = self.sampler.plan(slots.tolist())
         rows, length = self.rows(int(slots.max())), self.context
         if not self.deterministic:
-            # On CUDA every shape is a graph, which takes a moment to record: there, fewer shapes.
-            least = 256 if self.device.type == "cuda" else 64
-            length = min(_power(int(positions.max()) + 1, least), self.context)
-        outputs = self._run(weights, rows, length, plan)
+            length = min(_power(int(positions.max()) + 1, 64), self.context)
+        outputs = self._step(weights, rows, length, plan)
         # The only synchronisation: doubles hold token ids and fp32 exactly.
         host = torch.cat([part.double().view(rows, -1) for part in outputs], 1).cpu().numpy()
         host = host[slots]
@@ -264,31 +284,6 @@ class TorchBackend:
         return [
             host[:, 0].astype(np.int64), host[:, 1 : 2 + top], host[:, 2 + top :].astype(np.int64)
         ]  # fmt: skip
-
-    def _run(self, weights: TorchWeights, rows: int, length: int, plan: Plan) -> tuple[Tensor, ...]:
-        if self.device.type != "cuda":
-            return self._step(weights, rows, length, plan)
-        key = (rows, length, plan)
-        if key not in weights.graphs:
-            # Recording needs a run beforehand (cuBLAS and the allocator set themselves up in it).
-            # It writes the same keys and values, but tokens are counted for penalties only once.
-            counted, active = self.inputs[3].clone(), self.inputs[3]
-            active.zero_()
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                self._step(weights, rows, length, plan)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread may copy new weights to the device meanwhile.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
-                outputs = self._step(weights, rows, length, plan)
-            active.copy_(counted)
-            weights.graphs[key] = graph, outputs
-        graph, outputs = weights.graphs[key]
-        graph.replay()
-        return outputs
 
     def _step(
         self, weights: TorchWeights, rows: int, length: int, plan: Plan
@@ -321,12 +316,15 @@ class TorchBackend:
     def _chunk(self, weights: TorchWeights, chunk: Chunk, at: int) -> Tensor:
         """Final activations (n, C) of a chunk's tokens from ``at`` on, at most `PREFILL`."""
         slot, ids, start = chunk.slot, chunk.ids[at : at + PREFILL], chunk.start + at
-        used, end = len(ids), start + len(ids)
+        used, end = len(ids), self._keys(start + len(ids))
         if self.deterministic:  # one shape for all chunks, on the positions that exist
             padded = np.zeros(PREFILL, np.int64)
             padded[:used] = ids
             ids, end = padded, self.context
-        tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(self.device)
+        tokens = torch.from_numpy(np.asarray(ids, np.int64))
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()
+        tokens = tokens.to(self.device, non_blocking=True)
         places = (torch.arange(len(ids), device=self.device) + start).clamp(max=self.context - 1)
         mask = torch.arange(end, device=self.device)[None, :] <= places[:, None]
 
@@ -346,11 +344,20 @@ class TorchBackend:
 
         return self._layers(weights, tokens, places, attend)[:used]
 
-    def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values (rows, heads, head size) of rows at some positions."""
+    def _keys(self, end: int) -> int:
+        """Keys that a chunk which ends there looks at; those beyond are masked."""
+        return end
+
+    def _turned(self, qkv: Tensor, positions: Tensor) -> Tensor:
+        """Queries, keys and values that know their positions."""
         heads, parts = (self.n_head, self.n_kv_head), self.parts
         if parts.positions == "rotary":
-            qkv = ops.rotary(qkv, positions, *heads, parts.rotary_base, parts.eps)
+            return ops.rotary(qkv, positions, *heads, parts.rotary_base, parts.eps)
+        return qkv
+
+    def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (rows, heads, head size) of rows at some positions."""
+        qkv = self._turned(qkv, positions)
         shaped = qkv.view(len(qkv), -1, self.head_size).to(self.cache.dtype)
         found: tuple[Tensor, ...] = shaped.split(
             (self.n_head, self.n_kv_head, self.n_kv_head), dim=1
@@ -358,15 +365,20 @@ class TorchBackend:
         return found
 
     @staticmethod
-    def _layers(
-        weights: TorchWeights, ids: Tensor, positions: Tensor,
-        attend: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
+    def _embed(weights: TorchWeights, ids: Tensor, positions: Tensor) -> Tensor:
+        """The stream before the first block (n, C), fp32."""
         x = weights.embedding[ids]
         if weights.first is not None:
             x = weights.first(x)
         if weights.positions is not None:
             x = x + weights.positions[positions.clamp(max=len(weights.positions) - 1)]
+        return x
+
+    def _layers(
+        self, weights: TorchWeights, ids: Tensor, positions: Tensor,
+        attend: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        x = self._embed(weights, ids, positions)
         for index, layer in enumerate(weights.layers):
             x = layer(x, partial(attend, index))
         return x if weights.final is None else weights.final(x)

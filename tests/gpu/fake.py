@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 VIEWS = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "slice", "select",
     "unsqueeze", "squeeze", "split", "unbind", "detach", "alias", "as_strided", "chunk",
-    "split_with_sizes", "lift_fresh",
+    "split_with_sizes", "lift_fresh", "device",
 }  # fmt: skip
 """Operations that launch nothing."""
 
@@ -36,7 +36,19 @@ class _Indexing(TorchFunctionMode):
             return _copy(part, value) if isinstance(value, Tensor) else part.fill_(value)
         if func is Tensor.copy_:
             return _copy(*args)
+        if func is Tensor.to and (found := _moved(*args, **kwargs or {})) is not None:
+            return found
         return func(*args, **kwargs or {})
+
+
+def _moved(x: Tensor, *args: Any, **options: Any) -> Tensor | None:
+    """``x.to(...)`` on another device; None where it stays."""
+    targets = [a for a in args if isinstance(a, torch.device | str)] + [options.get("device")]
+    target = torch.device(targets[0]) if targets[0] is not None else x.device
+    if target.type == x.device.type:
+        return None
+    dtypes = [a for a in args if isinstance(a, torch.dtype)] + [options.get("dtype") or x.dtype]
+    return torch.empty(x.shape, dtype=dtypes[0], device=target)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -85,7 +97,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         name = func.overloadpacket.__name__
-        if name in VIEWS:
+        if name in VIEWS or (name == "to" and result is args[0]):
             return result
         if not name.startswith(("empty", "new_empty")):
             self.launches[name] += 1
