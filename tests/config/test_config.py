@@ -26,7 +26,8 @@ def problems(*argv: str) -> list[str]:
 def test_every_preset_loads_and_survives_yaml() -> None:
     assert {"gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1558m", "shakespeare-char",
             "shakespeare-char-cpu", "bigram-shakespeare-char",
-            "tinystories-124m"} <= set(presets())  # fmt: skip
+            "tinystories-124m", "nanochat-124m", "nanochat-350m", "tinystories-modern",
+            "shakespeare-char-modern"} <= set(presets())  # fmt: skip
     for name in presets():
         config, _ = load(["--config", name])
         assert build(parse_settings(to_yaml(config))) == config
