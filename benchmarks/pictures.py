@@ -225,44 +225,44 @@ def training(found: Record, out: Path, theme: Theme = LIGHT) -> None:
     figure.savefig(out)
 
 
-def muon(found: Record, out: Path, theme: Theme = LIGHT) -> None:
-    """The sweep of learning rates, and the validation loss of all seeds."""
+def learning(found: Record, out: Path, theme: Theme = LIGHT) -> None:
+    """The sweeps of learning rates, and the validation loss of all seeds, by recipe."""
     figure = new_figure(8.5, 3.6, theme)
     left, right = figure.subplots(1, 2)
     style(left, theme, "Loss at the end", "by learning rate, one seed")
-    style(right, theme, "Validation loss", "at each optimizer's best rate, all seeds")
-    named = {
-        "adamw": ("AdamW", theme.peer, theme.muted),
-        "muon": ("Muon", theme.ours, theme.ours),
-    }
-    for key, values in found["optimizers"].items():
-        name, color, text_color = named[key]
+    style(right, theme, "Validation loss", "at each recipe's best rate, all seeds")
+    recipes = found["recipes"]
+    # The first is what the others are held against; the last is the one to look at.
+    shades = [theme.peer, *[theme.ours_light] * (len(recipes) - 2), theme.ours]
+    for (name, values), color in zip(recipes.items(), shades, strict=True):
         rates = [float(rate) for rate in values["sweep"]]
         losses = list(values["sweep"].values())
         best = losses.index(min(losses))
+        box = {"facecolor": theme.page, "edgecolor": "none", "pad": 0.5}
+        ink = theme.muted if color == theme.peer else color
+        text = {"color": ink, "fontweight": "bold", "bbox": box}
         left.plot(rates, losses, "o-", color=color, linewidth=1.8, markersize=4)
         left.plot(rates[best], losses[best], "o", color=color, markersize=9, fillstyle="none")
-        # Muon's line ends at the right edge, so its label goes below; AdamW's has room at its end.
-        end, offset, side = (best, (0, -16), "center") if key == "muon" else (-1, (7, 0), "left")
         left.annotate(
-            f"{name}, best {rates[best]:g}", (rates[end], losses[end]), offset, color=text_color,
-            fontsize=9.5, fontweight="bold", ha=side, va="center", textcoords="offset points",
+            f"{name}, best {rates[best]:g}", (rates[best], losses[best]), (0, -16), **text,
+            fontsize=9, ha="center", va="center", textcoords="offset points",
         )  # fmt: skip
         for points in values["curves"]:
             steps, losses = zip(*points[1:], strict=True)
             right.plot(steps, losses, color=color, linewidth=1.2)
         right.annotate(
-            f"{name}\n{values['mean']:.2f}", (steps[-1], values["mean"]), (6, 0), color=text_color,
-            fontsize=9.5, fontweight="bold", va="center", textcoords="offset points",
+            f"{name}\n{values['mean']:.2f}", (steps[-1], values["mean"]), (6, 0), **text,
+            fontsize=9, va="center", textcoords="offset points",
         )  # fmt: skip
     low, high = left.get_ylim()
     left.set_ylim(low - 0.12 * (high - low), high)
     left.set(xscale="log", xlabel="learning rate")
-    ticks = sorted({float(r) for v in found["optimizers"].values() for r in v["sweep"]})
+    ticks = sorted({float(rate) for values in recipes.values() for rate in values["sweep"]})
     left.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
     right.set(xlabel="step", xlim=(0, None))
-    right.margins(x=0.12)
+    left.margins(x=0.15)
+    right.margins(x=0.18)
     for axes in (left, right):
         axes.grid(axis="y", color=theme.grid, linewidth=0.6)
     figure.savefig(out)
@@ -272,7 +272,7 @@ def picture_of(kind: str, found: Record) -> Callable[[Record, Path], None] | Non
     """The function that draws a record of this kind; None where there is no picture."""
     if kind == "training" or (kind == "gpu" and "results" in found):
         return training
-    return muon if kind == "muon" else None
+    return learning if kind == "learning" else None
 
 
 def draw_all(records: dict[Path, Record], results: Path, images: Path) -> list[Path]:

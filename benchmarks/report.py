@@ -186,9 +186,9 @@ def faults(found: Record) -> str:
     return table(["fault", "count"], rows)
 
 
-def muon(found: Record) -> str:
+def learning(found: Record) -> str:
     rows = []
-    for name, values in found["optimizers"].items():
+    for name, values in found["recipes"].items():
         sweep = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in values["sweep"].items())
         rows.append(
             [
@@ -201,7 +201,7 @@ def muon(found: Record) -> str:
         )
     model, seeds = found["parameters"], len(values["losses"])
     return f"{found['data']}, {model} parameters, {seeds} seeds:\n\n" + table(
-        ["optimizer", "steps", "lr", "validation loss", "sweep on one seed"], rows
+        ["recipe", "steps", "lr", "validation loss", "sweep on one seed"], rows
     )
 
 
@@ -267,7 +267,7 @@ def gpu(found: Record) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "training": ("Training beside other trainers", training, ("transformers",)),
-    "muon": ("Muon beside AdamW", muon, ()),
+    "learning": ("Recipes beside each other", learning, ()),
     "muon_step": ("A step of Muon beside other implementations", muon_step, ()),
     "shakespeare": ("Losses on Shakespeare", shakespeare, ()),
     "startup": ("Start-up", startup, ()),
@@ -284,7 +284,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
 
 
 def kind_of(path: Path) -> str:
-    """``muon-wikipedia.json`` → ``muon``."""
+    """``learning-wikipedia.json`` → ``learning``."""
     return path.stem.split("-")[0]
 
 

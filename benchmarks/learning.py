@@ -1,0 +1,266 @@
+"""Recipes beside each other: which loss, after how many steps, over several seeds.
+
+    python benchmarks/learning.py --data data/wikipedia --seeds 8 \\
+        --recipe "GPT-2, AdamW" 500 "" \\
+        --recipe "GPT-2, Muon" 300 "--optim.name muon" \\
+        --recipe "nanochat, Muon" 175 "--optim.name muon --model.architecture nanochat" \\
+        --json benchmarks/results/learning-wikipedia.json
+
+Each recipe has its own number of steps, at whose end its schedule ends, and its own settings on top
+of those that all share. Its learning rate is swept on the first seed, in factors of two, until the
+best one has a worse one on either side; then it trains with all seeds. A recipe is better than the
+first one if its mean loss is lower and a one-sided Welch test says so at p < 0.01, the rule of
+github.com/KellerJordan/modded-nanogpt, track 3. Losses do not depend on speed, so one run per core
+runs at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pictures
+from flags import as_flags, benchmark_parser
+from record import record
+from scipy import stats
+
+from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.parallel.world import available_cpus
+
+FIRST_RATES = (1e-3, 2e-3, 4e-3)
+"""The first rates of a sweep."""
+SIGNIFICANT = 0.01
+"""A difference counts if chance makes one as large less often than this."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, the number of steps, and settings as flags of ``gpt_dist.train``."""
+
+    name: str
+    steps: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    recipe: Recipe
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left."""
+
+    curve: list[tuple[int, float]]
+    """(step, validation loss)."""
+    step_ms: float
+    """Median time of a step."""
+    parameters: str
+
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end."""
+        return self.curve[-1][1]
+
+
+class Lab:
+    """Trains runs: several at a time, each once."""
+
+    def __init__(self, arguments: argparse.Namespace, directory: Path) -> None:
+        self.arguments, self.directory = arguments, directory
+        self.outcomes: dict[Run, Outcome] = {}
+
+    def train(self, runs: list[Run]) -> list[Outcome]:
+        """Train those runs that are new; the outcomes of all."""
+        new = [run for run in dict.fromkeys(runs) if run not in self.outcomes]
+        with ThreadPoolExecutor(max_workers=self.arguments.jobs) as pool:
+            for run, outcome in zip(new, pool.map(self._train, new), strict=True):
+                self.outcomes[run] = outcome
+                print(
+                    f"{run.recipe.name}: {run.recipe.steps} steps, lr {run.rate:.1e}, seed "
+                    f"{run.seed}: validation loss {outcome.loss:.4f}",
+                    flush=True,
+                )
+        return [self.outcomes[run] for run in runs]
+
+    def _train(self, run: Run) -> Outcome:
+        arguments, steps = self.arguments, run.recipe.steps
+        out = Path(tempfile.mkdtemp(dir=self.directory))
+        settings = {
+            "out_dir": out / "run",
+            "device": "cpu",
+            "data.path": arguments.data,
+            "model.n_layer": arguments.n_layer,
+            "model.n_head": arguments.n_head,
+            "model.n_embd": arguments.n_embd,
+            "model.context_length": arguments.context,
+            "optim.lr": run.rate,
+            "optim.min_lr": run.rate / 20,
+            "optim.warmup_steps": min(arguments.warmup, steps),
+            "seed": run.seed,
+            "train.steps": steps,
+            "train.batch_tokens": arguments.tokens,
+            "train.micro_batch_size": arguments.tokens // arguments.context,
+            "train.eval_every": max(1, steps // 6),
+            "train.eval_tokens": arguments.eval_tokens,
+            "train.checkpoint_every": 0,
+            "train.sample_every": 0,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "gpt_dist.train", *as_flags(settings), *run.recipe.flags],
+            env=os.environ | {"OMP_NUM_THREADS": str(max(1, available_cpus() // arguments.jobs))},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise GptDistError(f"{run} failed:\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+        lines = (out / "run/metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return Outcome(
+            [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
+            statistics.median(row["step_ms"] for row in rows if "step_ms" in row),
+            done.stdout.split(" parameters")[0].split()[-1],
+        )
+
+    def sweep(self, recipe: Recipe) -> dict[float, float]:
+        """Loss by learning rate, on the first seed."""
+        rates = list(FIRST_RATES)
+        while True:
+            runs = [Run(recipe, rate, 1) for rate in rates]
+            losses = [outcome.loss for outcome in self.train(runs)]
+            best = losses.index(min(losses))
+            if best == 0:
+                rates.insert(0, rates[0] / 2)
+            elif best == len(rates) - 1:
+                rates.append(rates[-1] * 2)
+            else:
+                return dict(zip(rates, losses, strict=True))
+
+
+def first_step_below(curve: list[tuple[int, float]], loss: float) -> int | None:
+    """The first validation at which a curve is not above ``loss``."""
+    return next((step for step, found in curve if found <= loss), None)
+
+
+def compare(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """A recipe beside the first one."""
+    test = stats.ttest_ind(found["losses"], first["losses"], equal_var=False, alternative="less")
+    mean = [
+        (points[0][0], statistics.mean(loss for _, loss in points))
+        for points in zip(*found["curves"], strict=True)
+    ]
+    return {
+        "share_of_steps": found["steps"] / first["steps"],
+        "lower_by": first["mean"] - found["mean"],
+        "p": float(test.pvalue),
+        "significant": bool(test.pvalue < SIGNIFICANT),
+        "reaches_its_loss_at_step": first_step_below(mean, first["mean"]),
+    }
+
+
+def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
+    """Sweep each recipe, then train all seeds at its best rate."""
+    arguments = lab.arguments
+    result: dict[str, Any] = {"recipes": {}}
+    for recipe in recipes:
+        sweep = lab.sweep(recipe)
+        rate = min(sweep, key=sweep.__getitem__)
+        outcomes = lab.train([Run(recipe, rate, seed + 1) for seed in range(arguments.seeds)])
+        losses = [outcome.loss for outcome in outcomes]
+        found = {
+            "flags": shlex.join(recipe.flags),
+            "steps": recipe.steps,
+            "tokens": recipe.steps * arguments.tokens,
+            "seconds": recipe.steps * statistics.median(o.step_ms for o in outcomes) / 1000,
+            "parameters": outcomes[0].parameters,
+            "sweep": {f"{key:g}": loss for key, loss in sweep.items()},
+            "lr": rate,
+            "losses": losses,
+            "mean": statistics.mean(losses),
+            "standard_deviation": statistics.stdev(losses),
+            "curves": [outcome.curve for outcome in outcomes],
+        }
+        if result["recipes"]:
+            found["beside_the_first"] = compare(found, next(iter(result["recipes"].values())))
+        result["recipes"][recipe.name] = found
+    result["parameters"] = outcomes[0].parameters
+    result["data"] = Path(arguments.data).name
+    return result
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One recipe's line."""
+    line = (
+        f"{found['steps']} steps, {found['tokens']:,} tokens, {found['seconds']:.0f} s, lr "
+        f"{found['lr']:g}: {found['mean']:.4f} +- {found['standard_deviation']:.4f}"
+    )
+    if beside := found.get("beside_the_first"):
+        word = "lower" if beside["lower_by"] > 0 else "higher"
+        line += (
+            f"; {abs(beside['lower_by']):.4f} {word} than the first in "
+            f"{beside['share_of_steps']:.0%} of its steps, p = {beside['p']:.2g}"
+        )
+    return line
+
+
+def parsed_recipes(given: list[list[str]]) -> list[Recipe]:
+    """The recipes of the command line.
+
+    Raises:
+        UsageError: a number of steps is not one, or a name comes twice.
+    """
+    for name, steps, _ in given:
+        if not steps.isdecimal() or int(steps) < 1:
+            raise UsageError(f"--recipe {name!r} {steps}: expected a number of steps from 1 on")
+    if len({name for name, _, _ in given}) < len(given):
+        raise UsageError("--recipe: two recipes have the same name")
+    return [Recipe(name, int(steps), tuple(shlex.split(flags))) for name, steps, flags in given]
+
+
+def main() -> None:
+    parser = benchmark_parser(__file__, __doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
+    parser.add_argument(
+        "--recipe", nargs=3, action="append", required=True, metavar=("NAME", "STEPS", "FLAGS"),
+        help="what to compare; the others are held against the first",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, 2 or more (3)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
+    parser.add_argument("--context", type=int, default=128, help="context length (128)")
+    parser.add_argument("--n-layer", type=int, default=4, help="blocks (4)")
+    parser.add_argument("--n-head", type=int, default=4, help="heads (4)")
+    parser.add_argument("--n-embd", type=int, default=128, help="width (128)")
+    parser.add_argument("--warmup", type=int, default=30, help="steps of warm-up (30)")
+    parser.add_argument("--eval-tokens", type=int, default=131072, help="of a validation (131072)")
+    parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once (cores)")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    parser.add_argument("--picture", metavar="FILE", help="draw the result here")
+    arguments = parser.parse_args()
+    recipes = parsed_recipes(arguments.recipe)
+    if arguments.seeds < 2:
+        raise UsageError(f"--seeds {arguments.seeds}: expected 2 or more, to tell the spread")
+    with tempfile.TemporaryDirectory(prefix="learning-") as name:
+        result = measure(Lab(arguments, Path(name)), recipes)
+    for recipe, found in result["recipes"].items():
+        print(f"{recipe}: {verdict(found)}")
+    record(arguments.json, result, packages=("scipy",))
+    if arguments.picture:
+        pictures.learning(result, Path(arguments.picture))
+
+
+if __name__ == "__main__":
+    run_main(main)
