@@ -184,7 +184,10 @@ class CudaBackend(TorchBackend):
         if np.array_equal(wanted, self._next):
             return
         self._next = wanted
-        self.staging.copy_(torch.from_numpy(wanted))
+        self._send(wanted)
+
+    def _send(self, inputs: np.ndarray) -> None:
+        self.staging.copy_(torch.from_numpy(inputs))
         self.inputs.copy_(self.staging, non_blocking=True)
 
     def _forward(self, weights: TorchWeights, rows: int) -> None:
@@ -195,20 +198,10 @@ class CudaBackend(TorchBackend):
         logits = head.wide(self._blocks(weights, ids, positions, active))
         logits = ops.soft_cap(logits, self.parts.soft_cap)
         self.raw[:rows].copy_(logits)
-        if self.graphed:
-            decode.sample(
-                self.raw[:rows], self.sampler.vocab_size, self.sampler.scales,
-                self.sampler.numbers, self.tables, self.sampler.flags, self.inputs, self.dropped,
-                self.scores, self.tokens,
-            )  # fmt: skip
-            return
-        plan = self.sampler.plan([slot for slot in range(rows) if self._next[3, slot]])
-        index = positions + self.dropped[:rows] + 1
-        generated = self.inputs[2, :rows]
-        chosen = self.sampler.sample(logits, plan, index, generated, active)[0]
-        self.tokens[:rows] = chosen
-        self.inputs[0, :rows] = torch.where(active != 0, chosen, ids)
-        self.inputs[1:3, :rows] += active
+        decode.sample(
+            self.raw[:rows], self.sampler.vocab_size, self.sampler.scales, self.sampler.numbers,
+            self.tables, self.sampler.flags, self.inputs, self.dropped, self.scores, self.tokens,
+        )  # fmt: skip
 
     def _blocks(
         self, weights: TorchWeights, ids: Tensor, positions: Tensor, active: Tensor

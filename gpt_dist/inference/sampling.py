@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gpt_dist.errors import UsageError
+from gpt_dist.ops.decode import signed, uniform
 
 MAX_LOGPROBS = 100
 """Most alternatives that a result can list for a token."""
@@ -109,26 +110,6 @@ class SamplingParams:
         )
 
 
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, which wraps alike."""
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each (seed, position), float64; any order, any device, no state."""
-    z = _mix(_mix(seeds + _signed(_GOLDEN)) + positions * _signed(_GOLDEN))
-    return ((z >> 32) & 0xFFFFFFFF).double() * 2.0**-32
-
-
 @dataclass(frozen=True)
 class Plan:
     """Which stages a batch needs: known on the host, so that a step needs no synchronisation."""
@@ -209,7 +190,7 @@ class Sampler:
             1 if params.temperature == 0 else min(params.top_k or self.vocab_size, self.vocab_size)
         )
         self.numbers[slot] = torch.tensor(
-            [top_k, _signed(params.seed), params.min_new_tokens], dtype=torch.int64
+            [top_k, signed(params.seed), params.min_new_tokens], dtype=torch.int64
         )
         early = bool(params.stop_ids) and params.min_new_tokens > 0
         self.flags[slot] = bool(params.logit_bias) + 2 * params.penalised + 4 * early

@@ -8,6 +8,27 @@ from torch.nn import functional as F
 
 from gpt_dist.ops.registry import register_in_place
 
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def signed(value: int) -> int:
+    """A number of 64 bits as int64 holds it."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on int64, which wraps alike."""
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * signed(factor)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (seed, position), float64; any order, any device, no state."""
+    z = _mix(_mix(seeds + signed(_GOLDEN)) + positions * signed(_GOLDEN))
+    return ((z >> 32) & 0xFFFFFFFF).double() * 2.0**-32
+
+
 SAMPLING_BLOCK = 4096
 """Columns that a program of the sampling kernel handles together."""
 
@@ -135,7 +156,43 @@ def _choose(
     prompt: Tensor, stop: Tensor, flags: Tensor, inputs: Tensor, dropped: Tensor, scores: Tensor,
     tokens: Tensor,
 ) -> None:  # fmt: skip
-    raise NotImplementedError("on a CPU the decoder samples with gpt_dist.inference.sampling")
+    rows = len(logits)
+    ids, positions, generated, active = (row[:rows] for row in inputs)
+    x = logits[:, :classes].float()
+    biased, penalised, early = ((flags[:rows, None] & bit) != 0 for bit in (1, 2, 4))
+    x = torch.where(biased, x + bias[:rows], x)
+    repetition, presence, frequency = scales[:rows, 3:, None].unbind(1)
+    times = count[:rows]
+    seen = (times > 0) | (prompt[:rows] != 0)
+    y = torch.where(seen, torch.where(x < 0, x * repetition, x / repetition), x)
+    x = torch.where(penalised, y - frequency * times - presence * (times > 0), x)
+    early = early & (stop[:rows] != 0) & (generated < numbers[:rows, 2])[:, None]
+    x = x.masked_fill(early, -torch.inf)
+
+    temperature, top_p, log_min_p = scales[:rows, :3, None].unbind(1)
+    ordered = x.sort(dim=1, descending=True).values
+    most, top_k = ordered[:, :1], numbers[:rows, :1]
+    kth = ordered.gather(1, top_k - 1)
+    mass = (
+        ((ordered - most) / temperature)
+        .exp()
+        .where(ordered >= kth, 0)
+        .cumsum(1, dtype=torch.float64)
+    )
+    # Kept while the tokens before have less than top_p of the mass.
+    least = (mass < top_p * mass[:, -1:]).sum(1, keepdim=True).clamp(max=classes - 1)
+    threshold = torch.where(top_p < 1, torch.maximum(kth, ordered.gather(1, least)), kth)
+    threshold = torch.maximum(threshold, most + temperature * log_min_p)
+    mass = ((x - most) / temperature).exp().where(x >= threshold, 0).cumsum(1, dtype=torch.float64)
+    target = uniform(numbers[:rows, 1], positions + dropped[:rows] + 1)[:, None] * mass[:, -1:]
+    drawn = torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=classes - 1)
+    chosen = torch.where(top_k[:, 0] == 1, x.argmax(1), drawn)
+
+    tokens[:rows] = chosen
+    counted = (penalised[:, 0] & (active != 0)).to(count.dtype)
+    count[:rows].scatter_add_(1, chosen[:, None], counted[:, None])
+    ids.copy_(torch.where(active != 0, chosen, ids))
+    inputs[1:3, :rows] += active
 
 
 def _attend_cuda(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,27 +90,14 @@ def test_a_step_that_follows_uploads_nothing(monkeypatch: pytest.MonkeyPatch) ->
     """The token that was chosen is the next step's input on the device."""
     monkeypatch.setattr(decoding, "make_backend", CudaBackend)
     decoder = Decoder(make(), max_slots=2, device="cpu", dtype="fp32")
-    backend: Any = decoder._backend
     uploads: list[int] = []
-    backend.staging = SimpleNamespace(copy_=lambda new: uploads.append(1) or kept.copy_(new))
-    kept, inputs = torch.zeros(4, 2, dtype=torch.int64), backend.inputs
+    send = CudaBackend._send
 
-    class Inputs:
-        """The device's inputs, which are filled from what is staged."""
+    def count(backend: CudaBackend, inputs: np.ndarray) -> None:
+        uploads.append(1)
+        send(backend, inputs)
 
-        def copy_(self, _: Any, non_blocking: bool) -> None:
-            inputs.copy_(kept)
-
-        def __getitem__(self, index: Any) -> Any:
-            return inputs[index]
-
-        def __setitem__(self, index: Any, value: Any) -> None:
-            inputs[index] = value
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter(inputs)
-
-    backend.inputs = Inputs()
+    monkeypatch.setattr(CudaBackend, "_send", count)
     for slot in (0, 1):
         decoder.activate(slot, SamplingParams(seed=slot), [slot + 1])
     for _ in range(5):

@@ -31,6 +31,22 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "rms_norm": (leaf(3, 32, dtype=torch.float32), 1e-6, dtype),
         "rotary": (leaf(2, 5, 64), torch.arange(5), 4, 2, 100.0, 1e-6),
         "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60, 2.0),
+        "decode_attention_": (
+            torch.randn(4, 48).to(dtype), torch.randn(2, 4, 2, 5, 8).to(dtype), torch.tensor([0, 3, 1, 2]),
+            torch.tensor([1, 1, 0, 1]), 2,
+        ),
+        "add_norm_": (
+            torch.randn(3, 8), torch.randn(3, 8).to(dtype), torch.randn(8), None, 1e-5, False,
+            True, dtype,
+        ),
+        "sample_": (
+            torch.randn(3, 64), 60, torch.ones(4, 6), torch.ones(4, 3, dtype=torch.int64) * 5,
+            torch.zeros(4, 60), torch.zeros(4, 60, dtype=torch.int32),
+            torch.zeros(4, 60, dtype=torch.int8), torch.zeros(4, 60, dtype=torch.int8),
+            torch.tensor([0, 2, 4, 0], dtype=torch.int32), torch.ones(4, 4, dtype=torch.int64),
+            torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4096),
+            torch.zeros(4, dtype=torch.int64),
+        ),
         "add_product_": (torch.randn(16, 4), plain[:, :16], plain[:, :4], False),
     }[name]  # fmt: skip
 
