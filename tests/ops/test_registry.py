@@ -32,8 +32,8 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "rotary": (leaf(2, 5, 64), torch.arange(5), 4, 2, 100.0, 1e-6),
         "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60, 2.0),
         "decode_attention_": (
-            torch.randn(4, 48).to(dtype), torch.randn(2, 4, 2, 5, 8).to(dtype), torch.tensor([0, 3, 1, 2]),
-            torch.tensor([1, 1, 0, 1]), 2,
+            torch.randn(4, 48).to(dtype), torch.randn(2, 4, 2, 5, 8).to(dtype),
+            torch.tensor([0, 3, 1, 2]), torch.tensor([1, 1, 0, 1]), 2,
         ),
         "add_norm_": (
             torch.randn(3, 8), torch.randn(3, 8).to(dtype), torch.randn(8), None, 1e-5, False,
