@@ -10,8 +10,9 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,13 @@ import grpc
 
 from gpt_dist.errors import Parser, UsageError, at_least, run_main
 from serve.client import AsyncClient, Prompt
-from serve.client.connection import DEFAULT_TARGET
+from serve.client.connection import DEFAULT_TARGET, read_token
 from serve.client.words import failure_of
+from serve.requests import HttpClient, Record, ask
 
 PERCENTILES = (50, 90, 99)
-
-
-@dataclass
-class Record:
-    """What the client measured for one request. Times are in seconds."""
-
-    tokens: int = 0
-    first: float = math.nan
-    """Time to the first token."""
-    gaps: list[float] = field(default_factory=list)
-    """Times between tokens. Tokens of one message share its gap equally."""
-    total: float = math.nan
-    error: str = ""
+HTTP_VOCABULARY = 256
+"""Random prompts over HTTP use this many ids: a server there does not say how many it has."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -78,34 +69,6 @@ def lengths(text: str) -> Callable[[random.Random], int]:
     raise argparse.ArgumentTypeError(f"{text}: must be like 64, uniform:16,128 or normal:64,20")
 
 
-async def ask(
-    client: AsyncClient,
-    prompt: Prompt,
-    new_tokens: int,
-    parameters: dict[str, Any],
-    clock: Callable[[], float] = time.perf_counter,
-) -> Record:
-    """Make one streamed request; returns its times, in seconds of ``clock``."""
-    record = Record()
-    began = last = clock()
-    try:
-        async for piece in client.stream(
-            prompt, max_new_tokens=new_tokens, ignore_eos=True, **parameters
-        ):
-            now, count = clock(), len(piece.token_ids)
-            if count and not record.tokens:
-                record.first = now - began
-                record.gaps += [0.0] * (count - 1)
-            elif count:
-                record.gaps += [(now - last) / count] * count
-            record.tokens += count
-            last = now if count else last
-        record.total = clock() - began
-    except grpc.aio.AioRpcError as error:
-        record.error = error.code().name
-    return record
-
-
 @dataclass(frozen=True)
 class Load:
     """The requests, and how fast they are sent."""
@@ -120,6 +83,8 @@ class Load:
     new_tokens: list[int]
     """Maximum new tokens, one entry per request."""
     parameters: dict[str, Any]
+    arrivals: list[float] | None = None
+    """When each request is sent, in seconds from the start; None to use one of the others."""
 
 
 async def run(
@@ -134,32 +99,48 @@ async def run(
         done: called after each request.
         options: arguments of `AsyncClient`.
     """
+    async with AsyncClient(target, **options) as client:
+        await client.info()  # connects
+        return await apply(load, seed, partial(ask, client), done)
+
+
+async def apply(
+    load: Load,
+    seed: int,
+    measure: Callable[[Prompt, int, dict[str, Any]], Awaitable[Record]],
+    done: Callable[[], None] = lambda: None,
+) -> tuple[list[Record], float]:
+    """As `run`; ``measure`` makes one request: prompt, new tokens and parameters."""
     draw = random.Random(seed)
     records: list[Record] = []
 
-    async def one(client: AsyncClient, index: int) -> None:
+    async def one(index: int) -> None:
         prompt = load.prompts[index % len(load.prompts)]
-        records.append(await ask(client, prompt, load.new_tokens[index], load.parameters))
+        records.append(await measure(prompt, load.new_tokens[index], load.parameters))
         done()
 
-    async with AsyncClient(target, **options) as client:
-        await client.info()  # connects
-        began = time.perf_counter()
-        if load.rate is not None:
-            tasks = []
-            for index in range(load.requests):
-                tasks.append(asyncio.create_task(one(client, index)))
-                await asyncio.sleep(draw.expovariate(load.rate))
-            await asyncio.gather(*tasks)
-        else:
-            order = iter(range(load.requests))
+    async def at(seconds: float, index: int) -> None:
+        await asyncio.sleep(began + seconds - time.perf_counter())
+        await one(index)
 
-            async def worker() -> None:
-                for index in order:
-                    await one(client, index)
+    began = time.perf_counter()
+    if load.arrivals is not None:
+        await asyncio.gather(*[at(when, index) for index, when in enumerate(load.arrivals)])
+    elif load.rate is not None:
+        tasks = []
+        for index in range(load.requests):
+            tasks.append(asyncio.create_task(one(index)))
+            await asyncio.sleep(draw.expovariate(load.rate))
+        await asyncio.gather(*tasks)
+    else:
+        order = iter(range(load.requests))
 
-            await asyncio.gather(*[worker() for _ in range(load.concurrency or 1)])
-        return records, time.perf_counter() - began
+        async def worker() -> None:
+            for index in order:
+                await one(index)
+
+        await asyncio.gather(*[worker() for _ in range(load.concurrency or 1)])
+    return records, time.perf_counter() - began
 
 
 def report(records: Sequence[Record], seconds: float) -> dict[str, Any]:
@@ -216,10 +197,16 @@ def parser() -> argparse.ArgumentParser:
         epilog="""examples:
   python -m serve.bench --concurrency 32 --requests 128
   python -m serve.bench --rate 5 --prompt-tokens uniform:16,512 --new-tokens normal:64,20
+  python -m serve.bench --trace arrivals.jsonl
+  python -m serve.bench --http http://127.0.0.1:8000/v1 --concurrency 8
   python -m serve.bench --prompts questions.txt --json result.json --plot result.png""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--target", default=DEFAULT_TARGET, help="default %(default)s")
+    made.add_argument(
+        "--http", metavar="URL", help="speak OpenAI's HTTP instead, to a server at this base URL"
+    )
+    made.add_argument("--model", default="gpt2", help="name of the model, for --http")
     made.add_argument("--token", help="bearer token (GPT_DIST_TOKEN)")
     made.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
     made.add_argument(
@@ -242,6 +229,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests per second, as a Poisson process",
     )
+    shape.add_argument(
+        "--trace", type=Path, metavar="FILE",
+        help="replay arrivals: a JSON object a line, with at (seconds), new_tokens, and prompt or "
+        "prompt_tokens",
+    )  # fmt: skip
     made.add_argument(
         "--requests", type=at_least(1, int), default=64, metavar="N", help="default %(default)s"
     )
@@ -264,8 +256,43 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def read_trace(path: Path, vocab_size: int, draw: random.Random) -> Load:
+    """A load from a file of arrivals, one JSON object a line.
+
+    Raises:
+        UsageError: a line is not valid.
+    """
+    rows: list[tuple[float, Prompt, int]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            at, count = float(row["at"]), int(row["new_tokens"])
+            prompt: Prompt = (
+                str(row["prompt"])
+                if "prompt" in row
+                else [draw.randrange(vocab_size) for _ in range(int(row["prompt_tokens"]))]
+            )
+            if not (0 <= at < math.inf and count > 0 and prompt):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(
+                f"--trace {path}, line {number}: must be like "
+                '{"at": 0.5, "prompt_tokens": 64, "new_tokens": 32}, or have prompt'
+            ) from None
+        rows.append((at, prompt, count))
+    if not rows:
+        raise UsageError(f"--trace {path}: contains no request")
+    arrivals, prompts, counts = (list(column) for column in zip(*rows, strict=True))
+    return Load(len(rows), None, None, prompts, counts, {}, arrivals)
+
+
 def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
     draw = random.Random(arguments.seed)
+    parameters = {"temperature": arguments.temperature, "top_k": arguments.top_k}
+    if arguments.trace is not None:
+        return replace(read_trace(arguments.trace, vocab_size, draw), parameters=parameters)
     if arguments.prompts is not None:
         try:
             text = arguments.prompts.read_text(encoding="utf-8")
@@ -287,7 +314,7 @@ def _load(arguments: argparse.Namespace, vocab_size: int) -> Load:
         rate=arguments.rate,
         prompts=prompts,
         new_tokens=[arguments.new_tokens(draw) for _ in range(arguments.requests)],
-        parameters={"temperature": arguments.temperature, "top_k": arguments.top_k},
+        parameters=parameters,
     )
 
 
@@ -306,6 +333,15 @@ def main() -> int:
         name: getattr(arguments, name) for name in ("token", "token_file", "tls_ca", "timeout")
     }
 
+    async def over_http() -> tuple[list[Record], float, Any, Any]:
+        ca = arguments.tls_ca and str(arguments.tls_ca)
+        token = arguments.token or read_token(arguments.token_file)
+        made = HttpClient(arguments.http, arguments.model, token, ca, arguments.timeout)
+        load = _load(arguments, HTTP_VOCABULARY)
+        async with made as client:
+            records, seconds = await apply(load, arguments.seed, client.ask)
+        return records, seconds, None, None
+
     async def whole() -> tuple[list[Record], float, Any, Any]:
         async with AsyncClient(arguments.target, **options) as client:
             info, status = await client.info(), await client.status()
@@ -319,7 +355,7 @@ def main() -> int:
         return records, seconds, info, status
 
     try:
-        records, seconds, info, status = asyncio.run(whole())
+        records, seconds, info, status = asyncio.run(over_http() if arguments.http else whole())
     except grpc.aio.AioRpcError as error:
         raise failure_of(error, arguments) from None
     figures = report(records, seconds)
@@ -339,7 +375,9 @@ def main() -> int:
             if name not in ("token", "prompt_tokens", "new_tokens")
         }  # fmt: skip
         names = ("name", "dtype", "device", "backend", "weights_version")
-        model = {name: getattr(info, name) for name in names} | {"max_slots": status.max_slots}
+        model = {"url": arguments.http}
+        if info is not None:
+            model = {name: getattr(info, name) for name in names} | {"max_slots": status.max_slots}
         whole_report = {
             "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
             "settings": settings, "server": model, **figures,

@@ -21,7 +21,7 @@ from prometheus_client import (
     ProcessCollector,
     make_wsgi_app,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serve.engine.jobs import Finish
@@ -104,11 +104,6 @@ class Metrics:
         self.serving(scheduler.weights.newest)
         self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.weights.live)
         self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
-        self.gauge(
-            "preemptions",
-            "How many times a sequence has lost its slot to another caller's",
-            lambda: scheduler.preempted,
-        )
         self.registry.register(_Callers(self, scheduler))
         self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.jobs.waiting)
         self.gauge(
@@ -199,8 +194,8 @@ class _Callers(Collector):
         self._metrics, self._scheduler = metrics, scheduler
 
     def collect(self) -> Iterator[Metric]:
-        running: Counts[str] = Counts()
-        waiting: Counts[str] = Counts()
+        running: Counts[str] = Counts({OTHER: 0})
+        waiting: Counts[str] = Counts({OTHER: 0})
         for name, slots, others in self._scheduler.jobs.by_caller():
             label = self._metrics.caller(name)
             running[label] += slots
@@ -214,6 +209,8 @@ class _Callers(Collector):
             for label, count in counts.items():
                 family.add_metric([label], count)
             yield family
+        text = "How many times a sequence has lost its slot to another caller's"
+        yield CounterMetricFamily("gpt_dist_preemptions", text, self._scheduler.preempted)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -56,6 +56,7 @@ class Options:
     kserve: bool = False
     log_format: str = "plain"
     log_level: str = "info"
+    trace: bool = False
 
 
 PORT = at_least(0, int, 65535)
@@ -180,6 +181,8 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
     add(running, "metrics-host", "address for the metrics", metavar="ADDRESS")
     add(running, "log-format", "format of the log on stderr", choices=("plain", "json"))
     add(running, "log-level", "lowest level to log", choices=("debug", "info", "warning", "error"))
+    add(running, "trace", "send OpenTelemetry spans of all calls where OTEL_EXPORTER_OTLP_ENDPOINT "
+        "says; needs gpt_dist[tracing]", **on)  # fmt: skip
     return made
 
 

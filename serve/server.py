@@ -34,6 +34,7 @@ from serve.inference import grpc_service_pb2 as kserve_pb
 from serve.metrics import Metrics
 from serve.options import Options
 from serve.security import Access, Certificates, Reloader, TokenFile, check_ports
+from serve.tracing import make_tracer
 
 if TYPE_CHECKING:
     from serve.http.listener import Listener
@@ -125,6 +126,8 @@ class Server:
             max_calls=options.max_calls,
             max_message_bytes=options.max_message_bytes,
         )
+        if options.trace:
+            gate.tracer = make_tracer()
         self._grpc = grpc.aio.server(
             options=[
                 # Twice the limit. Messages up to here are refused by this server, with a reason;
@@ -301,6 +304,8 @@ class Server:
             await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self._close_metrics)
         self._files.close()
+        if self.gate.tracer is not None:
+            await asyncio.to_thread(self.gate.tracer.close)
         return finished
 
     async def _idle(self, seconds: float) -> None:

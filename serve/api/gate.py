@@ -15,6 +15,7 @@ from serve.engine.callers import NO_LIMITS, Terms
 
 if TYPE_CHECKING:  # it imports torch, which `python -m serve --help` does not need
     from serve.metrics import Metrics
+    from serve.tracing import Tracer
 
 OPEN_SERVICES = ("grpc.health.v1.Health/", "GET /health")
 """Services that need no token. Probes have none, and health reveals only the state."""
@@ -60,6 +61,8 @@ class Gate:
         """Maximum size of a valid request to the served model."""
         self.tasks: set[asyncio.Task[Any]] = set()
         """The open gRPC calls."""
+        self.tracer: Tracer | None = None
+        """Makes spans of calls."""
         self.closed = False
         """Whether `close` was called."""
         self.parsing = asyncio.Lock()

@@ -6,6 +6,7 @@ Everything here runs in the event loop.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from gpt_dist.v1.generation_service_pb2 import (
 from serve.api.callers import caller
 from serve.api.logprobs import token_logprob
 from serve.api.parsing import Generation
+from serve.api.rpc import current
 from serve.api.served import Served
 from serve.api.status import (
     StatusError,
@@ -45,6 +47,7 @@ from serve.engine.jobs import (
     Token,
 )
 from serve.metrics import Metrics
+from serve.phases import Phase
 
 
 class Output:
@@ -193,6 +196,35 @@ class Output:
             usage.prompt_tokens, usage.cached_tokens = len(self.job.ids), self.cached_tokens
         return usage
 
+    def phases(self) -> list[Phase]:
+        """Its parts, for traces."""
+        now = self.call.engine.clock()
+        offset = time.time_ns() - int(now * 1e9)
+        times = [
+            self.call.arrived,
+            self.started.at if self.started else now,
+            self.first_token_at or now,
+            self.ended_at if self.finish is not None else now,
+        ]
+        reached = 1 + bool(self.started) + bool(self.first_token_at)
+        found: dict[str, dict[str, int]] = {
+            "queue": {},
+            "prefill": {
+                "gpt_dist.prompt_tokens": len(self.job.ids),
+                "gpt_dist.cached_tokens": self.cached_tokens,
+            },
+            "decode": {"gpt_dist.completion_tokens": self.tokens},
+        }
+        return [
+            Phase(
+                name,
+                offset + int(times[place] * 1e9),
+                offset + int(times[place + 1] * 1e9),
+                {"gpt_dist.output": self.index, **more},
+            )
+            for place, (name, more) in enumerate(list(found.items())[:reached])
+        ]
+
     @property
     def cached_tokens(self) -> int:
         return self.started.cached_tokens if self.started else 0
@@ -268,6 +300,10 @@ class Call:
             self.engine.cancel([output.job for output in left])
             if self.error is None:
                 self.metrics.cancelled.inc(len(left))
+        record = current.get(None)
+        if record is not None and record.phases is not None:
+            for output in self.outputs:
+                record.phases += output.phases()
 
     def fail(self, error: StatusError) -> None:
         """Fail the call; the first error counts."""
@@ -326,9 +362,13 @@ class Call:
         """What the log line of the call says about it."""
         usage = self.usage()
         ends = {output.finish.name for output in self.outputs if output.finish is not None}
+        timings = self.timings(self.outputs)
+        times = {"queue_ms": timings.queue, "first_token_ms": timings.time_to_first_token}
         return {
             "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
+            **{name: round(each.ToNanoseconds() / 1e6, 3) for name, each in times.items()},
             "ended": ", ".join(sorted(end.lower().replace("_", " ") for end in ends)),
         }
 

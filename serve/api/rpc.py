@@ -14,7 +14,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from serve.api.callers import caller
 from serve.api.gate import OPEN_SERVICES, Gate
 from serve.api.status import DETAILS, StatusError, internal, invalid
+from serve.phases import Phase
 
 log = logging.getLogger("serve")
 
@@ -57,6 +58,8 @@ class CallRecord:
 
     request_id: str
     notes: dict[str, Any] = field(default_factory=dict)
+    phases: list[Phase] | None = None
+    """The parts of its outputs; None if calls are not traced."""
 
 
 current: ContextVar[CallRecord] = ContextVar("current")
@@ -261,10 +264,11 @@ class _Answer:
         )
 
 
-def call_record(given: Any) -> CallRecord:
+def call_record(given: Any, gate: Gate) -> CallRecord:
     """The record of a call with the request id that its caller gave, if that is fit for a log."""
     valid = isinstance(given, str) and _VALID_ID.fullmatch(given)
-    return CallRecord(given if valid else uuid.uuid4().hex)
+    phases: list[Phase] | None = None if gate.tracer is None else []
+    return CallRecord(given if valid else uuid.uuid4().hex, phases=phases)
 
 
 def note_failure(gate: Gate, name: str, error: Exception, record: CallRecord) -> StatusError:
@@ -279,9 +283,15 @@ def note_failure(gate: Gate, name: str, error: Exception, record: CallRecord) ->
 
 
 def log_call(
-    gate: Gate, name: str, code: grpc.StatusCode, began: float, peer: str, record: CallRecord
+    gate: Gate,
+    name: str,
+    code: grpc.StatusCode,
+    began: float,
+    peer: str,
+    record: CallRecord,
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Count a call that has ended, and write its line to the log."""
+    """Count a call that has ended, write its line to the log, and trace it."""
     seconds = time.monotonic() - began
     gate.metrics.calls.labels(name, code.name).inc()
     gate.metrics.call_seconds.labels(name).observe(seconds)
@@ -305,6 +315,10 @@ def log_call(
             **record.notes,
         },
     )
+    if gate.tracer is not None and record.phases is not None and not quiet:
+        now = time.time_ns()
+        notes = {"request_id": record.request_id, **record.notes}
+        gate.tracer.call(name, now - int(seconds * 1e9), now, code, metadata, record.phases, notes)
 
 
 class _Frame:
@@ -321,7 +335,7 @@ class _Frame:
         """Whether the request was read and handed on."""
 
     def __enter__(self) -> _Frame:
-        self.record = call_record(self.metadata.get(REQUEST_ID, ""))
+        self.record = call_record(self.metadata.get(REQUEST_ID, ""), self.gate)
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
         current.set(self.record)
         return self
@@ -368,4 +382,4 @@ class _Frame:
             self.code = grpc.StatusCode.DEADLINE_EXCEEDED
         if self._entered:
             self.gate.leave(self.name, caller.get())
-        log_call(self.gate, self.name, self.code, self.began, self.peer, self.record)
+        log_call(self.gate, self.name, self.code, self.began, self.peer, self.record, self.metadata)

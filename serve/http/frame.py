@@ -64,7 +64,7 @@ async def answer(
     """
     began = time.monotonic()
     head = Headers(scope=scope)
-    record = call_record(head.get(REQUEST_ID, ""))
+    record = call_record(head.get(REQUEST_ID, ""), gate)
     current.set(record)
     client = scope.get("client")
     peer = f"{client[0]}:{client[1]}" if client else ""
@@ -94,7 +94,7 @@ async def answer(
     finally:
         if entered:
             gate.leave(name, caller.get())
-        log_call(gate, name, code, began, peer, record)
+        log_call(gate, name, code, began, peer, record, head)
 
 
 class _Left(Exception):

@@ -17,7 +17,8 @@ from gpt_dist.errors import UsageError
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from gpt_dist.v1.generation_service_pb2 import GenerateStreamResponse
-from serve.bench import Record, ask, lengths, main, percentile, report
+from serve.bench import lengths, main, percentile, read_trace, report
+from serve.requests import Record, ask
 from tests.serve.conftest import HeldDecoder, StartServer
 
 
@@ -109,3 +110,41 @@ def test_prompts_from_a_file(
     path.write_text("\n")
     with pytest.raises(UsageError, match="no line"):
         main()
+
+
+def test_a_trace_over_http(
+    start: StartServer, model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(Decoder(model, max_slots=4, dtype="fp32"), http_port=0)
+    trace, result = tmp_path / "trace.jsonl", tmp_path / "result.json"
+    rows = [{"at": 0.02 * n, "prompt_tokens": 5, "new_tokens": 3 + n} for n in range(4)]
+    rows.append({"at": 0, "prompt": "to be", "new_tokens": 5})
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    address = f"http://127.0.0.1:{server.server.http_port}/v1"
+    arguments = ["bench", "--http", address, "--trace", str(trace), "--json", str(result)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 0
+    figures = json.loads(result.read_text())
+    assert (figures["requests"], figures["completed"], figures["errors"]) == (5, 5, {})
+    assert figures["tokens"] == 3 + 4 + 5 + 6 + 5
+    assert figures["seconds"] >= 0.06
+    assert figures["end_to_end_ms"]["p50"] >= figures["time_to_first_token_ms"]["p50"] > 0
+    monkeypatch.setattr("sys.argv", [*arguments, "--model", "other"])
+    assert main() == 1
+    assert json.loads(result.read_text())["errors"] == {"404": 5}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x", "[]", '{"at": 1, "prompt": "a"}', '{"at": -1, "prompt": "a", "new_tokens": 1}',
+     '{"at": 1, "prompt_tokens": 0, "new_tokens": 1}',
+     '{"at": NaN, "prompt": "a", "new_tokens": 1}'],
+)  # fmt: skip
+def test_a_bad_trace_is_one_clear_error(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"at": 0, "prompt": "a", "new_tokens": 1}\n\n' + line)
+    with pytest.raises(UsageError, match="line 3: must be like"):
+        read_trace(path, 9, random.Random(0))
+    path.write_text("\n")
+    with pytest.raises(UsageError, match="contains no request"):
+        read_trace(path, 9, random.Random(0))

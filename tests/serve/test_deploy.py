@@ -91,6 +91,7 @@ def test_rules_and_dashboard_use_metrics_that_exist(model: GPT) -> None:
     metrics.calls.labels("x", "OK")
     metrics.call_seconds.labels("x")
     metrics.rejections.labels("queue_full")
+    metrics.caller_tokens.labels("x", "prompt")
     text = generate_latest(metrics.registry).decode()
     exist = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
     rules = yaml.safe_load((LAUNCH / "monitoring/gpt_dist.rules.yaml").read_text())

@@ -48,8 +48,9 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
         request = build_request([1] * 9, max_new_tokens=50, ignore_eos=True)
         calls = [client._stub.Generate.future(request) for _ in range(3)]
         wait_until(lambda: len(server.scheduler.jobs) == 3)
-        with pytest.raises(grpc.RpcError):
-            client.generate([1])
+        with grpc.insecure_channel(server.target, [("grpc.enable_retries", 0)]) as channel:
+            with pytest.raises(grpc.RpcError):
+                GenerationServiceStub(channel).Generate(request)
         decoder.allow(4)  # two prompts, two steps
         wait_until(lambda: decoder.held and len(server.scheduler.running) == 2)
         counted("OK", 3)

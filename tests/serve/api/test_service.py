@@ -209,6 +209,14 @@ def test_a_batch_gives_way_to_others(start: StartServer, model: GPT) -> None:
     server.wait_at_rest()
 
 
+def patient(server: LiveServer) -> Client:
+    """A client that does not repeat calls."""
+    client = Client(server.target)
+    client._channel = grpc.insecure_channel(server.target, [("grpc.enable_retries", 0)])
+    client._stub = GenerationServiceStub(client._channel)  # type: ignore[no-untyped-call]
+    return client
+
+
 def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> None:
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
     server = start(decoder, max_queue=3)
@@ -216,6 +224,7 @@ def test_a_full_queue_is_refused_with_a_hint(start: StartServer, model: GPT) -> 
     decoder.hold()
     taken = [client._stub.Generate.future(build_request([1], max_new_tokens=2)) for _ in range(5)]
     wait_until(lambda: len(server.scheduler.jobs) == 5)
+    client = patient(server)
     for call in (client.generate, client.score, lambda ids: list(client.stream(ids))):
         with pytest.raises(grpc.RpcError) as caught:
             call([1])
