@@ -16,6 +16,7 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
 from gpt_dist.v1 import model_service_pb2 as model_api
+from gpt_dist.v1.generation_service_pb2_grpc import GenerationServiceStub
 from serve.client import AsyncClient, Client, build_request
 from serve.engine.jobs import Finish
 from tests.serve.api.conftest import details, joined, unpacked
