@@ -1,48 +1,75 @@
 #!/usr/bin/env bash
-# Run all measurements of one GPU, in under nine minutes. Prints figures as it goes and writes JSON
-# records to OUT (default: benchmarks/results/gpu).
+# Run the measurements of one GPU: two commands of under nine minutes each. Each part prints figures
+# as it goes and writes its record to OUT (default: benchmarks/results/gpu) at once; a part that
+# fails stops no other.
 #
-#   benchmarks/gpu_suite.sh                     # in an environment that has gpt_dist installed
-#   WHEELS=wheels benchmarks/gpu_suite.sh       # a bare machine: torch 2.11 or newer, no network
-#   DEVICE=cpu benchmarks/gpu_suite.sh          # without a GPU: tests this script on a tiny model
+#   benchmarks/gpu_suite.sh correctness
+#   benchmarks/gpu_suite.sh speed
+#   WHEELS=wheels benchmarks/gpu_suite.sh correctness   # a bare machine, see gpu_wheels.sh
+#   DEVICE=cpu benchmarks/gpu_suite.sh speed            # without a GPU: tests this script
 #
-# WHEELS is a directory of wheels. Fill it on a machine with a network:
-#   pip download --dest wheels -c constraints.txt . transformers && rm -f wheels/torch-* wheels/nvidia*
-# PEERS is the Python interpreter of an environment with litgpt. Without it litgpt is left out and the
-# record says so.
+# WHEELS is a directory of wheels, installed to .gpu-site once. PARTS names some of the parts.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
+command="${1:-}"
+[ "$command" = correctness ] || [ "$command" = speed ] ||
+  { echo "usage: benchmarks/gpu_suite.sh correctness|speed" >&2; exit 2; }
 OUT="${OUT:-benchmarks/results/gpu}"
 DEVICE="${DEVICE:-cuda}"
 mkdir -p "$OUT"
 python="${PYTHON:-python3}"
 if [ -n "${WHEELS:-}" ]; then
-  "$python" -m venv --system-site-packages .gpu-venv
-  python=.gpu-venv/bin/python
-  "$python" -m pip install --quiet --no-index --find-links "$WHEELS" --no-deps "$WHEELS"/*.whl || exit 1
-  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  # Not a virtual environment: python3 may be one itself, and then another finds no torch.
+  site="${SITE:-$PWD/.gpu-site}"
+  [ -d "$site" ] || "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+    --target "$site" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
 begun=$SECONDS
 failed=()
-part() { # SECONDS NAME COMMAND...; a part that fails does not stop the others
+part() { # SECONDS NAME COMMAND...
   local limit="$1" name="$2"
   shift 2
-  echo "== $name (at ${SECONDS}s)"
-  timeout "$limit" "$@" || failed+=("$name")
+  [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $name "* ]] || return 0
+  echo "== $name (at $((SECONDS - begun)) s)"
+  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || { failed+=("$name"); echo "failed: $name"; }
+}
+gpu() { # SECONDS NAME FLAGS...
+  local limit="$1" name="$2"
+  shift 2
+  part "$limit" "$name" "$python" benchmarks/gpu.py "$name" --device "$DEVICE" "${small[@]}" "$@" \
+    --json "$OUT/gpu-$name.json"
 }
 
 "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
-gpu=(--device "$DEVICE")
 small=()
-[ "$DEVICE" = cpu ] && small=(--shape tiny --context 256)
-part 120 losses "$python" benchmarks/gpu.py losses "${gpu[@]}" "${small[@]}" --json "$OUT/gpu-losses.json"
-part 60 resume "$python" benchmarks/gpu.py resume "${gpu[@]}" "${small[@]}" --json "$OUT/gpu-resume.json"
-part 30 greedy "$python" benchmarks/gpu.py greedy "${gpu[@]}" "${small[@]}" --json "$OUT/gpu-greedy.json"
-part 60 decoding "$python" benchmarks/gpu.py decoding "${gpu[@]}" "${small[@]}" --json "$OUT/gpu-decoding.json"
-[ "$DEVICE" = cpu ] || small=(--context 1024)
-part 240 training "$python" benchmarks/training.py "${gpu[@]}" "${small[@]}" --accumulate 4 \
-  ${PEERS:+--peers-python "$PEERS"} --json "$OUT/gpu-training.json" --picture "$OUT/gpu-training.png"
+batches=(1 8 64 256)
+shape=124m
+micro=(16 32)
+steps=50
+if [ "$DEVICE" = cpu ]; then
+  small=(--shape tiny --context 192)
+  batches=(1 4)
+  shape=tiny
+  micro=(2)
+  steps=14
+fi
+if [ "$command" = correctness ]; then
+  gpu 60 operations
+  gpu 60 greedy
+  gpu 200 losses --steps "$steps"
+  gpu 120 resume
+  gpu 150 strategies
+  part 120 tests "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/inference/test_cuda_backend.py
+else
+  gpu 120 decoding --batches "${batches[@]}"
+  part 260 training "$python" benchmarks/training.py --device "$DEVICE" --shape "$shape" \
+    ${small[@]+--context 192} --accumulate 4 --micro-batch "${micro[@]}" \
+    --trainers gpt_dist transformers --kernels --json "$OUT/gpu-training.json"
+  gpu 90 server
+fi
 
-echo "== done in $((SECONDS - begun)) s, records in $OUT"
+echo "== $command done in $((SECONDS - begun)) s, records in $OUT"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -9,6 +9,7 @@ out compiling and ``-fp32`` autocast.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from busiest import profiled
 from torch import Tensor
 
 Step = Callable[[Tensor, int], float]
@@ -205,6 +207,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         rows = request["accumulate"] * settings["micro_batch"]
+        if request.get("profile"):
+            batch = tokens[:rows]
+            kernels = profiled(functools.partial(step, batch, 1), device.type)
+            print(json.dumps({"kernels": kernels}), file=answers, flush=True)
+            continue
         reset_peak(device)
         seconds, losses = [], []
         for _ in range(request["steps"]):

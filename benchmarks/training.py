@@ -15,6 +15,7 @@ Without it, or if --trainers does not name it, litgpt is left out and the record
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -23,8 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pictures
 import torch
+from busiest import show
 from flags import benchmark_parser
 from record import record, version_in
 
@@ -40,6 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "124m": {
         "model": {"n_layer": 12, "n_head": 12, "n_embd": 768},
         "vocabulary": 50257, "context": 256, "micro_batch": 4,
+    },
+    "tiny": {
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 64},
+        "vocabulary": 50257, "context": 64, "micro_batch": 2,
     },
     "shakespeare-char-cpu": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False},
@@ -79,6 +84,16 @@ class Trainer:
             raise SystemExit(f"error: {self.name} exited; --verbose shows its output")
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """The most expensive kernels of a step of one micro-batch."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps({"accumulate": 1, "steps": 1, "profile": True}), file=self.process.stdin)
+        self.process.stdin.flush()
+        reply: dict[str, Any] = json.loads(self.process.stdout.readline())
+        found: list[dict[str, Any]] = reply["kernels"]
+        return found
 
     def close(self) -> None:
         self.process.kill()
@@ -144,6 +159,9 @@ def main() -> None:
     parser.add_argument("--peers-python", help="Python interpreter of an environment with litgpt")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--verbose", action="store_true", help="show the output of the trainers")
+    parser.add_argument(
+        "--kernels", action="store_true", help="print the most expensive kernels of a step"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     parser.add_argument("--picture", metavar="FILE", help="draw the result here")
     args = parser.parse_args()
@@ -199,9 +217,26 @@ def main() -> None:
                         }
                     )
                     report(results[-1], flops, best)
+                    keep(args, results, dtype, context, flops, names)
+                for trainer in trainers if args.kernels else []:
+                    kernels = trainer.kernels()
+                    results[-1]["trainers"][trainer.name]["kernels"] = kernels
+                    show(kernels, f"{trainer.name}, micro-batch {micro_batch}")
             finally:
                 for trainer in trainers:
                     trainer.close()
+    document = keep(args, results, dtype, context, flops, names)
+    if args.picture:
+        import pictures  # matplotlib
+
+        pictures.training(document, Path(args.picture))
+
+
+def keep(
+    args: argparse.Namespace, results: list[dict[str, Any]], dtype: torch.dtype, context: int,
+    flops: float, names: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the record of what there is so far; returns it."""
     document = {
         "shape": args.shape,
         "context": context,
@@ -213,14 +248,9 @@ def main() -> None:
         "results": results,
     }
     peers = {"litgpt": version_in(args.peers_python, "litgpt")} if "litgpt" in names else {}
-    record(
-        args.json,
-        document,
-        ("transformers",) if any("transformers" in n for n in names) else (),
-        peers,
-    )
-    if args.picture:
-        pictures.training(document, Path(args.picture))
+    packages = ("transformers",) if any("transformers" in n for n in names) else ()
+    record(args.json, document, packages, peers)
+    return document
 
 
 def report(result: dict[str, Any], flops: float, peak: float) -> None:

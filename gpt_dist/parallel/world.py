@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt_dist.errors import GptDistError, UsageError, describe
+from gpt_dist.parallel.nccl import set_nccl
 from gpt_dist.parallel.rendezvous import connect, meet
 from gpt_dist.parallel.roll_call import RollCall
 
@@ -154,7 +155,10 @@ def start(device_name: str) -> Iterator[World]:
     world = World(rank, size, local_rank, local_size, device)
     roll_call = None
     if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            set_nccl()
         store = connect(host=rank == 0, timeout=STARTUP_TIMEOUT)
         prefix = meet(store, rank, size, problem, STARTUP_TIMEOUT)
         dist.init_process_group(
