@@ -64,6 +64,11 @@ def combination_problems(config: Config, world_size: int = 1) -> list[str]:
         problems.append(
             "optim.rates.head: needs model.tie_embeddings = false; a tied head is the embedding"
         )
+    if optim.rates.vectors != KindConfig() and not config.model.has_vectors:
+        problems.append(
+            f"optim.rates.vectors: model.architecture = {config.model.architecture} has no biases "
+            "or norms with weights; leave it out"
+        )
     if optim.name == "muon" and (optim.rates.matrices.beta1, optim.rates.matrices.beta2) != (
         None,
         None,

@@ -124,6 +124,11 @@ class ModelConfig(Section):
         return ARCHITECTURES[self.architecture]
 
     @property
+    def has_vectors(self) -> bool:
+        """Whether there are parameters that are no matrices."""
+        return self.bias or bool(self.qkv_bias) or self.parts.norm == "layer"
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.n_kv_head or self.n_head

@@ -381,8 +381,8 @@ class Decoder:
     def slide(self, slot: int, ids: Ids) -> None:
         """Make room in an active slot: cache only the last tokens of its sequence.
 
-        They are computed again, because positions are learned. Penalties and draws still refer to
-        the whole sequence.
+        They are computed again, as keys and values depend on positions. Penalties and draws still
+        refer to the whole sequence.
 
         Args:
             slot: where.

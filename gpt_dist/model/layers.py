@@ -59,10 +59,11 @@ class RMSNorm(nn.Module):
 
 
 class WideRMSNorm(RMSNorm):
-    """RMSNorm whose output keeps the dtype of its input."""
+    """RMSNorm whose output is fp32, or float64 for such an input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.rms_norm(input, self.eps, input.dtype)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return ops.rms_norm(input, self.eps, wide)
 
 
 class Rotary(nn.Module):

@@ -139,11 +139,11 @@ def _cpu(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
 
 
 def _cuda(logits: Tensor, targets: Tensor, classes: int, cap: float) -> Tensor:
-    taken = not cap and logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
+    taken = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
     if taken and triton.available():
         from gpt_dist.ops.triton import cross_entropy
 
-        return cross_entropy.cross_entropy_(logits, targets, classes)
+        return cross_entropy.cross_entropy_(logits, targets, classes, cap)
     return _gradients_(logits, targets, classes, cap)
 
 

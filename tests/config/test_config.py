@@ -99,6 +99,7 @@ def test_all_problems_at_once() -> None:
         ([*NANOCHAT, "--model.n_head", "256"], "nanochat rotates pairs of channels"),
         (["--model.architecture", "llama"], "valid: gpt2 | nanochat"),
         (["--model.architecture", "[a]"], "valid: gpt2 | nanochat"),
+        ([*NANOCHAT, "--optim.rates.vectors.lr", "1e-3"], "optim.rates.vectors: model.archi"),
         (["--model.zero_head", "true"], "needs model.tie_embeddings = false"),
         (["--train.batch_tokens", "1000"], "for example 1024"),
         (["--optim.min_lr", "1"], "optim.min_lr = 1: must be at most optim.lr"),

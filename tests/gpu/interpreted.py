@@ -54,7 +54,9 @@ def counting() -> Iterator[Moved]:
         builder.create_masked_load, builder.create_masked_store = load, store
 
 
-def entropy(vocabulary: int, rows: int, dtype: str, ignored: int) -> dict[str, float]:
+def entropy(
+    vocabulary: int, rows: int, dtype: str, ignored: int, cap: float = 0.0
+) -> dict[str, float]:
     """One cross-entropy: largest errors relative to rounding, bytes relative to the least."""
     torch.manual_seed(vocabulary + rows)
     padded = -(-vocabulary // 128) * 128
@@ -63,10 +65,11 @@ def entropy(vocabulary: int, rows: int, dtype: str, ignored: int) -> dict[str, f
     targets[:ignored] = -1
     with torch.inference_mode(False), torch.enable_grad():
         exact = logits[:, :vocabulary].double().requires_grad_()
-        wanted = F.cross_entropy(exact, targets.clone(), ignore_index=-1, reduction="none")
+        bent = cap * torch.tanh(exact / cap) if cap else exact
+        wanted = F.cross_entropy(bent, targets.clone(), ignore_index=-1, reduction="none")
         (slopes,) = torch.autograd.grad(wanted.sum(), exact)
     with counting() as moved:
-        losses = cross_entropy.cross_entropy_(logits, targets, vocabulary)
+        losses = cross_entropy.cross_entropy_(logits, targets, vocabulary, cap)
     # A unit in the last place: the interpreter truncates to bf16, where a GPU rounds.
     step = 2**-7 if dtype == "bfloat16" else 1e-5
     off = (logits[:, :vocabulary].double() - slopes).abs() / (step * slopes.abs() + 1e-9)
@@ -185,6 +188,9 @@ def main() -> None:
         "norm added": norms(48, 3, branch=True, rms=False, keep=False),
         "norm rms": norms(100, 2, branch=True, rms=True, keep=False),
         "norm post": norms(64, 2, branch=True, rms=False, keep=True),
+        "entropy capped 65": entropy(65, 3, "float32", 1, cap=5.0),
+        "entropy capped 4096": entropy(4096, 2, "bfloat16", 1, cap=5.0),
+        "entropy capped 60000": entropy(60000, 2, "bfloat16", 1, cap=5.0),
         "sample 65": choices(65),
         "sample 5000": choices(5000),
     }

@@ -14,9 +14,9 @@ from tests.gpu.kernels import CAPABILITIES, resources
 
 
 def test_equals_float64(interpreted: Found) -> None:
-    """Vocabularies that do and do not divide, one row, ignored rows; in bf16 and fp32."""
+    """Vocabularies that do and do not divide, one row, ignored rows, a cap; in bf16 and fp32."""
     cases = {name: found for name, found in interpreted.items() if name.startswith("entropy")}
-    assert len(cases) == 9
+    assert len(cases) == 12
     for name, found in cases.items():
         assert found["loss"] < 1e-5, name
         assert found["gradient"] <= 1, name
@@ -33,24 +33,29 @@ def test_reads_once_and_writes_once(interpreted: Found) -> None:
 @pytest.mark.slow(6)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    ("columns", "classes", "dtype"),
+    ("columns", "classes", "dtype", "cap"),
     [
-        (50304, 50257, "bf16"),
-        (51200, 51200, "bf16"),
-        (128, 65, "bf16"),
-        (60032, 60000, "bf16"),
-        (50304, 50257, "fp32"),
-        (25600, 25600, "fp32"),
+        (50304, 50257, "bf16", 0.0),
+        (50304, 50257, "bf16", 15.0),
+        (51200, 51200, "bf16", 0.0),
+        (128, 65, "bf16", 0.0),
+        (40960, 40950, "bf16", 15.0),
+        (60032, 60000, "bf16", 0.0),
+        (50304, 50257, "fp32", 0.0),
+        (25600, 25600, "fp32", 0.0),
     ],
 )
-def test_compiles_without_spilling(columns: int, classes: int, dtype: str, capability: int) -> None:
+def test_compiles_without_spilling(
+    columns: int, classes: int, dtype: str, cap: float, capability: int
+) -> None:
     from gpt_dist.ops.triton.cross_entropy import variant
 
-    kernel, sizes, warps = variant(columns, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    kernel, sizes, warps = variant(columns, kinds[dtype], cap)
     found = resources(
         kernel,
         {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32"},
-        {"COLUMNS": columns, "CLASSES": classes, **sizes},
+        {"COLUMNS": columns, "CLASSES": classes, "CAP": cap, **sizes},
         warps,
         capability,
     )

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt_dist.config.command_line import build
-from gpt_dist.config.settings import Config, OptimConfig
+from gpt_dist.config.settings import Config, ModelConfig, OptimConfig
 from gpt_dist.data.loader import Batch
 from gpt_dist.model.gpt import GPT
 from gpt_dist.optim import newton_schulz
@@ -380,6 +380,16 @@ def test_rates_by_kind() -> None:
     kinds = {kind_of(n, p) for n, p in parameters.items()}
     assert kinds == set(expected) == set(type(config.optim.rates).model_fields)
     assert len(engine.optimizer.param_groups) == 4
+
+
+def test_kinds_of_nanochat() -> None:
+    with torch.device("meta"):
+        model = GPT(ModelConfig(architecture="nanochat", n_layer=1, vocab_size=99))
+    kinds = {name: kind_of(name, parameter) for name, parameter in model.named_parameters()}
+    assert kinds.pop("wte.weight") == "embedding"
+    assert kinds.pop("lm_head.weight") == "head"
+    assert set(kinds.values()) == {"matrices"}
+    assert len(kinds) == 4
 
 
 def test_muon_has_a_rate_of_its_own() -> None:
