@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.api.callers import caller
 from serve.api.gate import Gate
 from serve.api.rpc import REQUEST_ID, call_record, current, log_call, note_failure
-from serve.api.status import StatusError
+from serve.api.status import StatusError, invalid
 from serve.http import errors
 
 JSON = "application/json"
@@ -68,12 +68,17 @@ async def answer(
     current.set(record)
     client = scope.get("client")
     peer = f"{client[0]}:{client[1]}" if client else ""
-    writer = _Writer(send, record.request_id)
+    # Of two ends of a body a proxy may believe the other one, and take what follows for a request
+    # of somebody else.
+    ambiguous = "content-length" in head and "transfer-encoding" in head
+    writer = _Writer(send, record.request_id, last=ambiguous)
     code = StatusCode.CANCELLED
     entered = False
     try:
         caller.set(gate.enter(name, dict(head), peer))
         entered = True
+        if ambiguous:
+            raise invalid("", "Content-Length and Transfer-Encoding exclude each other")
         work = asyncio.create_task(_work(behaviour, await _body(receive, gate), writer))
         gone = asyncio.create_task(_gone(receive))
         try:
@@ -102,10 +107,16 @@ class _Left(Exception):
 
 
 class _Writer:
-    """Sends an answer, which may fail before or after its first byte."""
+    """Sends an answer, which may fail before or after its first byte.
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._request_id = send, request_id
+    Args:
+        send: takes it (ASGI).
+        request_id: for its head.
+        last: whether the connection closes after it.
+    """
+
+    def __init__(self, send: Send, request_id: str, last: bool) -> None:
+        self._send, self._request_id, self._last = send, request_id, last
         self.started = False
 
     async def whole(self, reply: Reply) -> None:
@@ -116,6 +127,8 @@ class _Writer:
     async def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
         self.started = True
         fields = {"content-type": kind, REQUEST_ID: self._request_id, **headers}
+        if self._last:
+            fields["connection"] = "close"
         pairs = [(name.encode(), value.encode()) for name, value in fields.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
