@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt_dist import ops
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.errors import GptDistError
 from gpt_dist.ops.build import disabled, load
-from gpt_dist.ops.rotary import angles
 
 _log = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ def rotations(config: ModelConfig, keep: list[Any]) -> int | None:
     if config.parts.positions != "rotary":
         return None
     positions = torch.arange(config.context_length)
-    turns = angles(positions, config.head_size, config.parts.rotary_base)
-    return pointer(own(torch.cat([turns.cos(), turns.sin()], 1), keep))
+    turns = ops.rotations(positions, config.head_size, config.parts.rotary_base)
+    return pointer(own(turns, keep))
 
 
 def own(tensor: Tensor | None, keep: list[Any]) -> Tensor | None:

@@ -166,6 +166,11 @@ class TorchBackend:
         self.dtype, self.deterministic = dtype, deterministic
         self.n_head, self.n_kv_head = config.n_head, config.kv_heads
         self.head_size = config.head_size
+        self.turns: Tensor | None = None
+        """Rotation of every position."""
+        if self.parts.positions == "rotary":
+            every = torch.arange(context + 1, device=device)  # also that of a full, idle slot
+            self.turns = ops.rotations(every, self.head_size, self.parts.rotary_base)
         self.sampler = Sampler(slots, model.vocab_size, device)
         # On CPU, attention with a single query is many times slower in bf16 than in fp32.
         wide = dtype == "fp32" or device.type == "cpu"
@@ -350,10 +355,9 @@ class TorchBackend:
 
     def _turned(self, qkv: Tensor, positions: Tensor) -> Tensor:
         """Queries, keys and values that know their positions."""
-        heads, parts = (self.n_head, self.n_kv_head), self.parts
-        if parts.positions == "rotary":
-            return ops.rotary(qkv, positions, *heads, parts.rotary_base, parts.eps)
-        return qkv
+        if self.turns is None:
+            return qkv
+        return ops.rotary(qkv, self.turns[positions], self.n_head, self.n_kv_head, self.parts.eps)
 
     def _heads(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (rows, heads, head size) of rows at some positions."""

@@ -71,12 +71,14 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.n_head, config.kv_heads
+        self.heads, self.size = (config.n_head, config.kv_heads), config.head_size
         self.base, self.eps = config.parts.rotary_base, config.parts.eps
 
     def forward(self, qkv: Tensor) -> Tensor:
         positions = torch.arange(qkv.shape[-2], device=qkv.device)
-        return ops.rotary(qkv, positions, *self.heads, self.base, self.eps)
+        return ops.rotary(
+            qkv, ops.rotations(positions, self.size, self.base), *self.heads, self.eps
+        )
 
 
 class Dropout(nn.Module):

@@ -18,7 +18,7 @@ from gpt_dist.ops.linear import (
 from gpt_dist.ops.norm import layer_norm, rms_norm
 from gpt_dist.ops.relu2 import relu2
 from gpt_dist.ops.residual import add
-from gpt_dist.ops.rotary import rotary
+from gpt_dist.ops.rotary import rotary, rotations
 
 __all__ = [
     "add",
@@ -35,5 +35,6 @@ __all__ = [
     "relu2_linear",
     "rms_norm",
     "rotary",
+    "rotations",
     "soft_cap",
 ]

@@ -194,6 +194,16 @@ def test_copied_prefix_continues_as_if_prefilled(shape: str, backend: str) -> No
         assert_greedy(model, shared + tail, [result.tokens[slot] for result in results])
 
 
+@ARCHITECTURES
+def test_a_full_slot_stands_beside_an_active_one(shape: str, backend: str) -> None:
+    """Its row is computed on PyTorch, at a position that the model does not have."""
+    model = small_model(**SHAPES[shape])
+    decoder = Decoder(model, max_slots=2, dtype="fp32")
+    decoder.prefill(0, list(range(decoder.max_context)))
+    start(decoder, 1, [1, 2, 3], GREEDY)
+    assert_greedy(model, [1, 2, 3], [decoder.step().tokens[0] for _ in range(5)])
+
+
 def test_a_freed_slot_can_go_on_from_what_it_cached(backend: str) -> None:
     model = small_model()
     decoder = Decoder(model, max_slots=1, dtype="fp32")
@@ -341,10 +351,12 @@ def test_a_step_without_slots_is_empty(backend: str) -> None:
 
 
 @pytest.mark.slow(2)
-def test_a_step_never_waits_for_the_device() -> None:
+@ARCHITECTURES
+def test_a_step_never_waits_for_the_device(shape: str) -> None:
     """CUDA can record it only if nothing depends on values; fake tensors have none."""
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context_length": 64}
     with FakeTensorMode(), torch.no_grad():
-        model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=64, vocab_size=99))
+        model = GPT(ModelConfig(**{**sizes, **SHAPES[shape]}, vocab_size=99))
         backend = TorchBackend(model, 5, 64, torch.device("cpu"), "bf16", False)
         every = SamplingParams(
             temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repetition_penalty=1.2,

@@ -23,6 +23,7 @@ from gpt_dist.ops import (
     relu2,
     rms_norm,
     rotary,
+    rotations,
 )
 from gpt_dist.ops.activation import activate, activate_backward
 from tests.components import missing
@@ -177,10 +178,10 @@ def test_rotary(dtype: torch.dtype, heads: int, shared: int, size: int) -> None:
     torch.manual_seed(size)
     qkv = (torch.randn(2, 7, (heads + 2 * shared) * size) * 2).to(dtype)
     upstream = torch.randn_like(qkv).double()
-    shape = torch.arange(7) * 100, heads, shared, 100.0, 1e-2
+    turns = rotations(torch.arange(7) * 100, size, 100.0)
 
     def turned(x: Tensor) -> Tensor:
-        return rotary(x, *shape)
+        return rotary(x, turns, heads, shared, 1e-2)
 
     assert native_training.takes(qkv)
     own = errors(turned, qkv, upstream)

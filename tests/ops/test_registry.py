@@ -11,6 +11,8 @@ from torch import Tensor, library
 from gpt_dist import ops
 from gpt_dist.ops import registry
 
+TURNS = ops.rotations(torch.arange(5) * 3, 4, 100.0)
+
 
 def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     torch.manual_seed(0)
@@ -29,7 +31,7 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         ),
         "relu2": (leaf(3, 7),),
         "rms_norm": (leaf(3, 32, dtype=torch.float32), 1e-6, dtype),
-        "rotary": (leaf(2, 5, 64), torch.arange(5), 4, 2, 100.0, 1e-6),
+        "rotary": (leaf(2, 5, 64), ops.rotations(torch.arange(5), 8, 100.0), 4, 2, 1e-6),
         "cross_entropy_": (plain, torch.randint(-1, 60, (8,)), 60, 2.0),
         "decode_attention_": (
             torch.randn(4, 48).to(dtype), torch.randn(2, 4, 2, 5, 8).to(dtype),
@@ -70,7 +72,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         (ops.add, [(3, 4), (3, 4)]),
         (lambda qkv: ops.attention(qkv, 2), [(2, 5, 24)]),
         (lambda qkv: ops.attention(qkv, 4, n_kv_head=2), [(2, 5, 32)]),
-        (lambda qkv: ops.rotary(qkv, torch.arange(5) * 3, 4, 2, 100.0, 1e-6), [(2, 5, 32)]),
+        (lambda qkv: ops.rotary(qkv, TURNS, 4, 2, 1e-6), [(2, 5, 32)]),
         (lambda x: ops.rms_norm(x, 1e-6), [(3, 8)]),
         (ops.relu2, [(3, 4)]),
         (ops.relu2_linear, [(3, 4), (5, 4), (5,)]),
