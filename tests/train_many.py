@@ -14,17 +14,19 @@ from pathlib import Path
 from gpt_dist.config.command_line import load
 from gpt_dist.errors import run_main
 from gpt_dist.parallel import world as distributed
+from gpt_dist.training import trainer
 from gpt_dist.training.signals import StopSignal
-from gpt_dist.training.trainer import train_here
 
 
 def main() -> None:
+    # Drawing takes a third of so short a run.
+    trainer.draw = lambda out_dir: None  # type: ignore[assignment]
     with StopSignal() as stop, distributed.start("cpu") as world:
         for arguments in json.loads(Path(sys.argv[1]).read_text()):
             if arguments[0] == "--copy":
                 world.decide(lambda: shutil.copytree(*arguments[1:], symlinks=True))  # noqa: B023
             else:
-                train_here(load(arguments)[0], world, stop)
+                trainer.train_here(load(arguments)[0], world, stop)
 
 
 if __name__ == "__main__":

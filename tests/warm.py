@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,6 +28,7 @@ PRELOAD = [
     "torch",
     "torch._dynamo",
     "torch._inductor.compile_fx",  # DeepSpeed needs it
+    "tests.warm_deepspeed",
     "numpy",
     "safetensors.torch",
     "matplotlib.figure",
@@ -50,6 +52,7 @@ def _become(
     os.chdir(cwd)
     sys.path[:0] = [cwd, ROOT]
     sys.argv = [module, *arguments]
+    gc.freeze()  # what the server has imported need not be looked through again and again
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

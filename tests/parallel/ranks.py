@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -62,6 +63,7 @@ def _rank(
     values = (rank, rank, size, size, port)
     os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    gc.freeze()  # as in tests.warm
     try:
         with start("cpu") as world:
             result = function(world, *arguments)
