@@ -30,6 +30,7 @@ from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.prefix_cache import Place, PrefixCache
 from gpt_dist.inference.results import Chosen, Chunk, Scores, StepResult, Weights, chosen
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
+from gpt_dist.inference.slots import Slots
 from gpt_dist.inference.speculation import Speculator, with_guesses
 from gpt_dist.model.gpt import GPT
 
@@ -91,14 +92,8 @@ class Decoder:
         self._prefixes = PrefixCache(max_slots, self.max_context, deterministic)
         rows = self._backend.rows_at_once
         self.speculator = Speculator(max_slots, rows) if speculate and rows else None
-        self._lengths = np.zeros(max_slots, np.int64)
-        self._tokens = np.zeros(max_slots, np.int64)
-        self._generated = np.zeros(max_slots, np.int64)
-        self._bound: list[Weights | None] = [None] * max_slots
-        self._params: dict[int, SamplingParams] = {}
-        self._claimed: set[int] = set()
+        self._slots = Slots(max_slots, self.max_context)
         self._collected: list[tuple[Weights, Chunk]] = []
-        self._groups: tuple[list[int], list[np.ndarray]] | None = None  # until slots come or go
         self._versions = 0
         self.weights = self.load_weights(model)
 
@@ -130,16 +125,16 @@ class Decoder:
     @property
     def free_slots(self) -> list[int]:
         """Slots that hold no sequence, in ascending order. What was cached there is still valid."""
-        return [slot for slot in range(self.max_slots) if slot not in self._claimed]
+        return self._slots.free
 
     @property
     def active_slots(self) -> list[int]:
         """Slots that take part in the next step, in ascending order."""
-        return sorted(self._params)
+        return sorted(self._slots.params)
 
     def length(self, slot: int) -> int:
         """Tokens of the slot that are in the cache, also after `free`."""
-        return int(self._lengths[slot])
+        return self._slots.length(slot)
 
     def tokens(self, slot: int, start: int = 0) -> list[int]:
         """Tokens of the slot that are in the cache, and for an active slot the one chosen last.
@@ -149,7 +144,8 @@ class Decoder:
             start: index of the first token that is wanted.
         """
         cached = self._prefixes.tokens(slot, self.length(slot))[start:].tolist()
-        return [*cached, int(self._tokens[slot])] if slot in self._params else cached
+        active = slot in self._slots.params
+        return [*cached, int(self._slots.tokens[slot])] if active else cached
 
     def room(self, slot: int) -> int:
         """Steps that the slot can still take part in."""
@@ -157,12 +153,11 @@ class Decoder:
 
     def version(self, slot: int) -> int:
         """Version of the weights that the slot's cache was computed with; 0 if it is empty."""
-        weights = self._bound[slot]
-        return weights.version if weights else 0
+        return self._slots.version(slot)
 
     def weights_of(self, slot: int) -> Weights:
         """The weights that the slot's cache was computed with, or will be."""
-        return self._bound[slot] or self.weights
+        return self._slots.weights[slot] or self.weights
 
     def place(
         self,
@@ -186,11 +181,11 @@ class Decoder:
         tokens, free = self._checked(prompt, 0), self.free_slots
         if not free:
             return None
-        newest = np.array([bound is weights for bound in self._bound])
-        rows, highest = self._backend.rows, max(self._claimed, default=0)
+        usable = np.array([bound is weights for bound in self._slots.weights])
+        rows, highest = self._backend.rows, max(self._slots.claimed, default=0)
         least = rows(max(highest, free[0]))
         cheap = [slot for slot in free if rows(max(highest, slot)) == least]
-        lengths = np.where(newest, self._lengths, 0)
+        lengths = np.where(usable, self._slots.lengths, 0)
         return self._prefixes.place(tokens, lengths, free, cheap, most, owner)
 
     def admit(self, place: Place, owner: str = "", weights: Weights | None = None) -> None:
@@ -201,13 +196,13 @@ class Decoder:
         slot = place.slot
         if place.refuge >= 0:
             self.copy_prefix(slot, place.refuge, self.length(slot))
-            self._claimed.discard(place.refuge)
+            self._slots.claimed.discard(place.refuge)
         if place.length:
             self._prefixes.touch(place.source)
             self.copy_prefix(place.source, slot, place.length)
         else:
             self.prefill(slot, [])
-            self._bound[slot] = weights or self.weights
+            self._slots.weights[slot] = weights or self.weights
         self._prefixes.give(slot, owner)
 
     def prefill(self, slot: int, ids: Ids, start: int = 0) -> None:
@@ -227,7 +222,7 @@ class Decoder:
             UsageError: it does not fit into the context, or an id is not in the vocabulary.
         """
         tokens = self._checked(ids, start)
-        weights = self._extend(slot, start, len(tokens))
+        weights = self._slots.extend(slot, start, self.weights)
         if len(tokens):
             self._collected.append((weights, Chunk(slot, tokens, start)))
         self._wrote(slot, start, tokens)
@@ -256,7 +251,7 @@ class Decoder:
         """
         tokens = self._checked(ids, start)
         inputs, targets = tokens[:-1], torch.from_numpy(tokens[1:])
-        weights = self._extend(slot, start, len(inputs))
+        weights = self._slots.extend(slot, start, self.weights)
         self.flush()
         logits = self._backend.logits(weights.data, Chunk(slot, inputs, start))
         self._wrote(slot, start, inputs)
@@ -274,14 +269,14 @@ class Decoder:
         """
         if not 0 <= length <= self.length(source):
             raise GptDistError(f"slot {source} has {self.length(source)} tokens, not {length}")
-        if target in self._params:
+        if target in self._slots.params:
             raise GptDistError(f"slot {target} is active")
         if target != source:
             self.flush()
             self._backend.copy(source, target, length)
             self._prefixes.copy(source, target, length)
-        self._bound[target], self._lengths[target] = self._bound[source], length
-        self._claimed.add(target)
+        self._slots.weights[target] = self._slots.weights[source]
+        self._slots.fill(target, length)
 
     def activate(
         self,
@@ -308,8 +303,8 @@ class Decoder:
         if not len(tokens):
             raise UsageError("the prompt is empty: give at least one token")
         sampling.check_vocabulary(self.vocab_size)
-        if len(tokens) == 1 and self.length(slot) == 0 and slot not in self._params:
-            self._extend(slot, 0, 0)
+        if len(tokens) == 1 and self.length(slot) == 0 and slot not in self._slots.params:
+            self._slots.extend(slot, 0, self.weights)
         if not len(tokens) - 1 <= self.length(slot) <= len(tokens):
             raise GptDistError(
                 f"slot {slot} has {self.length(slot)} tokens cached, not the prompt's {len(tokens)}"
@@ -317,10 +312,7 @@ class Decoder:
         self._backend.set(slot, sampling, tokens, generated)
         if self.speculator:
             self.speculator.begin(slot, memory)
-        self._params[slot], self._groups = sampling, None
-        self._claimed.add(slot)
-        self._lengths[slot] = len(tokens) - 1
-        self._tokens[slot], self._generated[slot] = tokens[-1], generated
+        self._slots.activate(slot, sampling, tokens, generated)
 
     def step(self) -> StepResult:
         """One token for each active slot, and more where guesses were right.
@@ -328,10 +320,7 @@ class Decoder:
         Raises:
             GptDistError: an active slot has no room left.
         """
-        slots, groups = self._active()
-        if slots and not min(map(self.room, slots)):
-            full = min(slots, key=self.room)
-            raise GptDistError(f"slot {full} is full: free it after {self.max_context} tokens")
+        slots, groups = self._slots.active()
         if self._collected:
             self.flush()
         guesses = {}
@@ -344,36 +333,24 @@ class Decoder:
             self.speculator.learn()
         return StepResult.of(rows, {slot: len(guess) for slot, guess in guesses.items()})
 
-    def _active(self) -> tuple[list[int], list[np.ndarray]]:
-        """The active slots, and those of them together that have the same weights."""
-        if self._groups is None:
-            slots = self.active_slots
-            by_version = groupby(sorted(slots, key=self.version), key=self.version)
-            self._groups = slots, [np.array(list(group)) for _, group in by_version]
-        return self._groups
-
     def _step(
         self, slots: np.ndarray, guesses: Mapping[int, Sequence[int]]
     ) -> list[tuple[int, Chosen]]:
         """Run a step of slots that have the same weights; what was chosen, with its slot."""
-        weights = self._bound[slots[0]]
-        assert weights is not None
-        ids, positions = self._tokens[slots], self._lengths[slots]
+        state, weights = self._slots, self.weights_of(slots[0])
+        ids, positions = state.tokens[slots], state.lengths[slots]
         if guesses:
             slots, ids, positions = with_guesses(slots, ids, positions, guesses)
         tokens, *details = self._backend.step(
-            weights.data, slots, ids, positions, self._lengths, self._generated
+            weights.data, slots, ids, positions, state.lengths, state.generated
         )
         if guesses:
             right = tokens >= 0
             slots, ids, positions, tokens = (a[right] for a in (slots, ids, positions, tokens))
             details = [detail[right] for detail in details]
         self._prefixes.append(slots, positions, ids)
-        self._tokens[slots] = tokens  # of several for a slot the last stays
-        after = positions + 1
-        self._generated[slots] += after - self._lengths[slots]
-        self._lengths[slots] = after
-        asked = [self._params[slot].logprobs for slot in slots.tolist()]
+        state.advance(slots, positions, tokens)
+        asked = [state.params[slot].logprobs for slot in slots.tolist()]
         return list(
             zip(slots.tolist(), chosen(tokens, asked, details, self.vocab_size), strict=True)
         )
@@ -394,39 +371,20 @@ class Decoder:
         """
         tokens = self._checked(ids, 0)
         dropped = self.length(slot) + 1 - len(tokens)
-        if slot not in self._params or not len(tokens) or dropped < 0:
+        if slot not in self._slots.params or not len(tokens) or dropped < 0:
             raise GptDistError(f"slot {slot} is not active with {len(tokens)} or more tokens")
-        weights = self._bound[slot]
-        assert weights is not None
         if len(tokens) > 1:
-            self._backend.prefill(weights.data, [Chunk(slot, tokens[:-1], 0)])
+            self._backend.prefill(self.weights_of(slot).data, [Chunk(slot, tokens[:-1], 0)])
         self._prefixes.write(slot, 0, tokens[:-1])
         self._backend.slide(slot, dropped)
         if self.speculator:
             self.speculator.restart(slot)
-        self._lengths[slot], self._tokens[slot] = len(tokens) - 1, tokens[-1]
+        self._slots.lengths[slot], self._slots.tokens[slot] = len(tokens) - 1, tokens[-1]
 
     def free(self, slot: int) -> None:
         """End the slot's sequence; its cache stays for reuse while its weights are the newest."""
-        if self._params.pop(slot, None):
-            self._groups = None
-        self._claimed.discard(slot)
+        self._slots.release(slot, self.weights)
         self._prefixes.touch(slot)
-        if self._bound[slot] is not self.weights:
-            self._bound[slot], self._lengths[slot] = None, 0
-
-    def _extend(self, slot: int, start: int, count: int) -> Weights:
-        """Check that ``count`` tokens can follow at ``start``; returns the slot's weights."""
-        if not 0 <= slot < self.max_slots:
-            raise GptDistError(f"slot {slot}: there are {self.max_slots}")
-        if slot in self._params:
-            raise GptDistError(f"slot {slot} is active: free it before it is prefilled")
-        if start > self.length(slot):
-            raise GptDistError(f"slot {slot} has {self.length(slot)} tokens, none before {start}")
-        bound = self._bound[slot]
-        if bound is None or (start == 0 and not (slot in self._claimed and not self.length(slot))):
-            bound = self._bound[slot] = self.weights
-        return bound
 
     def _checked(self, ids: Ids, start: int) -> np.ndarray:
         return checked_tokens(ids, start, self.max_context, self.vocab_size)
@@ -434,5 +392,4 @@ class Decoder:
     def _wrote(self, slot: int, start: int, tokens: np.ndarray) -> None:
         """Note that ``tokens`` are the last that the slot has cached, and claim it."""
         self._prefixes.write(slot, start, tokens)
-        self._lengths[slot] = start + len(tokens)
-        self._claimed.add(slot)
+        self._slots.fill(slot, start + len(tokens))
