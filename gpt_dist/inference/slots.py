@@ -1,4 +1,4 @@
-"""What each slot of a decoder holds: its tokens, its weights, and whether it takes part in a step."""
+"""What each slot of a decoder holds: its tokens, its weights, whether it takes part in steps."""
 
 from __future__ import annotations
 
