@@ -97,12 +97,12 @@ def test_guessed_tokens_are_counted(
             reply = stub.Generate(request, metadata=(("authorization", f"Bearer {token}"),))
             assert list(reply.outputs[0].token_ids) == expected
             usage = reply.usage
-            assert 0 < usage.accepted_tokens <= min(usage.drafted_tokens, 60)
+            assert usage.accepted_tokens <= min(usage.drafted_tokens, 60)
             drafted, accepted = drafted + usage.drafted_tokens, accepted + usage.accepted_tokens
             by_caller.append(usage.accepted_tokens)
         [finished] = [m.finished for m in stub.GenerateStream(request) if m.HasField("finished")]
     # Only a second call of the same caller knows the text from the first.
-    assert by_caller.pop(1) > 2 * max(by_caller)
+    assert by_caller.pop(1) > 10 + 2 * max(by_caller)
     values = scrape(server)
     assert values["gpt_dist_accepted_tokens_total",] == accepted + finished.usage.accepted_tokens
     assert values["gpt_dist_drafted_tokens_total",] == drafted + finished.usage.drafted_tokens

@@ -149,6 +149,7 @@ def test_a_stream_that_was_running_is_aborted(start: StartServer, model: GPT) ->
         decoder.allow(4)
         stream = client.stream([1], max_new_tokens=100, ignore_eos=True)
         next(stream)
+        wait_until(lambda: decoder.held)  # else the poison may be computed before it is seen
         poison = client._stub.Generate.future(build_request([POISON] * 20), timeout=PATIENCE)
         wait_until(lambda: len(server.scheduler.jobs) == 2)
         decoder.release()
