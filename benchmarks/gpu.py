@@ -234,7 +234,8 @@ def greedy(arguments: argparse.Namespace) -> dict[str, Any]:
             logits = model(ids)[0, len(prompts[number]) - 1 : -1].float()
         chosen = logits.gather(1, ids[0, len(prompts[number]) :, None])[:, 0]
         gaps += (logits.amax(1) - chosen).tolist()
-    decoder.activate(0, sampling[0], prompts[0][:1])
+    decoder.prefill(0, prompts[0][:-1])
+    decoder.activate(0, sampling[0], prompts[0])
     show(profiled(decoder.step, arguments.device), "a decoding step in fp32")
     return {"tokens": len(gaps), "largest_gap_to_the_best_logit": max(gaps)}
 
@@ -311,7 +312,7 @@ def server(arguments: argparse.Namespace) -> dict[str, Any]:
     """Streams over gRPC, by the load generator that comes with the server."""
     streams = 64 if arguments.device == "cuda" else 4
     with tempfile.TemporaryDirectory() as name:
-        train(Path(name), arguments, "run", "--train.steps", "2")
+        train(Path(name), arguments, "run", "--train.steps", "12")
         log = Path(name) / "log"
         command = [sys.executable, "-m", "serve", "--checkpoint", f"{name}/run", "--port", "0"]
         command += ["--device", arguments.device, "--max-slots", str(streams)]

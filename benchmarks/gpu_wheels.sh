@@ -25,6 +25,7 @@ DS_BUILD_OPS=0 "$python" -m pip wheel "${quiet[@]}" --no-build-isolation --wheel
   grpcio grpcio-health-checking grpcio-reflection grpcio-status googleapis-common-protos protobuf \
   prometheus_client starlette uvicorn anyio h11 click \
   hjson msgpack ninja py-cpuinfo psutil einops tqdm \
+  matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six \
   pytest pluggy iniconfig hypothesis sortedcontainers filelock
 rm -f "$wheels"/torch-* "$wheels"/triton-* "$wheels"/nvidia*
 

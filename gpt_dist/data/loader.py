@@ -35,10 +35,15 @@ class Batch(NamedTuple):
 
 def to_batch(tokens: Ids, device: torch.device) -> Batch:
     """Tokens (n, T + 1) as a batch on the device; a copy to a GPU is asynchronous."""
-    whole = torch.from_numpy(tokens.astype(np.int64))
-    if device.type == "cuda":
-        whole = whole.pin_memory().to(device, non_blocking=True)
+    whole = upload(torch.from_numpy(tokens.astype(np.int64)), device)
     return Batch(whole[:, :-1], whole[:, 1:])
+
+
+def upload(tokens: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for a copy to a GPU."""
+    if device.type == "cuda":
+        return tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(device)
 
 
 class Loader:
@@ -166,7 +171,9 @@ def validation_batches(
             length = predictions - int(chosen[row])
             piece = stream.read(int(chosen[row]), length + 1)
             ids[row, :length], targets[row, :length] = piece[:-1], piece[1:]
-        yield Batch(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
+        yield Batch(
+            upload(torch.from_numpy(ids), device), upload(torch.from_numpy(targets), device)
+        )
 
 
 def open_datasets(config: Config) -> list[Dataset]:

@@ -25,6 +25,10 @@ VIEWS = {
 """Operations that launch nothing."""
 
 
+OPERATORS = {"__invert__": "bitwise_not", "__or__": "bitwise_or", "__and__": "bitwise_and"}
+"""Python's names of operators and PyTorch's."""
+
+
 class _Indexing(TorchFunctionMode):
     """Indexing by operators; Python's own asks a build without CUDA for the device."""
 
@@ -38,16 +42,22 @@ class _Indexing(TorchFunctionMode):
             return _copy(*args)
         if func is Tensor.to and (found := _moved(*args, **kwargs or {})) is not None:
             return found
-        return func(*args, **kwargs or {})
+        try:
+            return func(*args, **kwargs or {})
+        except RuntimeError as error:
+            if "not linked with support" not in str(error):
+                raise
+            name = OPERATORS.get(func.__name__, func.__name__)
+            return getattr(torch.ops.aten, name)(*args, **kwargs or {})
 
 
 def _moved(x: Tensor, *args: Any, **options: Any) -> Tensor | None:
-    """``x.to(...)`` on another device; None where it stays."""
+    """``x.to(device, ...)``; None where the device stays and something else changes."""
     targets = [a for a in args if isinstance(a, torch.device | str)] + [options.get("device")]
     target = torch.device(targets[0]) if targets[0] is not None else x.device
-    if target.type == x.device.type:
-        return None
     dtypes = [a for a in args if isinstance(a, torch.dtype)] + [options.get("dtype") or x.dtype]
+    if target.type == x.device.type:
+        return x if targets[0] is not None and dtypes[0] == x.dtype else None
     return torch.empty(x.shape, dtype=dtypes[0], device=target)
 
 

@@ -13,6 +13,7 @@ from tests.gpu.fake import Watch, fake_cuda
 from tests.gpu.kernels import CAPABILITIES, resources
 
 
+@pytest.mark.slow(20)
 def test_equals_float64(interpreted: Found) -> None:
     """Vocabularies that do and do not divide, one row, ignored rows, a cap; in bf16 and fp32."""
     cases = {name: found for name, found in interpreted.items() if name.startswith("entropy")}
@@ -23,6 +24,7 @@ def test_equals_float64(interpreted: Found) -> None:
         assert found["padding"] == found["ignored"] == 0, name
 
 
+@pytest.mark.slow(20)
 def test_reads_once_and_writes_once(interpreted: Found) -> None:
     for vocabulary in ("50257 3", "65 5", "4096 4"):
         (found,) = (v for k, v in interpreted.items() if k.startswith(f"entropy {vocabulary} b"))
@@ -37,11 +39,9 @@ def test_reads_once_and_writes_once(interpreted: Found) -> None:
     [
         (50304, 50257, "bf16", 0.0),
         (50304, 50257, "bf16", 15.0),
-        (51200, 51200, "bf16", 0.0),
         (128, 65, "bf16", 0.0),
         (40960, 40950, "bf16", 15.0),
         (60032, 60000, "bf16", 0.0),
-        (50304, 50257, "fp32", 0.0),
         (25600, 25600, "fp32", 0.0),
     ],
 )
