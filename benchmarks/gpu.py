@@ -71,7 +71,7 @@ def train(
     if not data.exists():
         write_shakespeare(data)
     shape = SHAPES[arguments.shape]
-    sequences = 32 if arguments.device == "cuda" else 4  # the CPU run only tests this script
+    sequences = 32 if arguments.device == "cuda" else 2  # the CPU run only tests this script
     settings = {
         "device": arguments.device,
         "data.path": data,

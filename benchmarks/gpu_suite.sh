@@ -33,7 +33,7 @@ part() { # SECONDS NAME COMMAND...
   shift 2
   [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $name "* ]] || return 0
   echo "== $name (at $((SECONDS - begun)) s)"
-  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+  timeout "$((limit * patience))" "$@" 2>&1 | tee "$OUT/$name.log"
   [ "${PIPESTATUS[0]}" -eq 0 ] || { failed+=("$name"); echo "failed: $name"; }
 }
 gpu() { # SECONDS NAME FLAGS...
@@ -44,12 +44,14 @@ gpu() { # SECONDS NAME FLAGS...
 }
 
 "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
+patience=1
 small=()
 batches=(1 8 64 256)
 shape=124m
 micro=(16 32)
 steps=50
 if [ "$DEVICE" = cpu ]; then
+  patience=6 # some CPUs emulate bf16
   small=(--shape tiny --context 192)
   batches=(1 4)
   shape=tiny

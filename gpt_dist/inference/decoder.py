@@ -88,7 +88,7 @@ class Decoder:
             model, max_slots, self.max_context, self.device, self.dtype, deterministic
         )
         self.backend = self._backend.name
-        """What computes: ``kernels-avx512``, ``kernels-avx2`` or ``pytorch``."""
+        """What computes: ``kernels-avx512``, ``kernels-avx2``, ``cuda-graphs`` or ``pytorch``."""
         self._prefixes = PrefixCache(max_slots, self.max_context, deterministic)
         rows = self._backend.rows_at_once
         self.speculator = Speculator(max_slots, rows) if speculate and rows else None

@@ -148,7 +148,7 @@ def test_info(client: Client) -> None:
     info, status = client.info(), client.status()
     assert (info.max_context, info.vocab_size, status.max_slots) == (CONTEXT, VOCABULARY, 8)
     assert (info.name, info.tokenizer, info.dtype, info.device) == ("gpt2", "bpe", "fp32", "cpu")
-    assert info.backend in ("kernels-avx512", "kernels-avx2", "pytorch")
+    assert info.backend in ("kernels-avx512", "kernels-avx2", "cuda-graphs", "pytorch")
     assert info.end_of_text_id == TOKENIZER.eot_id
 
 
