@@ -109,6 +109,23 @@ def speculation(found: Record) -> str:
     )
 
 
+def architectures(found: Record) -> str:
+    names = list(found["parameters"])
+    rows = []
+    for each in found["results"]:
+        steps = each["step_seconds"]
+        cells = (
+            f"{each['batch'] / steps[name]:,.0f} ({steps['gpt2'] / steps[name]:.2f}×)"
+            for name in names
+        )
+        rows.append([f"{each['dtype']}, batch {each['batch']}", *cells])
+    sizes = ", ".join(f"{name} {count / 1e6:.0f}M" for name, count in found["parameters"].items())
+    return (
+        f"Tokens/s, and that of gpt2 = 1; 12 layers of width 768, a head of its own ({sizes} "
+        f"parameters), backend `{found['backend']}`:\n\n" + table(["weights", *names], rows)
+    )
+
+
 def serving_rpc(found: Record) -> str:
     if "median_share" in found:
         shares = sorted(found["shares"])
@@ -277,6 +294,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "data": ("Data", data, ("tiktoken",)),
     "serving": ("Decoding beside other engines", serving, ("transformers", "ctranslate2")),
     "speculation": ("Decoding with speculation", speculation, ()),
+    "architectures": ("Decoding nanochat beside GPT-2", architectures, ()),
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
     "gpu": ("One GPU", gpu, ()),
 }

@@ -31,6 +31,8 @@ SHAPES: list[dict[str, Any]] = [
     {"bias": False, "qkv_bias": True},
     {"norm": "post", "bias": False},
     {"tie_embeddings": False, "mlp_hidden": 48},
+    {"architecture": "nanochat", "n_kv_head": 2},
+    {"architecture": "nanochat", "tie_embeddings": True},
 ]
 
 
