@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16", "int8"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--note", help="what a reader of the figures must know")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     found = measure(args)
@@ -94,7 +95,7 @@ def main() -> None:
         cells = (f"{each['batch'] / s:,.0f} ({steps['gpt2'] / s:.2f})" for s in steps.values())
         table.add_row(f"{each['dtype']}, batch {each['batch']}", *cells)
     Console().print(table)
-    record(args.json, found)
+    record(args.json, found | ({"note": args.note} if args.note else {}))
 
 
 if __name__ == "__main__":
