@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests need beside Python: Slurm, network namespaces, Node.js, a browser, a C++
-# compiler, Docker Compose and kubectl. What is already there stays as it is.
+# compiler, Docker Compose, kubectl and HAProxy. What is already there stays as it is.
 set -euo pipefail
 wanted=()
 need() { command -v "$1" >/dev/null 2>&1 || wanted+=("$2"); }
@@ -15,6 +15,7 @@ need chromium chromium
 need g++ g++
 need docker-compose docker-compose
 need kubectl kubernetes-client
+need haproxy haproxy
 if [ ${#wanted[@]} -gt 0 ]; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
