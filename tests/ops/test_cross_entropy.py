@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_dist.data.loader import IGNORE
-from gpt_dist.ops import cross_entropy, linear_cross_entropy
+from gpt_dist.ops import cross_entropy, linear_cross_entropy, native_training
 
 VOCABULARY, PADDED, WIDTH = 203, 256, 48
 
@@ -58,6 +58,19 @@ def test_equals_float64(rows: int, ignored: str, cap: float) -> None:
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-6)
     assert torch.count_nonzero(gradients[0][targets == IGNORE]) == 0
     assert torch.count_nonzero(gradients[1][VOCABULARY:]) == 0
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_the_reference_equals_float64(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device without a kernel runs."""
+    monkeypatch.setattr(native_training, "kernels", lambda: None)
+    hidden, weight, targets = inputs(50)
+    loss = linear_cross_entropy(hidden, weight, targets, VOCABULARY, cap)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    for actual, wanted in zip(
+        [loss.detach(), *gradients], exact(hidden, weight, targets, cap=cap), strict=True
+    ):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_is_as_exact_as_autocast() -> None:
