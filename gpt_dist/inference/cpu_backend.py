@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 from gpt_dist.inference import cpu_kernels as kernels
-from gpt_dist.inference.results import Chunk
+from gpt_dist.inference.results import PREFILL, Chunk
 from gpt_dist.inference.sampling import MAX_LOGPROBS, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
 from gpt_dist.ops.build import instruction_set
-
-PREFILL = 128
-"""Maximum number of tokens of prompts that go through the model together."""
 
 
 @dataclass(frozen=True)

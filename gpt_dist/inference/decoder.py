@@ -28,14 +28,19 @@ from gpt_dist.inference.backends import DType, Ids, make_backend, resolve_dtype
 from gpt_dist.inference.checks import check_same_shape, checked_tokens
 from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.prefix_cache import Place, PrefixCache
-from gpt_dist.inference.results import Chosen, Chunk, Scores, StepResult, Weights, chosen
+from gpt_dist.inference.results import (
+    PREFILL,
+    Chosen,
+    Chunk,
+    Scores,
+    StepResult,
+    Weights,
+    chosen,
+)
 from gpt_dist.inference.sampling import SamplingParams, log_probabilities
 from gpt_dist.inference.slots import Slots
 from gpt_dist.inference.speculation import Speculator, with_guesses
 from gpt_dist.model.gpt import GPT
-
-TOGETHER = 128
-"""Collected tokens of prompts that are computed at once."""
 
 
 class Decoder:
@@ -226,7 +231,7 @@ class Decoder:
         if len(tokens):
             self._collected.append((weights, Chunk(slot, tokens, start)))
         self._wrote(slot, start, tokens)
-        if sum(len(chunk.ids) for _, chunk in self._collected) >= TOGETHER:
+        if sum(len(chunk.ids) for _, chunk in self._collected) >= PREFILL:
             self.flush()
 
     def flush(self) -> None:

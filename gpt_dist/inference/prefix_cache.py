@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt_dist.inference.results import PREFILL
+
 MIN_REUSE = 16
 """A shorter common prefix is computed again: reusing it would not pay."""
-ALIGNMENT = 128
+ALIGNMENT = PREFILL
 """In deterministic mode prompts are computed in chunks of this many tokens, counted from 0."""
 
 

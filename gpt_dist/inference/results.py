@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+PREFILL = 128
+"""Tokens of prompts that go through the model together."""
+
 Chosen = tuple[int, float | None, list[tuple[int, float]]]
 """A token, its log-probability, and the most likely (id, log-probability) at its place."""
 

@@ -19,13 +19,10 @@ from torch.nn import functional as F
 
 from gpt_dist import ops
 from gpt_dist.config.settings import ModelConfig
-from gpt_dist.inference.results import Chunk
+from gpt_dist.inference.results import PREFILL, Chunk
 from gpt_dist.inference.sampling import Plan, Sampler, SamplingParams
 from gpt_dist.model.gpt import GPT, Block
 from gpt_dist.ops import decode
-
-PREFILL = 128
-"""Tokens of one prompt that go through the model together."""
 
 
 class Linear:
