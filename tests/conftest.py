@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -160,6 +161,18 @@ def step_count(out: Path) -> int:
     """Training rows that a run has written so far."""
     metrics = out / "metrics.jsonl"
     return metrics.read_bytes().count(b'"train_loss"') if metrics.exists() else 0
+
+
+def fork() -> int:
+    """As ``os.fork``, for a process that may have used gRPC.
+
+    When they are collected, gRPC's objects wait for their threads. A fork has none of these and
+    would wait forever, so it leaves alone what was there before.
+    """
+    child = os.fork()
+    if not child:
+        gc.freeze()
+    return child
 
 
 def free_ports(count: int) -> list[int]:

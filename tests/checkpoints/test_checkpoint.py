@@ -30,6 +30,7 @@ from gpt_dist.config.settings import Config, ModelConfig
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import CharTokenizer
+from tests.conftest import fork
 
 TOKENIZER = CharTokenizer("abcdefgh")
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=8, vocab_size=8)
@@ -108,7 +109,7 @@ def killed_at_every_operation(
         number += 1
         directory = base.with_name(f"killed-{number}")
         shutil.copytree(base, directory, symlinks=True)
-        child = os.fork()
+        child = fork()
         if child == 0:
             die_at(monkeypatch, number)
             try:
@@ -224,7 +225,7 @@ def test_killed_at_every_operation_of_setting_aside(
         number += 1
         directory = tmp_path / f"killed-{number}"
         shutil.copytree(base, directory, symlinks=True)
-        child = os.fork()
+        child = fork()
         if child == 0:
             die_at(monkeypatch, number)
             try:

@@ -15,6 +15,7 @@ from gpt_dist.data.preparation import run as preparation
 from gpt_dist.data.preparation import tokenize_pool
 from gpt_dist.errors import GptDistError, UsageError
 from gpt_dist.text.tokenizers import END_OF_TEXT
+from tests.conftest import fork
 from tests.data.helpers import (
     DEADLINE,
     FLAGS,
@@ -64,7 +65,7 @@ def test_killed_again_and_again(corpus: Path, reference: dict[str, str], tmp_pat
 
 def crash_at(number: int, *arguments: object) -> int:
     """Run prepare in a forked child that dies before its n-th fsync, rename or removal."""
-    child = os.fork()
+    child = fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
