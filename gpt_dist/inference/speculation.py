@@ -21,7 +21,7 @@ from gpt_dist.inference.lookup import CLASSES, Follower, Memory
 
 MOST = 32
 """Maximum number of tokens guessed for one sequence."""
-GAIN = 1.02
+GAIN = 1.05
 """Guesses are run if they should make at least this many times the tokens per second."""
 UNLIKELY = 0.01
 """A token that is less likely to be reached and right is not guessed."""
@@ -166,6 +166,7 @@ class Speculator:
             news: returns the tokens of a slot from an index on.
             room: returns how many tokens may be guessed for a slot.
         """
+        self._started = self.clock()  # choosing guesses is part of what they cost
         drafts: dict[int, list[int]] = {}
         self._rest -= 1
         if slots and self._rest <= 0 and (least := self.times.least_chance(len(slots))) <= 1:
@@ -173,10 +174,9 @@ class Speculator:
                 follower = self._followers[slot]
                 follower.extend(news(slot, len(follower.tokens)))
             likely = [slot for slot in slots if self._followers[slot].chance() >= least]
-            drafts = self._choose(likely, len(slots), room)
+            drafts = self._choose(likely, len(slots), room, least)
             self._rest = 0 if drafts else REST
         self._count = len(slots) + sum(map(len, drafts.values()))
-        self._started = self.clock()
         return drafts
 
     def learn(self) -> None:
@@ -184,9 +184,12 @@ class Speculator:
         self.times.add(self._count, self.clock() - self._started)
 
     def _choose(
-        self, slots: Sequence[int], active: int, room: Callable[[int], int]
+        self, slots: Sequence[int], active: int, room: Callable[[int], int], least: float
     ) -> dict[int, list[int]]:
-        """Guesses for ``slots``, as long as makes the most tokens per second."""
+        """Guesses for ``slots``, as long as makes the most tokens per second.
+
+        Tokens less than half as likely as is worth a row are not considered.
+        """
         guesses: dict[int, list[int]] = {}
         entries: list[tuple[float, int]] = []
         for slot in slots:
@@ -195,7 +198,7 @@ class Speculator:
             chance = 1.0
             for index in range(len(guesses[slot])):
                 chance *= follower.chance(index)
-                if chance < UNLIKELY:
+                if chance < max(UNLIKELY, least / 2):
                     break
                 entries.append((chance, slot))
         entries.sort(key=lambda entry: -entry[0])
