@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -195,40 +199,13 @@ def _choose(
     inputs[1:3, :rows] += active
 
 
-def _attend_cuda(
-    qkv: Tensor, cache: Tensor, positions: Tensor, active: Tensor, n_head: int
-) -> Tensor:
-    from gpt_dist.ops.triton import decode
+def _triton(module: str, name: str) -> Callable[..., Any]:
+    """An implementation in ``ops/triton``, which is imported when it is first called."""
 
-    return decode.attention_(qkv, cache, positions, active, n_head)
+    def implementation(*arguments: Any) -> Any:
+        return getattr(import_module(f"gpt_dist.ops.triton.{module}"), name)(*arguments)
 
-
-def _normalise_cuda(
-    stream: Tensor,
-    branch: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    keep: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    from gpt_dist.ops.triton import decode
-
-    return decode.add_norm_(stream, branch, weight, bias, eps, rms, keep, dtype)
-
-
-def _choose_cuda(
-    logits: Tensor, classes: int, scales: Tensor, numbers: Tensor, bias: Tensor, count: Tensor,
-    prompt: Tensor, stop: Tensor, flags: Tensor, inputs: Tensor, dropped: Tensor, scores: Tensor,
-    tokens: Tensor,
-) -> None:  # fmt: skip
-    from gpt_dist.ops.triton import sampling
-
-    tables = [bias, count, prompt, stop]
-    sampling.sample_(
-        logits, classes, scales, numbers, tables, flags, inputs, dropped, scores, tokens
-    )
+    return implementation
 
 
 _decode_attention = register_in_place(
@@ -238,7 +215,7 @@ _decode_attention = register_in_place(
     fake=lambda qkv, cache, positions, active, n_head: qkv.new_empty(
         len(qkv), n_head * cache.shape[4]
     ),
-    cuda=_attend_cuda,
+    cuda=_triton("decode", "attention_"),
 )
 _add_norm = register_in_place(
     "add_norm_(Tensor(a!) stream, Tensor? branch, Tensor? weight, Tensor? bias, float eps,"
@@ -247,7 +224,7 @@ _add_norm = register_in_place(
     fake=lambda stream, branch, weight, bias, eps, rms, keep, dtype: torch.empty_like(
         stream, dtype=dtype
     ),
-    cuda=_normalise_cuda,
+    cuda=_triton("decode", "add_norm_"),
 )
 _sample = register_in_place(
     "sample_(Tensor logits, int classes, Tensor scales, Tensor numbers, Tensor bias,"
@@ -255,5 +232,5 @@ _sample = register_in_place(
     " Tensor dropped, Tensor(c!) scores, Tensor(d!) tokens) -> ()",
     _choose,
     fake=lambda *arguments: None,
-    cuda=_choose_cuda,
+    cuda=_triton("sampling", "sample_"),
 )

@@ -164,7 +164,7 @@ def choices(vocabulary: int) -> dict[str, float]:
         (wanted,) = sampler.sample(logits, sampler.plan(range(rows)), index, made, inputs[3])
         tables[1].copy_(counts)
         sampling.sample_(
-            logits, vocabulary, sampler.scales, sampler.numbers, tables, sampler.flags,
+            logits, vocabulary, sampler.scales, sampler.numbers, *tables, sampler.flags,
             inputs, dropped, scores, tokens,
         )  # fmt: skip
         wrong += int((tokens != wanted).sum()) + int((inputs[0] != wanted).sum())

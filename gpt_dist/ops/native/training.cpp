@@ -231,51 +231,60 @@ void rotary_backward(const T* y, const float* angles, const float* scales, const
     }
 }
 
-// tanh GELU.
-template <class T> void gelu(const T* x, T* y, int64_t count, int threads) {
+// y[i] = function(x[i]).
+template <class T, class Function>
+void map(const T* x, T* y, int64_t count, int threads, Function function) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
         Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
-        store(y + i, gelu(load(x + i, mask)), mask);
+        store(y + i, function(load(x + i, mask)), mask);
     }
 }
 
 // Gradients of the outputs → gradients of the inputs. Writes the outputs to `y` unless it is null.
-template <class T>
-void gelu_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads) {
-    const Vec one = splat(1.f), slope = splat(2 * 0.7978845608f);
+// `function` returns the slope at its argument, and sets the output.
+template <class T, class Function>
+void map_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads,
+                  Function function) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < count; i += LANES) {
         Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
+        Vec output, slope = function(load(x + i, mask), output);
+        if (y) store(y + i, output, mask);
+        store(grad_x + i, slope * load(grad + i, mask), mask);
+    }
+}
+
+// tanh GELU.
+template <class T> void gelu(const T* x, T* y, int64_t count, int threads) {
+    map(x, y, count, threads, [](Vec v) { return gelu(v); });
+}
+
+template <class T>
+void gelu_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads) {
+    const Vec one = splat(1.f), slope = splat(2 * 0.7978845608f);
+    map_backward(x, grad, grad_x, y, count, threads, [=](Vec v, Vec& output) {
         // y = x s(u), s the logistic function, u = slope (x + 0.044715 x^3)
-        Vec v = load(x + i, mask), square = v * v, s = gelu_gate(v);
-        if (y) store(y + i, v * s, mask);
+        Vec square = v * v, s = gelu_gate(v);
+        output = v * s;
         Vec du = slope * fma(square, splat(3 * 0.044715f), one);
         Vec bend = v * du * (one - s);
-        Vec d = fma(s, bend, s);
-        store(grad_x + i, d * load(grad + i, mask), mask);
-    }
+        return fma(s, bend, s);
+    });
 }
 
 // Squared ReLU.
 template <class T> void relu2(const T* x, T* y, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) {
-        Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
-        store(y + i, relu2(load(x + i, mask)), mask);
-    }
+    map(x, y, count, threads, [](Vec v) { return relu2(v); });
 }
 
-// As gelu_backward.
 template <class T>
 void relu2_backward(const T* x, const T* grad, T* grad_x, T* y, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < count; i += LANES) {
-        Mask mask = tail((int)std::min<int64_t>(LANES, count - i));
-        Vec kept = max(load(x + i, mask), Vec{});
-        if (y) store(y + i, kept * kept, mask);
-        store(grad_x + i, (kept + kept) * load(grad + i, mask), mask);
-    }
+    map_backward(x, grad, grad_x, y, count, threads, [](Vec v, Vec& output) {
+        Vec kept = max(v, Vec{});
+        output = kept * kept;
+        return kept + kept;
+    });
 }
 
 template <class T>

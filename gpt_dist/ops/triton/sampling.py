@@ -203,15 +203,16 @@ def sample(
 
 
 def sample_(
-    logits: Tensor, classes: int, scales: Tensor, numbers: Tensor, tables: list[Tensor],
-    flags: Tensor, inputs: Tensor, dropped: Tensor, scores: Tensor, tokens: Tensor,
+    logits: Tensor, classes: int, scales: Tensor, numbers: Tensor, bias: Tensor, count: Tensor,
+    prompt: Tensor, stop: Tensor, flags: Tensor, inputs: Tensor, dropped: Tensor, scores: Tensor,
+    tokens: Tensor,
 ) -> None:  # fmt: skip
     """`gpt_dist.ops.decode.sample_`."""
     rows, columns = logits.shape
     ids, positions, generated, active = inputs.unbind()
     with on(logits):
         sample[(rows,)](  # type: ignore[index]
-            logits, scores, scales, numbers, *tables, flags, positions, generated, active,
-            dropped, ids, tokens, COLUMNS=columns, CLASSES=classes, BLOCK=SAMPLING_BLOCK,
+            logits, scores, scales, numbers, bias, count, prompt, stop, flags, positions, generated,
+            active, dropped, ids, tokens, COLUMNS=columns, CLASSES=classes, BLOCK=SAMPLING_BLOCK,
             PARTS=scratch_width(classes) // SAMPLING_BLOCK, num_warps=16,
         )  # fmt: skip
