@@ -131,15 +131,14 @@ class TrainingData:
                     f"{dataset.directory}: {len(stream) if stream else 0} training tokens do not "
                     f"fill one window of model.context_length + 1 = {self.context + 1}"
                 )
+            positions: TokenStream | DocumentRows = stream
+            context, stride = self.context, config.stride
+            if config.data.rows == "documents":  # a position is a whole row
+                positions, context, stride = DocumentRows(dataset, stream, context + 1), 0, 1
             key = key_of(dataset.fingerprint, config.seed)
-            if config.data.rows == "documents":
-                rows = DocumentRows(dataset, stream, self.context + 1)
-                self.streams.append(rows)
-                self.orders.append(WindowOrder(len(rows), 0, 1, config.data.shuffle, key))
-                continue
-            self.streams.append(stream)
+            self.streams.append(positions)
             self.orders.append(
-                WindowOrder(len(stream), self.context, config.stride, config.data.shuffle, key)
+                WindowOrder(len(positions), context, stride, config.data.shuffle, key)
             )
         self.windows = sum(order.windows for order in self.orders)
         self._dtype = np.result_type(*(stream.dtype for stream in self.streams))
