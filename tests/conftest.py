@@ -69,6 +69,14 @@ def make_dataset(directory: Path, text: str, val_text: str | None = None) -> Pat
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 40,000 characters for training and 5,000 for validation."""
