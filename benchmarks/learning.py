@@ -10,8 +10,8 @@ Each recipe has its own number of steps, at whose end its schedule ends, and its
 of those that all share. Its learning rate is swept on the first seed, in factors of two, until the
 best one has a worse one on either side; then it trains with all seeds. A recipe is better than the
 first one if its mean loss is lower and a one-sided Welch test says so at p < 0.01, the rule of
-github.com/KellerJordan/modded-nanogpt, track 3. Losses do not depend on speed, so one run per core
-runs at a time.
+github.com/KellerJordan/modded-nanogpt, track 3. A recipe with ``--optim.average`` is scored by that
+average of its weights. Losses do not depend on speed, so one run per core runs at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,10 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import torch
 from flags import as_flags, benchmark_parser
 from record import record
 from scipy import stats
 
+from gpt_dist.checkpoints.reader import load_model
+from gpt_dist.data.dataset import open_dataset
+from gpt_dist.data.loader import validation_batches
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from gpt_dist.parallel.world import available_cpus
 
@@ -67,14 +72,27 @@ class Outcome:
 
     curve: list[tuple[int, float]]
     """(step, validation loss)."""
-    step_ms: float
-    """Median time of a step."""
     parameters: str
 
     @property
     def loss(self) -> float:
         """Validation loss at the end."""
         return self.curve[-1][1]
+
+
+def average_loss(run: Path, arguments: argparse.Namespace) -> float:
+    """Validation loss of the average of the weights with which a run ended."""
+    model, _, _ = load_model(run, average=True)
+    stream = open_dataset(arguments.data).split("val")
+    assert stream is not None  # the run was validated on it
+    batches = validation_batches(
+        stream, context=arguments.context, tokens=arguments.eval_tokens,
+        micro_batch=arguments.tokens // arguments.context, rank=0, world_size=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    with torch.inference_mode():
+        total = sum(float(model(batch.ids, batch.targets)) for batch in batches)
+    return total / float(min(arguments.eval_tokens, len(stream) - 1))
 
 
 class Lab:
@@ -130,11 +148,11 @@ class Lab:
             raise GptDistError(f"{run} failed:\n{done.stdout[-500:]}{done.stderr[-1500:]}")
         lines = (out / "run/metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        return Outcome(
-            [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
-            statistics.median(row["step_ms"] for row in rows if "step_ms" in row),
-            done.stdout.split(" parameters")[0].split()[-1],
-        )
+        curve = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        if "--optim.average" in run.recipe.flags:
+            curve[-1] = (steps, average_loss(out / "run", arguments))
+        shutil.rmtree(out)
+        return Outcome(curve, done.stdout.split(" parameters")[0].split()[-1])
 
     def sweep(self, recipe: Recipe) -> dict[float, float]:
         """Loss by learning rate, on the first seed."""
@@ -185,7 +203,6 @@ def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
             "flags": shlex.join(recipe.flags),
             "steps": recipe.steps,
             "tokens": recipe.steps * arguments.tokens,
-            "seconds": recipe.steps * statistics.median(o.step_ms for o in outcomes) / 1000,
             "parameters": outcomes[0].parameters,
             "sweep": {f"{key:g}": loss for key, loss in sweep.items()},
             "lr": rate,
@@ -197,7 +214,6 @@ def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
         if result["recipes"]:
             found["beside_the_first"] = compare(found, next(iter(result["recipes"].values())))
         result["recipes"][recipe.name] = found
-    result["parameters"] = outcomes[0].parameters
     result["data"] = Path(arguments.data).name
     return result
 
@@ -205,7 +221,7 @@ def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
 def verdict(found: dict[str, Any]) -> str:
     """One recipe's line."""
     line = (
-        f"{found['steps']} steps, {found['tokens']:,} tokens, {found['seconds']:.0f} s, lr "
+        f"{found['steps']} steps, {found['tokens']:,} tokens, lr "
         f"{found['lr']:g}: {found['mean']:.4f} +- {found['standard_deviation']:.4f}"
     )
     if beside := found.get("beside_the_first"):

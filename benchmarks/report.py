@@ -207,19 +207,22 @@ def learning(found: Record) -> str:
     rows = []
     for name, values in found["recipes"].items():
         sweep = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in values["sweep"].items())
+        beside = values.get("beside_the_first")
         rows.append(
             [
                 name,
+                values["parameters"],
                 str(values["steps"]),
+                f"{beside['share_of_steps']:.0%}" if beside else "",
                 f"{values['lr']:g}",
                 f"{values['mean']:.4f} ± {values['standard_deviation']:.4f}",
+                f"{beside['lower_by']:+.4f}, {beside['p']:.1g}" if beside else "",
                 sweep,
             ]
         )
-    model, seeds = found["parameters"], len(values["losses"])
-    return f"{found['data']}, {model} parameters, {seeds} seeds:\n\n" + table(
-        ["recipe", "steps", "lr", "validation loss", "sweep on one seed"], rows
-    )
+    heads = ["recipe", "parameters", "steps", "of the first's", "lr", "validation loss"]
+    heads += ["below the first by, p", "sweep on one seed"]
+    return f"{found['data']}, {len(values['losses'])} seeds:\n\n" + table(heads, rows)
 
 
 def muon_step(found: Record) -> str:
