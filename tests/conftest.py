@@ -126,12 +126,23 @@ def break_compiler(directory: Path) -> Path:
     return compiler
 
 
+def _arguments(config: Path, out: Path, *flags: str) -> list[str]:
+    """The arguments of ``gpt_dist.train``."""
+    return ["--config", str(config), "--out_dir", str(out), *flags]
+
+
 def train_command(config: Path, out: Path, *flags: str, ranks: int = 1) -> list[str]:
     """The command line of a training run; more than one rank through torchrun."""
     start = [sys.executable, "-m"]
     if ranks > 1:
         start = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    return [*start, "gpt_dist.train", "--config", str(config), "--out_dir", str(out), *flags]
+    return [*start, "gpt_dist.train", *_arguments(config, out, *flags)]
+
+
+def start_train(config: Path, out: Path, *flags: str, ranks: int = 1) -> warm.Ranks:
+    """Start a training run in forks, its output in files beside its directory."""
+    outputs = out.with_suffix(".out"), out.with_suffix(".err")
+    return warm.Ranks("gpt_dist.train", _arguments(config, out, *flags), ranks, outputs)
 
 
 def run_train(
@@ -158,8 +169,7 @@ def run_train(
         command = train_command(config, out, *flags, ranks=ranks)
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
     else:
-        arguments = ["--config", str(config), "--out_dir", str(out), *flags]
-        done = warm.run_ranks("gpt_dist.train", arguments, ranks, **options)
+        done = warm.run_ranks("gpt_dist.train", _arguments(config, out, *flags), ranks, **options)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -204,7 +214,7 @@ def wait_until(
     condition: Callable[[], object],
     what: str,
     seconds: float = 300,
-    agent: subprocess.Popen[Any] | None = None,
+    agent: subprocess.Popen[Any] | warm.Ranks | None = None,
 ) -> None:
     """Wait for a condition.
 

@@ -1,7 +1,8 @@
 """Several training runs in one process (one set of ranks): ``train_many.py RUNS.json``.
 
-The file holds argument lists of ``gpt_dist.train``; a run may start from a copy of another
-run's directory (``["--copy", SOURCE, TARGET]``). This saves the seconds of every start-up.
+The file holds argument lists of ``gpt_dist.train``; a run may start from a copy of another run's
+directory (``["--copy", SOURCE, TARGET, PATTERN]``), without the files that match the pattern. This
+saves the seconds of every start-up.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from gpt_dist.config.command_line import load
@@ -24,7 +26,9 @@ def main() -> None:
     with StopSignal() as stop, distributed.start("cpu") as world:
         for arguments in json.loads(Path(sys.argv[1]).read_text()):
             if arguments[0] == "--copy":
-                world.decide(lambda: shutil.copytree(*arguments[1:], symlinks=True))  # noqa: B023
+                source, target, pattern = arguments[1:]
+                ignored = shutil.ignore_patterns(pattern)
+                world.decide(partial(shutil.copytree, source, target, True, ignored))
             else:
                 trainer.train_here(load(arguments)[0], world, stop)
 

@@ -121,39 +121,58 @@ def run(
     return status, log.read_text(encoding="utf-8", errors="replace")
 
 
-def run_ranks(
-    module: str,
-    arguments: Sequence[str],
-    ranks: int = 1,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 240,
-) -> subprocess.CompletedProcess[str]:
-    """Run a command as torchrun would, with one process a rank and without restarts.
+class Ranks:
+    """A command as torchrun would start it: one process a rank, here without restarts.
 
-    With several ranks the status is 0 or, as torchrun's, 1; the first rank that fails ends the
-    others.
+    Args:
+        module: what would follow ``python -m``.
+        arguments: its arguments.
+        count: how many ranks; a single one gets no rendezvous.
+        outputs: files for stdout and stderr of all ranks.
+        cwd: working directory; the caller's by default.
+        env: the whole environment; the caller's by default.
     """
-    with tempfile.TemporaryDirectory() as name:
-        outputs = Path(name, "stdout"), Path(name, "stderr")
-        if ranks == 1:
-            status = Command(module, arguments, outputs, cwd, env).wait(timeout)
-        else:
-            environment = dict(os.environ if env is None else env)
-            status = _wait_for_ranks(module, arguments, outputs, cwd, environment, ranks, timeout)
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
-    return subprocess.CompletedProcess([module, *arguments], status, *texts)
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        count: int,
+        outputs: tuple[Path, Path],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        environment = dict(os.environ if env is None else env)
+        self._store, shared = _rendezvous(count) if count > 1 else (None, [{}])
+        self.commands = [
+            Command(module, arguments, outputs, cwd, environment | own) for own in shared
+        ]
+
+    def poll(self) -> int | None:
+        """Exit status once all ranks have ended, None before."""
+        running = any(command.poll() is None for command in self.commands)
+        return None if running else self._status()
+
+    def wait(self, timeout: float = 240) -> int:
+        """Exit status: of several ranks 0 or, as torchrun's, 1. One that fails ends the others."""
+        deadline = time.monotonic() + timeout
+        while running := [command for command in self.commands if command.poll() is None]:
+            sentinels = [command.process.sentinel for command in running]
+            wait(sentinels, max(0.0, deadline - time.monotonic()))
+            if any(command.poll() for command in self.commands) or time.monotonic() > deadline:
+                for command in running:
+                    command.send_signal(signal.SIGKILL)
+                    command.wait()
+        return self._status()
+
+    def _status(self) -> int:
+        if len(self.commands) == 1:
+            return self.commands[0].wait()
+        return int(any(command.poll() for command in self.commands))
 
 
-def _wait_for_ranks(
-    module: str,
-    arguments: Sequence[str],
-    outputs: tuple[Path, Path],
-    cwd: Path | None,
-    environment: dict[str, str],
-    ranks: int,
-    timeout: float,
-) -> int:
+def _rendezvous(count: int) -> tuple[object, list[dict[str, str]]]:
+    """A store, which has to live as long as the ranks, and the environment of each rank."""
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -162,19 +181,24 @@ def _wait_for_ranks(
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "warm",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    commands = []
-    for rank in map(str, range(ranks)):
-        own = environment | shared | {"RANK": rank, "LOCAL_RANK": rank}
-        commands.append(Command(module, arguments, outputs, cwd, own))
-    deadline = time.monotonic() + timeout
-    while running := [command for command in commands if command.poll() is None]:
-        wait([command.process.sentinel for command in running], deadline - time.monotonic())
-        if any(command.poll() for command in commands) or time.monotonic() > deadline:
-            for command in running:
-                command.send_signal(signal.SIGKILL)
-                command.wait()
-    return int(any(command.poll() for command in commands))
+    return store, [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
+
+
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    ranks: int = 1,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on so many ranks to its end, with its status and output."""
+    with tempfile.TemporaryDirectory() as name:
+        outputs = Path(name, "stdout"), Path(name, "stderr")
+        status = Ranks(module, arguments, ranks, outputs, cwd, env).wait(timeout)
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
+    return subprocess.CompletedProcess([module, *arguments], status, *texts)

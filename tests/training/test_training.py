@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from tests.conftest import (
     make_dataset,
     read_rows,
     run_train,
+    start_train,
     step_count,
-    train_command,
     wait_until,
     words,
 )
@@ -155,7 +154,7 @@ def test_validation_loss_of_each_data_set(
     assert scalars == pytest.approx(column(out, "val_loss/small"))
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(20)
 @pytest.mark.parametrize(
     ("number", "architecture"), [(signal.SIGTERM, "gpt2"), (signal.SIGUSR1, "nanochat")]
 )
@@ -168,21 +167,15 @@ def test_a_stop_signal_checkpoints_and_the_same_command_continues(
         train={"steps": 1_000_000, "checkpoint_every": 0},
     )
     out = tmp_path / "stopped"
-    process = subprocess.Popen(
-        train_command(config, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_until(lambda: step_count(out) >= 20, "step 20", agent=process)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, stderr
-    assert "run the same command to resume" in stdout
+    run = start_train(config, out)
+    wait_until(lambda: step_count(out) >= 20, "step 20", agent=run)
+    run.commands[0].send_signal(number)
+    assert run.wait(120) == 0, out.with_suffix(".err").read_text()
+    assert "run the same command to resume" in out.with_suffix(".out").read_text()
     steps = step_count(out)
     assert complete_checkpoints(out / "checkpoints")[-1].name == f"step-{steps:08d}"
-    for run in (out, tmp_path / "quiet"):
-        run_train(config, run, "--train.steps", str(steps + 10))
+    for each in (out, tmp_path / "quiet"):
+        run_train(config, each, "--train.steps", str(steps + 10))
     assert_same_run(tmp_path / "quiet", out)
 
 
