@@ -142,6 +142,7 @@ class Ranks:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
+        self.arguments, self.outputs = [module, *arguments], outputs
         environment = dict(os.environ if env is None else env)
         self._store, shared = _rendezvous(count) if count > 1 else (None, [{}])
         self.commands = [
@@ -164,6 +165,12 @@ class Ranks:
                     command.send_signal(signal.SIGKILL)
                     command.wait()
         return self._status()
+
+    def completed(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Wait; then status and output."""
+        status = self.wait(timeout)
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in self.outputs]
+        return subprocess.CompletedProcess(self.arguments, status, *texts)
 
     def _status(self) -> int:
         if len(self.commands) == 1:
@@ -199,6 +206,4 @@ def run_ranks(
     """Run a command on so many ranks to its end, with its status and output."""
     with tempfile.TemporaryDirectory() as name:
         outputs = Path(name, "stdout"), Path(name, "stderr")
-        status = Ranks(module, arguments, ranks, outputs, cwd, env).wait(timeout)
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
-    return subprocess.CompletedProcess([module, *arguments], status, *texts)
+        return Ranks(module, arguments, ranks, outputs, cwd, env).completed(timeout)

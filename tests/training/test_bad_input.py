@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import make_dataset, run_train, train_command, words
+from tests.conftest import make_dataset, run_train, start_train, train_command, words
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., Path]
@@ -95,13 +95,10 @@ def test_a_second_writer(finished: tuple[Path, Path]) -> None:
 
 def test_a_full_disk(finished: tuple[Path, Path]) -> None:
     config, run = finished
-
-    def small_files() -> None:  # to the program this is a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    limited = {"fresh": True, "preexec_fn": small_files}
-    done = run_train(config, run, "--train.steps", "60", check=False, **limited)
-    refused(done, 1, "checkpoint not written", "safetensors", "step-00000020")
+    full = start_train(config, run, "--train.steps", "60")
+    # To the program this is a full disk.
+    resource.prlimit(full.commands[0].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    refused(full.completed(), 1, "checkpoint not written", "safetensors", "step-00000020")
     names = [path.name for path in (run / "checkpoints").iterdir()]
     assert sorted(names) == ["best", "step-00000010", "step-00000020"]
     run_train(config, run, "--train.steps", "60")  # with room again it continues
@@ -123,7 +120,7 @@ def test_ranks_fail_together_and_one_prints(tiny_config: Config, tmp_path: Path)
         (["--data.path", str(tmp_path / "none")], "no data there"),
         (["--parallel.strategy", "deepspeed", "--parallel.zero_stage", "7"], "0 | 1 | 2 | 3"),
     ):
-        done = run_train(tiny_config(), tmp_path / "run", *flags, ranks=2, check=False, fresh=True)
+        done = run_train(tiny_config(), tmp_path / "run", *flags, ranks=2, check=False)
         assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
