@@ -80,6 +80,7 @@ MAY_CHANGE = (
             "train.keep_every",
             "train.best_every",
             "train.sample_every",
+            "train.health_every",
             "train.profile",
             "eval.hellaswag_every",
             "eval.hellaswag_path",

@@ -296,6 +296,9 @@ class TrainConfig(Section):
     twentieth of the run, 1 = at every validation, 0 = only the regular checkpoints compete."""
     sample_every: CountOrZero = 1000
     """Steps between samples from the model; 0 = never."""
+    health_every: CountOrZero = 0
+    """Steps between scores of an update's size beside the weights, and of how well momentum agrees
+    with the next gradient; 0 = never. Each costs about as much as two checkpoints."""
     profile: bool = False
     """Write a trace of steps 10 to 12 to OUT_DIR/profile."""
 

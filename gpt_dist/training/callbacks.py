@@ -26,6 +26,7 @@ from gpt_dist.evaluation.validation import evaluating, validate
 from gpt_dist.inference.generation import generate
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.parallel.world import World
+from gpt_dist.training.health import Health
 
 if TYPE_CHECKING:
     from gpt_dist.training.trainer import Trainer
@@ -67,6 +68,7 @@ def make_callbacks(config: Config, writer: CheckpointWriter) -> list[Callback]:
     return [
         Validate(train.eval_every),
         HellaSwag(evaluation.hellaswag_every, rows),
+        Health(train.health_every),
         WriteScores(),
         Sample(train.sample_every),
         Save(train, writer),

@@ -50,7 +50,13 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
     config = tiny_config(
         # 33 windows of one data set, 5 of the other and 33 endings, in batches of 8, 8 and 16.
         data={"path": {str(tiny_data): 2.0, str(small): 1.0}},
-        train={"eval_tokens": 33 * 32, "sample_every": 3, "eval_every": 3, "steps": 6},
+        train={
+            "eval_tokens": 33 * 32,
+            "sample_every": 3,
+            "eval_every": 3,
+            "steps": 6,
+            "health_every": 2,
+        },
         optim={"warmup_steps": 5},
         eval={"hellaswag_every": 3, "hellaswag_path": str(hellaswag)},
     )
@@ -65,7 +71,8 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
     for name in runs:
         for key in (
             "train_loss", "val_loss", "val_bpb", "val_loss/tiny", "val_loss/small",
-            "hellaswag_acc", "hellaswag_acc_norm",
+            "hellaswag_acc", "hellaswag_acc_norm", "update_ratio/matrices",
+            "momentum_cosine/vectors",
         ):  # fmt: skip
             expected, found = column(tmp_path / "ddp", key), column(tmp_path / name, key)
             assert len(expected) >= 3

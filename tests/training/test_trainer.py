@@ -141,6 +141,59 @@ def test_each_callback_keeps_its_cadence(tiny_config: Config, nothing_written: P
         assert state["sampled"] == state["step"] // 3 * 3
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_health_is_that_of_autograds_gradients(tiny_config: Config, optimizer: str) -> None:
+    kept: list[dict[str, dict[str, torch.Tensor]]] = []
+
+    class Keep:
+        """Copies weights and momentum at every step."""
+
+        def due(self, trainer: Trainer) -> bool:
+            return True
+
+        def __call__(self, trainer: Trainer) -> None:
+            parts: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in trainer.run.engine.full_state():
+                section, _, parameter = name.removeprefix("optimizer.").partition(".")
+                parts.setdefault(section, {})[parameter] = tensor.detach().double().clone()
+            kept.append(parts)
+
+    config = tiny_config(
+        train={"steps": 6, "eval_every": 0, "health_every": 2},
+        optim={"name": optimizer, "warmup_steps": 1, "grad_clip": 0.0, "momentum_warmup_steps": 9},
+    )
+    with stepping(config) as run:
+        trainer, recorder = trainer_of(run)
+        trainer.callbacks = [*trainer.callbacks, Keep()]
+        trainer.train()
+        assert [row["step"] for row in recorder.rows] == [1, 3, 5]
+        row = recorder.rows[1]
+        before, after = kept[2], kept[3]
+        model = GPT(run.config.model).double()
+        model.load_state_dict(before["model"])
+        tokens = torch.from_numpy(run.data.sequences(np.arange(64, 96)).astype(np.int64))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    momenta = before["exp_avg"] | before.get("momentum_buffer", {})
+    for kind, named in (("matrices", "h."), ("embedding", "w"), ("vectors", "")):
+        names = [
+            name for name, p in model.named_parameters()
+            if (p.dim() > 1 and name.startswith(named)) != (kind == "vectors")
+        ]  # fmt: skip
+        old, new, momentum, gradient = (
+            torch.cat([tensors[name].flatten() for name in names])
+            for tensors in (
+                before["model"], after["model"], momenta,
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            )
+        )  # fmt: skip
+        ratio = float((new - old).norm() / old.norm())
+        assert row[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=1e-6)
+        cosine = float(F.cosine_similarity(gradient, momentum, dim=0))
+        assert row[f"momentum_cosine/{kind}"] == pytest.approx(cosine, abs=1e-3)
+        assert 1e-4 < ratio < 0.3
+        assert abs(cosine) > 0.02
+
+
 @pytest.mark.parametrize(
     ("settings", "losses", "saved", "best"),
     [
