@@ -18,9 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 
 PRELOAD = [
@@ -207,3 +208,54 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         outputs = Path(name, "stdout"), Path(name, "stderr")
         return Ranks(module, arguments, ranks, outputs, cwd, env).completed(timeout)
+
+
+SHIM = """#!{python}
+import os, sys
+from multiprocessing.connection import Client
+flag, module, *arguments = sys.argv[1:]
+assert flag == "-m", sys.argv
+with Client({address!r}) as connection:
+    connection.send((module, arguments, os.getcwd(), dict(os.environ)))
+    status, output = connection.recv()
+sys.stdout.write(output)
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def python(directory: Path) -> Iterator[Path]:
+    """A program that is called as ``python -m MODULE …`` is, and has a warm fork run the module.
+
+    It is for notebooks and scripts that start many processes. It prints stdout and stderr
+    together when the module has ended.
+    """
+    program = directory / "python"
+    with Listener(family="AF_UNIX") as listener:
+        address = str(listener.address)
+        program.write_text(SHIM.format(python=sys.executable, address=address), encoding="utf-8")
+        program.chmod(0o755)
+
+        def answer(connection: Connection) -> None:
+            with connection, tempfile.TemporaryDirectory() as name:
+                module, arguments, cwd, environment = connection.recv()
+                log = Path(name, "log")
+                command = Command(module, arguments, (log, log), Path(cwd), environment)
+                status = command.wait()
+                connection.send((status, log.read_text(encoding="utf-8", errors="replace")))
+
+        def serve() -> None:
+            while not stopping.is_set():
+                connection = listener.accept()
+                if not stopping.is_set():
+                    threading.Thread(target=answer, args=(connection,)).start()
+
+        stopping = threading.Event()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield program
+        finally:
+            stopping.set()
+            Client(address).close()  # wakes the thread
+            thread.join()

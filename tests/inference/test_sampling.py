@@ -9,15 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
 
 from gpt_dist.errors import UsageError
 from gpt_dist.inference import cpu_kernels as kernels
@@ -49,25 +41,27 @@ def reference_scores(
     history, scores = torch.tensor([ids]), logits[None].clone()
     if params.logit_bias:
         bias = {(token,): value for token, value in params.logit_bias.items()}
-        scores = SequenceBiasLogitsProcessor(bias)(history, scores)
+        scores = transformers.SequenceBiasLogitsProcessor(bias)(history, scores)
     if params.repetition_penalty != 1:
-        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(history, scores)
+        scores = transformers.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(
+            history, scores
+        )
     for token in set(ids[prompt:]):
         count = ids[prompt:].count(token)
         scores[0, token] -= params.frequency_penalty * count + params.presence_penalty
     if params.stop_ids and params.min_new_tokens:
-        scores = MinNewTokensLengthLogitsProcessor(
+        scores = transformers.MinNewTokensLengthLogitsProcessor(
             prompt, params.min_new_tokens, list(params.stop_ids)
         )(history, scores)
     if params.temperature == 0:
         return scores[0]
-    scores = TemperatureLogitsWarper(params.temperature)(history, scores)
+    scores = transformers.TemperatureLogitsWarper(params.temperature)(history, scores)
     if params.top_k:
-        scores = TopKLogitsWarper(params.top_k)(history, scores)
+        scores = transformers.TopKLogitsWarper(params.top_k)(history, scores)
     if params.top_p < 1:
-        scores = TopPLogitsWarper(params.top_p)(history, scores)
+        scores = transformers.TopPLogitsWarper(params.top_p)(history, scores)
     if params.min_p > 0:
-        scores = MinPLogitsWarper(params.min_p)(history, scores)
+        scores = transformers.MinPLogitsWarper(params.min_p)(history, scores)
     return scores[0]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.data.loader import IGNORE
@@ -64,10 +64,10 @@ def compare(model: GPT, other: torch.nn.Module, ids: torch.Tensor, tolerance: fl
     assert float(losses) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def gpt2(model: GPT) -> GPT2LMHeadModel:
+def gpt2(model: GPT) -> transformers.GPT2LMHeadModel:
     config = model.config
-    return GPT2LMHeadModel(
-        GPT2Config(
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=model.vocab_size,
             n_positions=config.context_length,
             n_embd=config.n_embd,
@@ -100,8 +100,10 @@ def test_logits_equal_transformers_gpt2(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_post_norm_is_openai_gpt(bias: bool) -> None:
     model = make(norm="post", bias=bias)
-    other = OpenAIGPTLMHeadModel(
-        OpenAIGPTConfig(vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=2, afn="gelu")
+    other = transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(
+            vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=2, afn="gelu"
+        )
     )
     compare(model, other, torch.randint(61, (3, 16)), 1e-5)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import NanoChatConfig, NanoChatForCausalLM
 
 from gpt_dist.config.settings import ModelConfig
 from gpt_dist.model.gpt import GPT
@@ -28,10 +28,10 @@ def make(**settings: Any) -> GPT:
     return model
 
 
-def transformers_model(model: GPT) -> NanoChatForCausalLM:
+def transformers_model(model: GPT) -> transformers.NanoChatForCausalLM:
     config = model.config
-    return NanoChatForCausalLM(
-        NanoChatConfig(
+    return transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(
             vocab_size=model.vocab_size,
             hidden_size=config.n_embd,
             intermediate_size=config.hidden,

@@ -215,7 +215,7 @@ def running(module: str, arguments: list[str], cwd: Path) -> Iterator[None]:
         assert process.wait() in (0, -signal.SIGTERM), log.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("title", SECTIONS)
 def test_section(title: str, offline: Path, granted: Path, tmp_path: Path) -> None:
     for path in offline.iterdir():

@@ -17,6 +17,7 @@ from gpt_dist.model.gpt import GPT
 from gpt_dist.training.plan.memory import activation_bytes
 from gpt_dist.training.reporting.formatting import human
 from gpt_dist.training.reporting.metrics import whole_lines
+from tests import warm
 from tests.components import require_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,12 @@ def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    with warm.python(programs) as python:
+        warm_start = f"import sys; sys.executable = {str(python)!r}"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(warm_start))
+        nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
     for run in ("bigram", "one-head", "transformer"):
         assert (tmp_path / "runs" / run / "loss.png").is_file()
     assert (tmp_path / "steps.png").is_file()

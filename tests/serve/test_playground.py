@@ -122,7 +122,7 @@ def ask(page: Any, prompt: str, tokens: int) -> None:
     page.locator("#generate").click()
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(20)
 @pytest.mark.usefixtures("gradio")
 def test_streaming_and_stopping_in_a_browser(
     server: tuple[str, str], browser: Any, tmp_path: Path
@@ -182,7 +182,7 @@ def test_streaming_and_stopping_in_a_browser(
         wait_until(lambda: gauge(metrics, "gpt_dist_cancelled_total") == 4)
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(20)
 @pytest.mark.usefixtures("gradio")
 def test_engine_in_process(model_dir: Path, browser: Any) -> None:
     port = free_port()

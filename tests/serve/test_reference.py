@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+import transformers
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.generation import generate
@@ -32,12 +32,12 @@ def served(request: pytest.FixtureRequest) -> GPT:
 
 
 @pytest.fixture(scope="module")
-def reference(served: GPT) -> PreTrainedModel:
+def reference(served: GPT) -> transformers.PreTrainedModel:
     if served.config.architecture == "nanochat":
         nanochat = transformers_model(served)
         nanochat.load_state_dict(in_their_names(served, dict(served.named_parameters())))
         return nanochat
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
         n_layer=2,
@@ -45,7 +45,7 @@ def reference(served: GPT) -> PreTrainedModel:
         n_embd=32,
         attn_implementation="eager",
     )
-    other = GPT2LMHeadModel(config).eval()
+    other = transformers.GPT2LMHeadModel(config).eval()
     copy_to_transformers(served, other)
     return other
 
@@ -56,7 +56,7 @@ def server(start: StartServer, served: GPT) -> LiveServer:
 
 
 def test_greedy_text_of_fifty_callers(
-    server: LiveServer, served: GPT, reference: PreTrainedModel
+    server: LiveServer, served: GPT, reference: transformers.PreTrainedModel
 ) -> None:
     """Each token is `generate`'s, and has the largest logit of transformers' model, up to 1e-4."""
     generator = np.random.default_rng(7)
@@ -84,7 +84,9 @@ def test_greedy_text_of_fifty_callers(
         assert float((logits.amax(1) - chosen).max()) < 1e-4
 
 
-def test_scores_are_transformers(server: LiveServer, reference: PreTrainedModel) -> None:
+def test_scores_are_transformers(
+    server: LiveServer, reference: transformers.PreTrainedModel
+) -> None:
     async def score(text: str) -> list[float]:
         async with AsyncClient(server.target) as client:
             response = await client.score(text)
