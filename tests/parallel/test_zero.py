@@ -55,7 +55,7 @@ def test_what_happens_between_steps(tiny_config: Config, tiny_data: Path, tmp_pa
             "sample_every": 3,
             "eval_every": 3,
             "steps": 6,
-            "health_every": 2,
+            "health_every": 1,
         },
         optim={"warmup_steps": 5},
         eval={"hellaswag_every": 3, "hellaswag_path": str(hellaswag)},
