@@ -63,7 +63,8 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        guard, groups = self.next_guard(), self.param_groups
+        guard = self._guard = self.next_guard()  # asked once, for AdamW's part too
+        groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             super().step()
