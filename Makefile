@@ -44,7 +44,7 @@ lint: install  ## Check style, types and the order of imports
 
 soak: install  ## Run the long versions of the fault tests, results in benchmarks/results
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
-	SOAK=1 $(BIN)/pytest tests/serve
+	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak.json
 
 proto: install  ## Generate the stubs from proto/
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh

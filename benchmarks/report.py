@@ -203,6 +203,19 @@ def faults(found: Record) -> str:
     return table(["fault", "count"], rows)
 
 
+def soak(found: Record) -> str:
+    rows = [
+        [
+            storm["test"],
+            ", ".join(f"{count:,} {name}" for name, count in storm["ended"].items()),
+            ", ".join(storm["nothing_kept_of"]),
+            f"{storm['seconds']} s",
+        ]
+        for storm in found["storms"]
+    ]
+    return table(["storm", "ended", "nothing was kept of", "time"], rows)
+
+
 def learning(found: Record) -> str:
     rows = []
     for name, values in found["recipes"].items():
@@ -299,6 +312,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "speculation": ("Decoding with speculation", speculation, ()),
     "architectures": ("Decoding nanochat beside GPT-2", architectures, ()),
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),
+    "soak": ("Storms of calls", soak, ("grpcio",)),
     "gpu": ("One GPU", gpu, ()),
 }
 """File name up to a hyphen → heading, text and peers, in the order of the page."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from tests.fake_decoder import (
     fake_decoder,
     fake_model,
 )
+from tests.serve.soak import note
 
 COUNT = 10_000 if os.environ.get("SOAK") else 1000
 CONTEXT = 120
@@ -259,6 +261,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
     dense: bool, deterministic: bool, chunk: int, speculate: bool
 ) -> None:
     traffic = Traffic(dense, deterministic, chunk, speculate)
+    began = time.monotonic()
     traffic.run(COUNT)
     assert traffic.decoder.free_slots == list(range(6))
     assert len(traffic.scheduler.jobs) == traffic.scheduler.jobs.waiting == 0
@@ -296,6 +299,13 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
     assert traffic.decoder.weights.version > 3
     assert chunk == 5 or traffic.scheduler.preempted > COUNT / 50  # else prompts hold it up
     assert traffic.scheduler.weights.live == 1
+    note(
+        f"scheduler: {'dense' if dense else 'sparse'} steps, chunks of {chunk}"
+        f"{', deterministic' * deterministic}{', speculating' * speculate}",
+        time.monotonic() - began,
+        ended={"jobs": len(traffic.events), "from the cache": reused},
+        nothing_kept_of=["slots", "queue", "weights"],
+    )
 
 
 def check_scores(job: Scoring, events: list[Event]) -> None:

@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.serve.conftest import PATIENCE, LiveServer, errors
+from tests.serve.soak import Leaks
 
-COUNT = 100_000 if os.environ.get("SOAK") else 2000
+COUNT = 100_000 if os.environ.get("SOAK") else 1000
+DESCRIBED = COUNT // 10
+"""Requests made from the description of each of three endpoints. The others are malformed."""
 VALID = {200, 400, 404, 412, 413, 429}
 SCALARS: dict[str, st.SearchStrategy[Any]] = {
     "integer": st.integers(-5, 5) | st.integers(),
@@ -71,7 +74,7 @@ def test_described_requests_never_cause_internal_errors(
     wrong = st.dictionaries(st.sampled_from([*parts["CompletionRequest"]["properties"]]), ANYTHING)
     codes: dict[int, int] = {}
 
-    @settings(max_examples=COUNT // 4, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=DESCRIBED, deadline=None, suppress_health_check=list(HealthCheck))
     @given(valid | st.tuples(valid, wrong).map(lambda pair: {**pair[0], **pair[1]}))
     def check(body: Any) -> None:
         if isinstance(body, dict) and isinstance(body.get("max_tokens"), int):
@@ -82,10 +85,11 @@ def test_described_requests_never_cause_internal_errors(
         if answer.status_code != 200:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
+    leaks = Leaks(server)
     check()
+    leaks.check(f"HTTP: requests made from the description of {path}", codes, memory=False)
     assert {200, 400} <= set(codes), codes
     assert errors(caplog) == []
-    server.wait_at_rest()
 
 
 @pytest.mark.slow
@@ -94,31 +98,42 @@ def test_malformed_bodies_never_cause_internal_errors(
 ) -> None:
     draw = random.Random(3)
     seeds = [
-        {"prompt": "to be", "temperature": 0.5, "n": 2, "max_tokens": 3, "stop": ["a", "b"],
-         "logit_bias": {"1": 2.0}, "logprobs": 2, "stream": True, "echo": True, "seed": 3},
-        {"prompt": [[1, 2], [3]], "max_tokens": 2, "stream_options": {"include_usage": True}},
+        {"prompt": "to be, or not to be, " * 3, "temperature": 0.5, "n": 2, "max_tokens": 3,
+         "stop": ["a", "b"], "logit_bias": {"1": 2.0}, "logprobs": 2, "stream": True, "echo": True,
+         "seed": 3},
+        {"prompt": [[1, 2], [3]], "max_tokens": 2, "stream": True,
+         "stream_options": {"include_usage": True}},
     ]  # fmt: skip
     codes: dict[int, int] = {}
-    for _ in range(COUNT):
-        data = bytearray(json.dumps(draw.choice(seeds)).encode())
-        for _ in range(draw.choice((1, 1, 2, 4))):
-            at = draw.randrange(len(data))
-            match draw.randrange(4):
-                case 0:
-                    data[at] = draw.randrange(256)
-                case 1:
-                    del data[at : at + draw.randint(1, 6)]
-                case 2:
-                    data[at:at] = draw.choice((b"[", b'"', b"null", b"1e999", b"\\ud800", b"{}"))
-                case 3:
-                    data[at:at] = str(draw.choice((-1, 0, 10**6, 2**64, 1e300))).encode()
-        answer = http.post("/v1/completions", content=bytes(data), timeout=PATIENCE)
-        codes[answer.status_code] = codes.get(answer.status_code, 0) + 1
-        assert answer.status_code in VALID, (answer.text, data)
+
+    def storm(count: int) -> None:
+        for _ in range(count):
+            data = bytearray(json.dumps(draw.choice(seeds)).encode())
+            for _ in range(draw.choice((1, 1, 2, 4))):
+                at = draw.randrange(len(data))
+                match draw.randrange(4):
+                    case 0:
+                        data[at] = draw.randrange(256)
+                    case 1:
+                        del data[at : at + draw.randint(1, 6)]
+                    case 2:
+                        data[at:at] = draw.choice(
+                            (b"[", b'"', b"null", b"1e999", b"\\ud800", b"{}")
+                        )
+                    case 3:
+                        data[at:at] = str(draw.choice((-1, 0, 10**6, 2**64, 1e300))).encode()
+            answer = http.post("/v1/completions", content=bytes(data), timeout=PATIENCE)
+            codes[answer.status_code] = codes.get(answer.status_code, 0) + 1
+            assert answer.status_code in VALID, (answer.text, data)
+
+    storm(COUNT // 10)
+    leaks = Leaks(server)
+    codes.clear()
+    storm(COUNT - 3 * DESCRIBED)
+    leaks.check("HTTP: malformed bodies", codes)
     assert codes[400] > COUNT / 4, codes
     assert codes[200] > COUNT / 100, codes
     assert errors(caplog) == []
-    server.wait_at_rest()
 
 
 @pytest.mark.parametrize(
