@@ -160,7 +160,12 @@ Then: python -m serve.client generate "Once upon a time" --stream""",
         "default: off", type=PORT, metavar="N")  # fmt: skip
     add(network, "cors-origins", "origins of web pages that may call over HTTP, with commas, such "
         "as https://a.example; default: none", type=origins, metavar="URLS")  # fmt: skip
-    add(network, "max-message-bytes", "maximum size of a request", **count)
+    add(
+        network,
+        "max-message-bytes",
+        "maximum size of a request; the served model may need less, which is the maximum then",
+        **count,
+    )
     add(network, "max-calls", "maximum number of open calls", **count)
     add(network, "max-connection-age",
         "close connections gracefully after this time, so that new replicas get calls; 0: never",

@@ -222,7 +222,9 @@ class Server:
         self.engine = Engine(scheduler, asyncio.get_running_loop(), self._failed)
         self.metrics.watch(scheduler)
         self.service.served = describe_model(loaded, self.engine, self.options.model_name)
-        self.gate.request_bytes = self.service.served.limits.request_bytes
+        self.gate.max_message_bytes = min(
+            self.options.max_message_bytes, self.service.served.limits.request_bytes
+        )
         self._tasks.append(asyncio.create_task(self._monitor()))
         if self.options.watch:
             follower = Follower(self.options, loaded, self.engine, self.metrics, self.health)

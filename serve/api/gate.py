@@ -55,10 +55,10 @@ class Gate:
         message_seconds: float = MESSAGE_SECONDS,
     ) -> None:
         self.metrics, self._find, self._usual = metrics, find, usual
-        self.max_message_bytes, self.message_seconds = max_message_bytes, message_seconds
+        self.max_message_bytes = max_message_bytes
+        """Of gRPC, and of a body of HTTP. The server lowers it to what its model can use."""
+        self.message_seconds = message_seconds
         self.max_calls, self.max_watches = max_calls, max_watches
-        self.request_bytes = max_message_bytes
-        """Maximum size of a valid request to the served model."""
         self.tasks: set[asyncio.Task[Any]] = set()
         """The open gRPC calls."""
         self.tracer: Tracer | None = None
@@ -127,6 +127,19 @@ class Gate:
         self._open[who.terms.account] += count
         if not self._open[who.terms.account]:
             del self._open[who.terms.account]
+
+    def check_size(self, size: int) -> None:
+        """Check the size of a message, in bytes, before it is parsed: that could take seconds.
+
+        Raises:
+            StatusError: RESOURCE_EXHAUSTED.
+        """
+        if size > self.max_message_bytes:
+            raise StatusError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the request is too long: at most {self.max_message_bytes} bytes are accepted",
+                "MESSAGE_TOO_LARGE",
+            )
 
     def refused(self, reason: str) -> None:
         """Count a refusal."""

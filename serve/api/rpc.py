@@ -217,13 +217,7 @@ class _Answer:
         )
 
     async def _message(self, data: bytes) -> Message:
-        most = min(self.gate.max_message_bytes, self.gate.request_bytes)
-        if len(data) > most:  # before parsing, which could take seconds
-            raise StatusError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the message has {len(data)} bytes; at most {most} are accepted",
-                "MESSAGE_TOO_LARGE",
-            )
+        self.gate.check_size(len(data))
         if len(data) < LONG_MESSAGE:
             return self._parse(data)
         async with self.gate.parsing:  # one at a time, so that short calls run in between

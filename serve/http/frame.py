@@ -79,7 +79,8 @@ async def answer(
         entered = True
         if ambiguous:
             raise invalid("", "Content-Length and Transfer-Encoding exclude each other")
-        work = asyncio.create_task(_work(behaviour, await _body(receive, gate), writer))
+        body = await _body(receive, gate, int(head.get("content-length", 0)))
+        work = asyncio.create_task(_work(behaviour, body, writer))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +158,14 @@ async def _work(behaviour: Behaviour, body: bytes, writer: _Writer) -> None:
     await writer.more(b"", last=True)
 
 
-async def _body(receive: Receive, gate: Gate) -> bytes:
+async def _body(receive: Receive, gate: Gate, declared: int) -> bytes:
+    """Read the body. One that is too long is refused by its declared length, before it is read.
+
+    Raises:
+        StatusError: it is too long, or slow to arrive.
+        _Left: the caller left.
+    """
+    gate.check_size(declared)
     parts, size, more = [], 0, True
     try:
         async with asyncio.timeout(gate.message_seconds):
@@ -167,12 +175,7 @@ async def _body(receive: Receive, gate: Gate) -> bytes:
                     raise _Left
                 part = message.get("body", b"")
                 size += len(part)
-                if size > gate.max_message_bytes:
-                    raise StatusError(
-                        StatusCode.RESOURCE_EXHAUSTED,
-                        f"the body is larger than {gate.max_message_bytes} bytes",
-                        "MESSAGE_TOO_LARGE",
-                    )
+                gate.check_size(size)
                 parts.append(part)
                 more = message.get("more_body", False)
     except TimeoutError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from gpt_dist.model.gpt import GPT
 from serve.api.status import StatusError
 from serve.client import Client, build_request
 from serve.http import errors
+from serve.options import Options
 from tests.components import require
 from tests.serve.conftest import (
     CONTEXT,
@@ -179,6 +181,28 @@ def test_long_bodies_are_refused(start: StartServer, model: GPT) -> None:
         assert (answer.status_code, error(answer)["code"]) == (413, "message_too_large")
         assert http.post("/tokenize", json={"prompt": "x" * 5000}).is_success
         assert http.get("/health").is_success
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize", "/health", "/x"])
+def test_a_long_body_is_refused_before_it_arrives(server: LiveServer, path: str) -> None:
+    """By its declared length: only the head is sent. In chunks, as soon as it is too long."""
+    served = server.server.service.served
+    assert served is not None
+    most = served.limits.request_bytes
+    assert most < Options(checkpoint=Path()).max_message_bytes < 1 << 20
+    chunk = b"transfer-encoding: chunked\r\n\r\n%x\r\n" % (most + 1) + b" " * (most + 1)
+    for rest in (b"content-length: %d\r\n\r\n" % (most + 1), chunk):
+        address = ("127.0.0.1", server.server.http_port or 0)
+        with socket.create_connection(address, timeout=PATIENCE) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\n".encode() + rest)
+            answer = connection.makefile("rb").readline()
+        assert answer.startswith(b"HTTP/1.1 413 "), rest[:40]
+
+
+def test_the_longest_body_is_read(server: LiveServer, http: httpx.Client) -> None:
+    most = server.server.gate.max_message_bytes
+    for length, code in ((most, 400), (most + 1, 413)):
+        assert http.post("/tokenize", content=b" " * length).status_code == code
 
 
 def test_request_ids(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
