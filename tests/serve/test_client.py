@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import grpc
 import pytest
@@ -14,7 +15,7 @@ from serve.api.served import Served
 from serve.api.status import StatusError, overloaded, unavailable
 from serve.client import AsyncClient, Client
 from serve.client.__main__ import main
-from tests.serve.conftest import CONTEXT, TOKENIZER, HeldDecoder, StartServer
+from tests.serve.conftest import CONTEXT, TOKENIZER, HeldDecoder, StartServer, wait_until
 
 
 def test_the_client_has_a_deadline(start: StartServer, model: GPT) -> None:
@@ -97,19 +98,23 @@ def test_the_command_line_and_the_log_say_why_a_text_ended(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "serve")
     server = start(Decoder(model, max_slots=2, dtype="fp32"))
     common = ["generate", "to be", "--temperature", "0", "--target", server.target, *flags.split()]
     for streaming in ([], ["--stream"]):
-        with caplog.at_level(logging.INFO, "serve"):
-            assert main([*common, *streaming]) == 0
+        assert main([*common, *streaming]) == 0
         assert capsys.readouterr().err == f"ended: {why}\n"
         assert main([*common, *streaming, "-n", "2"]) == 0
         expected = {f"[{index}] ended: {why}" for index in (0, 1)}
         assert set(capsys.readouterr().err.splitlines()) == expected
         assert main([*common, *streaming, "--json"]) == 0
         assert capsys.readouterr().err == ""
-    said = {getattr(record, "ended", None) for record in caplog.records}
-    assert said - {None} == {log}
+
+    def said() -> list[Any]:
+        return [r.ended for r in list(caplog.records) if hasattr(r, "ended")]
+
+    wait_until(lambda: len(said()) == 6)  # a call is logged after its answer
+    assert set(said()) == {log}
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -206,8 +206,12 @@ def test_health_streams_are_bounded_and_quiet(
         wait_until(lambda: registry.get_sample_value("gpt_dist_health_watches") == 2)
         assert stub.Check(health_pb2.HealthCheckRequest()).status
     wait_until(lambda: registry.get_sample_value("gpt_dist_health_watches") == 0)
-    lines = [record for record in caplog.records if "Health" in record.getMessage()]
-    assert [record.error for record in lines] == ["3 calls are open"]
+
+    def lines() -> list[Any]:
+        return [record for record in list(caplog.records) if "Health" in record.getMessage()]
+
+    wait_until(lines)
+    assert [record.error for record in lines()] == ["3 calls are open"]
 
 
 def test_a_caller_that_sends_no_message_is_let_go(start: StartServer, model: GPT) -> None:

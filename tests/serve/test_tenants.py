@@ -173,9 +173,10 @@ def test_metrics_and_log_name_the_caller(
     labels = {"caller": "search", "kind": "generated"}
     assert (value("gpt_dist_caller_tokens_total", labels) or 0) >= 18
     assert value("gpt_dist_caller_tokens_total", labels | {"kind": "prompt"})
+    # A call is counted, and then logged, after its caller knows.
+    wait_until(lambda: "search" in [getattr(each, "caller", "") for each in list(caplog.records)])
     assert value("gpt_dist_caller_calls_total", {"caller": "search", "code": "OK"})
     assert value("gpt_dist_preemptions_total") is not None
-    wait_until(lambda: "search" in [getattr(each, "caller", "") for each in caplog.records])
 
 
 def test_labels_are_bounded(server: LiveServer) -> None:

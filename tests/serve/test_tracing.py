@@ -89,7 +89,9 @@ def test_http(server: LiveServer, spans: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "traceparent", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "00-" + "f" * 9999]
+    "traceparent",
+    # The last is long, but below the 8 KB from which gRPC refuses metadata at random.
+    ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "00-" + "f" * 4000],
 )
 def test_a_malformed_parent_is_ignored(server: LiveServer, spans: Any, traceparent: str) -> None:
     with grpc.insecure_channel(server.target) as channel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -261,7 +262,12 @@ def test_request_ids(server: LiveServer, caplog: pytest.LogCaptureFixture) -> No
         build_request([1], max_new_tokens=2), metadata=client.metadata
     )
     assert ("x-request-id", "abc-123") in [tuple(pair) for pair in call.trailing_metadata()]
-    record = next(r for r in caplog.records if getattr(r, "request_id", "") == "abc-123")
+
+    def logged() -> list[Any]:
+        return [r for r in list(caplog.records) if getattr(r, "request_id", "") == "abc-123"]
+
+    wait_until(logged)  # after the answer
+    record = logged()[0]
     assert (record.code, record.prompt_tokens) == ("OK", 1)
     with pytest.raises(grpc.RpcError) as caught:
         client.generate([1], temperature=-1)
