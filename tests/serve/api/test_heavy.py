@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import grpc
@@ -220,6 +221,23 @@ def test_a_cancelled_piece_is_dropped() -> None:
 
     asyncio.run(run())
     assert done == []
+
+
+def test_heavy_work_leaves_half_of_the_time_to_others() -> None:
+    """A piece that follows another begins as long after its end as that one took."""
+    heavy, times = Heavy(), list[float]()
+
+    def work() -> None:
+        times.append(time.monotonic())
+        time.sleep(0.02)
+        times.append(time.monotonic())
+
+    async def run() -> None:
+        await asyncio.gather(*[heavy.run(LIGHT + 1, work) for _ in range(3)])
+
+    asyncio.run(run())
+    for began, ended, following in zip(times[::2], times[1::2], times[2::2], strict=False):
+        assert following - ended >= ended - began
 
 
 def test_an_unknown_field_repeated_a_million_times(server: LiveServer) -> None:
