@@ -1,13 +1,14 @@
 """The cost of gRPC, of the scheduler and of overload, on random GPT-2 124M weights.
 
     python benchmarks/serving_rpc.py share --json benchmarks/results/serving_share.json
-    python benchmarks/serving_rpc.py stall | overload | start
+    python benchmarks/serving_rpc.py stall | overload | flood | start
 
 share     tokens/s of 32 streams through gRPC (server and client in separate processes), compared
           with direct calls of the decoder, in alternation
 stall     the longest pause of running streams when a prompt of 900 tokens joins, compared with the
           time for a chunk
 overload  ten times the capacity: time to a rejection in the server, memory, completed requests
+flood     health checks and two streams while 50 connections send large requests to every method
 start     seconds from the command to its ready line
 """
 
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from typing import Any
 import grpc
 import psutil
 import torch
+from flood import watched
 from record import record
 
 from gpt_dist.checkpoints.writer import write_checkpoint
@@ -249,6 +252,44 @@ def overload(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict
     }  # fmt: skip
 
 
+def flood(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[str, Any]:
+    """4 MB requests, and the longest that are read, over each protocol, beside two streams."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    streams = prompts(2, 16, 1)
+    flags = (
+        "--dtype", arguments.dtype, "--log-level", "error", "--stream-interval", "0",
+        "--http-port", str(port),
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    with server(directory, *flags) as (address, pid):
+        http = f"127.0.0.1:{port}"
+        asyncio.run(watched(address, http, 3, streams))
+        found["none"] = asyncio.run(watched(address, http, arguments.seconds / 2, streams))
+        for protocol, target in (("grpc", address), ("http", http)):
+            for size in arguments.sizes:
+                command = [
+                    sys.executable, str(Path(__file__).with_name("flood.py")), protocol, target,
+                    "--bytes", str(size), "--seconds", str(arguments.seconds + 4),
+                ]  # fmt: skip
+                flooder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                assert flooder.stdout is not None
+                assert flooder.stdout.readline() == "ready\n"
+                time.sleep(2)
+                name = f"{protocol}, {size:,} bytes"
+                before = psutil.Process(pid).cpu_times()
+                found[name] = asyncio.run(watched(address, http, arguments.seconds, streams))
+                after = psutil.Process(pid).cpu_times()
+                found[name]["server_cpu_s"] = sum(after[:2]) - sum(before[:2])
+                found[name]["flood_ended"] = json.loads(flooder.communicate()[0])
+                print(name, json.dumps(found[name]), flush=True)
+    return {
+        "dtype": arguments.dtype, "connections": 50, "seconds": arguments.seconds,
+        "note": "The flood comes from a process with nice 10 on the same cores.", "floods": found,
+    }  # fmt: skip
+
+
 def start(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start-up time, with files in the page cache and the CPU kernels compiled."""
     times = []
@@ -262,14 +303,19 @@ def start(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
 
 def main() -> None:
     """Measure one part and record it."""
-    parts = {part.__name__: part for part in (share, stall, overload, start)}
+    parts = {part.__name__: part for part in (share, stall, overload, flood, start)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=parts)
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60, help="duration of the overload")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="duration of the overload, and of each flood"
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[4_000_000], help="of the flood, in bytes"
+    )
     parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
     model = random_model()
