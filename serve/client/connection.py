@@ -26,7 +26,8 @@ SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
 
 # A call that failed with UNAVAILABLE or RESOURCE_EXHAUSTED had no effect (gRFC A6), so it is safe
 # to repeat. With the latter the server says when, or that it is of no use. Other failures are left
-# to the caller. Repetitions have a budget: when many calls fail, one is repeated for ten successes.
+# to the caller. Repetitions have a budget: each success earns two, so that two of three servers may
+# stay full without a failed call. While most calls fail, none is repeated.
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -43,7 +44,7 @@ SERVICE_CONFIG = {
             },
         }
     ],
-    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 2.0},  # not 2, which gRPC misreads
     "loadBalancingConfig": [{"round_robin": {}}],
     # Servers that load, drain or stall get no calls.
     "healthCheckConfig": {"serviceName": "gpt_dist.v1.GenerationService"},

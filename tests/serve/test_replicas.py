@@ -88,23 +88,25 @@ def method_calls(server: LiveServer, code: str) -> float:
     return float(server.server.metrics.calls.labels(method, code)._value.get())
 
 
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_full_replica_fails_no_call_while_another_has_room(
-    start: StartServer, model: GPT
+    start: StartServer, model: GPT, count: int
 ) -> None:
-    full, idle = (
-        start(HeldDecoder(Decoder(model, max_slots=2, dtype="fp32")), max_queue=size)
-        for size in (0, 50)
-    )
+    full, *idle = servers = [
+        start(HeldDecoder(Decoder(model, max_slots=2, dtype="fp32")), max_queue=50 if index else 0)
+        for index in range(count)
+    ]
     request = build_request([1], max_new_tokens=2, ignore_eos=True)
-    with Client(full.target) as filler, Client(spread(full, idle)) as client:
-        reach(client, [full, idle])
+    with Client(full.target) as filler, Client(spread(*servers)) as client:
+        reach(client, servers)
         full.scheduler.decoder.hold()
         blocking = [filler._stub.Generate.future(request, timeout=PATIENCE) for _ in range(2)]
         wait_until(lambda: len(full.scheduler.jobs) == 2)
-        for _ in range(40):  # each is repeated at the next server, which has room
+        # Each is repeated at the next server, which has room, and more than the budget of 50 are.
+        for _ in range(120):
             assert client._stub.Generate(request, timeout=PATIENCE).usage.completion_tokens == 2
-        wait_until(lambda: method_calls(idle, "OK") == 40)
-        assert method_calls(full, "RESOURCE_EXHAUSTED") >= 10
+        wait_until(lambda: sum(method_calls(server, "OK") for server in idle) == 120)
+        assert method_calls(full, "RESOURCE_EXHAUSTED") > 50
         full.scheduler.decoder.release()
         assert [outcome(call) for call in blocking] == ["OK"] * 2
 
@@ -270,9 +272,10 @@ def test_open_streams_without_work_end_with_a_status(start: StartServer, model: 
         silent.set()
 
 
-def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT) -> None:
-    """Two servers under load; one after the other drains, and a new one takes its port."""
-    servers = [start(Decoder(model, max_slots=2, dtype="fp32")) for _ in range(2)]
+@pytest.mark.parametrize("count", [2, 3])
+def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT, count: int) -> None:
+    """Servers under load; one after the other drains, and a new one takes its port."""
+    servers = [start(Decoder(model, max_slots=2, dtype="fp32")) for _ in range(count)]
     ports = [server.server.port for server in servers]
     outcomes: Counter[str] = Counter()
     stop = threading.Event()
@@ -289,7 +292,7 @@ def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT) -> None:
         reach(client, servers)
         asking = [pool.submit(ask, client) for _ in range(4)]
         try:
-            for index in (0, 1, 0):
+            for index in (*range(count), 0):
                 before = outcomes["OK"]
                 wait_until(lambda: outcomes["OK"] > before + 20)  # noqa: B023
                 servers[index].call(servers[index].server.drain())
