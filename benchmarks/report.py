@@ -143,6 +143,8 @@ def serving_rpc(found: Record) -> str:
             f"a step and a chunk {found['step_plus_chunk_ms']:.0f} ms and the whole prompt "
             f"{found['whole_prompt_ms']:.0f} ms."
         )
+    if "floods" in found:
+        return floods(found)
     if "seconds_to_ready" in found:
         return f"From the command to ready: {found['median']:.2f} s ({found['dtype']})."
     memory, calls = found["server_memory_mb"], found["calls"]
@@ -153,6 +155,28 @@ def serving_rpc(found: Record) -> str:
         f"{found['server_side_rejection_ms']['p99']:.2f} ms in the server at the 99th percentile; "
         f"its memory goes from {memory['first']:.0f} to {memory['last']:.0f} MB."
     )
+
+
+def floods(found: Record) -> str:
+    def figures(watched: Record, name: str) -> str:
+        return " / ".join(f"{watched[name][key]:.0f}" for key in ("p50", "p99", "max"))
+
+    rows = [
+        [
+            flood,
+            *(figures(watched, f"health_{name}_ms") for name in ("grpc", "http")),
+            figures(watched, "stream_gap_ms"),
+            ", ".join(f"{n:,} {code}" for code, n in watched.get("flood_ended", {}).items()),
+        ]
+        for flood, watched in found["floods"].items()
+    ]
+    head = (
+        f"{found['connections']} connections send requests of this size to every method for "
+        f"{found['seconds']:.0f} s, beside health checks and two streams "
+        f"({found['dtype']}; ms: median / 99th percentile / longest):"
+    )
+    columns = ["flood", "health, gRPC", "health, HTTP", "between tokens", "the flood's calls ended"]
+    return f"{head}\n\n" + table(columns, rows)
 
 
 def data(found: Record) -> str:
