@@ -281,8 +281,8 @@ class Scheduler:
         result = self.decoder.step()
         now = self.clock()
         for slot, count in result.drafted.items():
-            if not self.running[slot].repeated:
-                self.running[slot].drafted += count
+            # Guesses at tokens that the caller has already are not counted, as those are not.
+            self.running[slot].drafted += max(0, count - self.running[slot].repeated)
         rows = zip(
             result.slots, result.tokens, result.logprobs, result.top, result.last, strict=True
         )
