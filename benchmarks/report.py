@@ -248,7 +248,7 @@ def learning(found: Record) -> str:
         rows.append(
             [
                 name,
-                values["parameters"],
+                str(values.get("parameters") or found.get("parameters", "")),
                 str(values["steps"]),
                 f"{beside['share_of_steps']:.0%}" if beside else "",
                 f"{values['lr']:g}",
