@@ -37,7 +37,6 @@ ARCHITECTURES = pytest.mark.parametrize("shape", ["gpt2", "nanochat"])
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let decoders made from here on run on one of `BACKENDS`."""
     monkeypatch.setenv("GPT_DIST_KERNELS", "1" if name == "kernels" else "0")
-    kernels.decoder_library.cache_clear()
     if name == "kernels" and kernels.decoder_library() is None:
         missing(f"no CPU kernels: {build.unavailable() or 'they do not load'}")
 

@@ -77,11 +77,14 @@ class Draw(Structure):
     )  # fmt: skip
 
 
-@cache
 def decoder_library() -> ctypes.CDLL | None:
-    """The decoder's kernels, or None where they are unavailable; the reason is logged once."""
-    if disabled():
-        return None
+    """The decoder's kernels, or None where they are switched off or unavailable."""
+    return None if disabled() else _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, or None where they cannot be loaded; the reason is logged once."""
     try:
         return _bind(load("decoder.cpp"))
     except GptDistError as error:

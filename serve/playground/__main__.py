@@ -188,7 +188,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             page.launch(
                 server_name=args.host, server_port=args.port, css=CSS, quiet=True,
-                prevent_thread_lock=True, **options,
+                prevent_thread_lock=True,
+                _frontend=False,  # do not end where the page takes more than 3 s to answer
+                **options,
             )  # fmt: skip
         except (OSError, OverflowError):
             raise GptDistError(

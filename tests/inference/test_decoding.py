@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -396,7 +397,6 @@ def test_auto_is_bf16_where_that_is_faster(
     use_backend(name, monkeypatch)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
     assert Decoder(small_model(), max_slots=1).dtype == dtype
-    kernels.decoder_library.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["none", "broken"])
@@ -409,14 +409,13 @@ def test_without_a_compiler_the_decoder_says_so_and_runs(
     monkeypatch.delenv("CXX", raising=False)
     if compiler == "broken":
         break_compiler(tmp_path)
-    kernels.decoder_library.cache_clear()
+    monkeypatch.setattr(kernels, "_library", cache(kernels._library.__wrapped__))
     model = small_model()
     assert_greedy(model, [1], list(generate(model, [1], GREEDY, 5)))
     list(generate(model, [1], GREEDY, 5))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert ("out of order" if compiler == "broken" else "no C++ compiler") in caplog.text
     assert not list(tmp_path.glob("cache/**/*.so"))
-    kernels.decoder_library.cache_clear()
 
 
 @ARCHITECTURES
@@ -454,7 +453,6 @@ def test_short_prompts_go_through_the_model_together(
     results = [[decoder.step() for _ in range(4)] for decoder in (together, alone)]
     assert results[0] == results[1]
     assert calls[:4] == [128, 87, 33, 8]
-    kernels.decoder_library.cache_clear()
 
 
 def test_prompts_whose_computation_failed_are_not_taken_for_cached() -> None:

@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from gpt_dist.errors import UsageError
-from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.sampling import SamplingParams, top_values, uniform
 from gpt_dist.model.gpt import GPT
@@ -173,7 +172,6 @@ def test_both_backends_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
             decoder.prefill(slot, ids)
             decoder.activate(slot, random_params(dice, model.vocab_size), ids)
         streams.append([decoder.step().tokens for _ in range(30)])
-        kernels.decoder_library.cache_clear()
     assert streams[0] == streams[1]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt_dist.inference import cpu_kernels as kernels
 from gpt_dist.inference.backends import DType
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.generation import generate_many
@@ -28,10 +27,8 @@ small_texts = st.lists(st.integers(0, 2), min_size=1, max_size=60)
 
 
 @pytest.fixture(autouse=True)
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     use_backend("kernels", monkeypatch)
-    yield
-    kernels.decoder_library.cache_clear()
 
 
 @given(small_texts, st.lists(small_texts, max_size=4))
