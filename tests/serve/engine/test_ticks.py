@@ -37,6 +37,8 @@ from tests.fake_decoder import (
 from tests.serve.soak import note
 
 COUNT = 10_000 if os.environ.get("SOAK") else 1000
+LONG = COUNT > 1000
+"""The random jobs after the first thousand reuse less: 188 of 10,000 at chunks of 5."""
 CONTEXT = 120
 
 
@@ -311,9 +313,9 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
         assert tokens == expected(ids, job.sampling.seed, weights, len(tokens))
         reused += started[0].cached_tokens > 0
         ended += isinstance(events[-1], Ended)
-    assert ended > COUNT / 4
+    assert ended > COUNT / (4 if LONG else 3)
     assert (accepted > COUNT / 10) == speculate
-    assert reused > COUNT / 100  # within a caller
+    assert reused > COUNT / (100 if LONG else 50)  # within a caller
     assert traffic.decoder.weights.version > 3
     assert chunk == 5 or traffic.scheduler.preempted > COUNT / 50  # else prompts hold it up
     assert traffic.scheduler.weights.live == 1
