@@ -126,12 +126,9 @@ class Ranks:
     """A command as torchrun would start it: one process a rank, here without restarts.
 
     Args:
-        module: what would follow ``python -m``.
-        arguments: its arguments.
+        module, arguments, cwd, env: as those of a `Command`.
         count: how many ranks; a single one gets no rendezvous.
         outputs: files for stdout and stderr of all ranks.
-        cwd: working directory; the caller's by default.
-        env: the whole environment; the caller's by default.
     """
 
     def __init__(
@@ -145,7 +142,10 @@ class Ranks:
     ) -> None:
         self.arguments, self.outputs = [module, *arguments], outputs
         environment = dict(os.environ if env is None else env)
-        self._store, shared = _rendezvous(count) if count > 1 else (None, [{}])
+        self._store, shared = None, [{}]
+        if count > 1:
+            self._store, shared = _rendezvous(count)
+            environment.setdefault("OMP_NUM_THREADS", "1")
         self.commands = [
             Command(module, arguments, outputs, cwd, environment | own) for own in shared
         ]
@@ -191,7 +191,6 @@ def _rendezvous(count: int) -> tuple[object, list[dict[str, str]]]:
         "TORCHELASTIC_RUN_ID": "warm",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     return store, [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(count))]
 
