@@ -32,6 +32,7 @@ from typing import Any
 
 import pictures
 import torch
+import yaml
 from flags import as_flags, benchmark_parser
 from record import record
 from scipy import stats
@@ -149,7 +150,7 @@ class Lab:
         lines = (out / "run/metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         curve = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        if "--optim.average" in run.recipe.flags:
+        if yaml.safe_load((out / "run/config.yaml").read_text())["optim"]["average"]:
             curve[-1] = (steps, average_loss(out / "run", arguments))
         shutil.rmtree(out)
         return Outcome(curve, done.stdout.split(" parameters")[0].split()[-1])

@@ -35,7 +35,7 @@ from typing import Any
 import grpc
 import psutil
 import torch
-from flood import watched
+from flood import CONNECTIONS, watched
 from record import record
 
 from gpt_dist.checkpoints.writer import write_checkpoint
@@ -285,7 +285,7 @@ def flood(directory: Path, model: GPT, arguments: argparse.Namespace) -> dict[st
                 found[name]["flood_ended"] = json.loads(flooder.communicate()[0])
                 print(name, json.dumps(found[name]), flush=True)
     return {
-        "dtype": arguments.dtype, "connections": 50, "seconds": arguments.seconds,
+        "dtype": arguments.dtype, "connections": CONNECTIONS, "seconds": arguments.seconds,
         "note": "The flood comes from a process with nice 10 on the same cores.", "floods": found,
     }  # fmt: skip
 

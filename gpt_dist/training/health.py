@@ -51,7 +51,7 @@ class Health:
     def __call__(self, trainer: Trainer) -> None:
         main = trainer.run.world.is_main
         now = {
-            name: tensor.detach().cpu().clone()
+            name: tensor.detach().to("cpu", copy=True)
             for name, tensor in trainer.run.engine.full_state()  # collective
             if main and (name.startswith("model.") or name.split(".")[1] in FIRST_MOMENTS)
         }
