@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 
 from gpt_dist.errors import GptDistError, Parser, run_main
-from gpt_dist.ops.build import KERNELS, build, unavailable
 
 
 def main() -> None:
@@ -15,6 +14,8 @@ def main() -> None:
         GptDistError: they cannot be had here; says why.
     """
     Parser(prog="gpt_dist.kernels", description="Build the CPU kernels now.").parse_args()
+    from gpt_dist.ops.build import KERNELS, build, unavailable  # imports torch
+
     reason = unavailable()
     if reason:
         raise GptDistError(f"no CPU kernels here: {reason}; everything runs in plain PyTorch")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from gpt_dist.config.command_line import parse
+from gpt_dist.config import help
 from gpt_dist.errors import is_rank_0, run_main
 from gpt_dist.parallel.watchdog import die_with_agent, stop_agent
 
 
 def main() -> None:
+    if set(help.FLAGS) & set(sys.argv[1:]):
+        print(help.PAGE.read_text(encoding="utf-8"), end="")
+        return
+    from gpt_dist.config.command_line import parse
+
     command = parse(sys.argv[1:])
     if command.dry_run:
         from gpt_dist.training.dry_run import report
@@ -17,7 +22,7 @@ def main() -> None:
         if is_rank_0():
             print(report(command))
         return
-    from gpt_dist.training.trainer import train  # imports torch, which --help does without
+    from gpt_dist.training.trainer import train  # imports torch, which a mistake does without
 
     train(command.config)
 

@@ -8,7 +8,6 @@ are reported together, each with the key, the value and what would be valid.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import re
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 
 from gpt_dist.config.conflicts import combination_problems
 from gpt_dist.config.migrations import former_names, get, has, migrate, put, remove
-from gpt_dist.config.planning import HELP, PARSERS, PlanOptions, plan_options
+from gpt_dist.config.planning import PARSERS, PlanOptions, plan_options
 from gpt_dist.config.settings import (
     DEFAULT_TOKENIZER,
     Config,
@@ -166,50 +165,6 @@ def choices(annotation: Any) -> str:
     return names.get(annotation, "null" if annotation is type(None) else "a value")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``gpt_dist.train``, for ``--help`` alone."""
-    parser = argparse.ArgumentParser(
-        prog="gpt_dist.train",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="[torchrun --nproc_per_node=N -m | python -m] gpt_dist.train "
-        "[--config NAME|FILE] [--dry-run [--ranks N] [--mfu SHARE] [--device-memory SIZE]] "
-        "[--section.key value ...]",
-        description="Train GPT-2. Without flags: the gpt2-124m preset.\n\n"
-        "  python -m gpt_dist.train --config shakespeare-char-cpu\n"
-        "  torchrun --nproc_per_node=8 -m gpt_dist.train --train.micro_batch_size 32\n\n"
-        f"presets: {', '.join(presets())}",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="NAME|FILE",
-        default="gpt2-124m",
-        help="preset or YAML file (default: gpt2-124m)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what the run would need (memory, time, disk) and what is wrong, and exit",
-    )
-    planning = parser.add_argument_group("with --dry-run")
-    for flag, (metavar, text) in HELP.items():
-        planning.add_argument(f"--{flag}", metavar=metavar, help=text)
-    groups: dict[str, Any] = {}
-    for flag, field in flags().items():
-        section = flag.split(".")[0] if "." in flag else "run"
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        default = "null" if field.default is None else field.default
-        group.add_argument(
-            f"--{flag}",
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{field.description} [{choices(field.annotation)}; default {default}]".replace(
-                "%", "%%"
-            ),
-        )
-    return parser
-
-
 @dataclass(frozen=True)
 class Command:
     """What a command line of ``gpt_dist.train`` says."""
@@ -232,10 +187,7 @@ def parse(argv: list[str]) -> Command:
 
     Raises:
         UsageError: with every problem found, a line each.
-        SystemExit: after printing ``--help``.
     """
-    if "-h" in argv or "--help" in argv:
-        make_parser().parse_args(["--help"])
     known, former = flags(), former_names()
     overrides: dict[str, Any] = {}
     problems: list[str] = []

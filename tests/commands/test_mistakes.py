@@ -173,7 +173,7 @@ def type_here(command: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str
         patch.setattr(sys, "argv", [name, *arguments])
         # The client would try again, as a server may restart.
         patch.setattr(connection, "CHANNEL_OPTIONS", [("grpc.enable_retries", 0)])
-        patch.setattr("serve.__main__.set_up", lambda *_: None)
+        patch.setattr("serve.logs.set_up", lambda *_: None)
         with pytest.raises(SystemExit) as ended:
             run_main(module.main)
     status = ended.value.code

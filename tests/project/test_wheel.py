@@ -96,6 +96,7 @@ def test_use(wheel: Path, tmp_path: Path) -> None:
     assert where.stdout.startswith(str(home))
     run("gpt_dist.prepare", "shakespeare", "--tokenizer", "char")
     options = ["--train.steps=5", "--optim.warmup_steps=5", "--train.eval_tokens=2048"]
+    assert "--train.steps" in run("gpt_dist.train", "--help")
     run("gpt_dist.train", "--config", "shakespeare-char-cpu", *options)
     run("gpt_dist.export", "--checkpoint", "runs/shakespeare-char-cpu", "--out", "exported")
     server = subprocess.Popen(

@@ -187,7 +187,7 @@ def run_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def run(decoder: Any, user: Callable[[str], None], *flags: str) -> tuple[int, str]:
         monkeypatch.setattr("serve.server.load", lambda options: loaded(decoder))
         monkeypatch.setattr("sys.argv", ["serve", "--checkpoint", "x", "--port", "0", *flags])
-        monkeypatch.setattr("serve.__main__.set_up", lambda *_: None)
+        monkeypatch.setattr("serve.logs.set_up", lambda *_: None)
 
         def use() -> None:
             printed = [""]

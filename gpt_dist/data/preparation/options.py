@@ -9,7 +9,6 @@ from pathlib import Path
 
 from gpt_dist.data.catalog import VARIANTS
 from gpt_dist.errors import Parser, UsageError
-from gpt_dist.text.tokenizers import MAX_VOCAB_SIZE
 
 EPILOG = """\
 examples:
@@ -50,6 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--vocab-size: only for --tokenizer bpe")
     if args.vocab_size is None:
         args.vocab_size = 8192
+    from gpt_dist.text.tokenizers import MAX_VOCAB_SIZE  # imports numpy, which --help does without
+
     if not 258 <= args.vocab_size <= MAX_VOCAB_SIZE:
         raise UsageError(
             f"--vocab-size {args.vocab_size}: valid are 258 (the bytes and two special tokens) to "
