@@ -114,9 +114,7 @@ class App:
     async def tokenize(self, data: bytes) -> Reply:
         served = self.serving.accept()
         body = await _parse(served, data, schema.TokenizeRequest)
-        request = api.TokenizeRequest(
-            text=schema.utf8("prompt", body.prompt), model=schema.utf8("model", body.model)
-        )
+        request = api.TokenizeRequest(text=body.prompt, model=body.model)
         made = await self.serving.tokenize(request)
 
         def reply() -> Reply:
@@ -135,9 +133,7 @@ class App:
     async def detokenize(self, data: bytes) -> Reply:
         served = self.serving.accept()
         body = await _parse(served, data, schema.DetokenizeRequest)
-        request = api.DetokenizeRequest(
-            token_ids=body.tokens, model=schema.utf8("model", body.model)
-        )
+        request = api.DetokenizeRequest(token_ids=body.tokens, model=body.model)
         made = await self.serving.detokenize(request)
         return Reply.json({"prompt": made.text, "system_fingerprint": made.system_fingerprint})
 

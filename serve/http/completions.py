@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from gpt_dist.v1 import generation_pb2 as pb
 from gpt_dist.v1 import generation_service_pb2 as api
 from serve.api.batch import Batch
@@ -107,10 +109,8 @@ class Completion:
                         choices[index] = answer
         finally:
             self._note()
-        ordered = [choice for index in sorted(choices) for choice in choices[index]]
-        shell = encode(self._envelope(choices=[], usage=usage_object(self.usage)))
-        before, after = shell.split(b'"choices": []', 1)
-        return b"".join((before, b'"choices": [', b", ".join(ordered), b"]", after))
+        ordered = [orjson.Fragment(part) for index in sorted(choices) for part in choices[index]]
+        return encode(self._envelope(choices=ordered, usage=usage_object(self.usage)))
 
     async def _choices(self, index: int) -> list[bytes]:
         """The choices of one prompt."""

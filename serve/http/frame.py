@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from grpc import StatusCode
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
@@ -46,7 +46,7 @@ Behaviour = Callable[[bytes], Awaitable[Reply | Events]]
 
 def encode(value: Any) -> bytes:
     """JSON, in one line of UTF-8."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="replace")
+    return orjson.dumps(value)
 
 
 async def answer(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpt_dist.v1 import generation_service_pb2 as api
@@ -152,8 +152,9 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     if _nested(data) > MAX_NESTED and _nested(STRINGS.sub(b"", data)) > MAX_NESTED:
         raise invalid("", f"the body has more than {MAX_NESTED} lists and objects")
     try:
-        value = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        # Several times as fast as the standard library, which held the event loop for 10 ms.
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
         raise invalid("", f"the body is not JSON: {str(error)[:100]}") from None
     if not isinstance(value, dict):
         raise invalid("", "the body is not a JSON object")
@@ -161,23 +162,14 @@ def parse(data: bytes, kind: type[Body]) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = _shown(str(first["loc"][0])) if first["loc"] else ""
+        field = str(first["loc"][0])[:100] if first["loc"] else ""
         if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
             raise invalid(field, f"unknown; valid are {', '.join(kind.model_fields)}") from None
         raise invalid(field, first["msg"][:200]) from None
 
 
-def _shown(name: str) -> str:
-    """A name from a body, fit for a message."""
-    return name[:100].encode(errors="replace").decode()
-
-
 def _nested(data: bytes) -> int:
     return data.count(b"[") + data.count(b"{")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def prompts(body: CompletionRequest, limits: Limits) -> list[Prompt]:
@@ -221,9 +213,9 @@ def generation_request(body: CompletionRequest, prompt: Prompt) -> api.GenerateR
         StatusError: INVALID_ARGUMENT.
     """
     request = api.GenerateRequest(
-        model=utf8("model", body.model),
-        expected_weights_version=utf8("expected_weights_version", body.expected_weights_version),
-        cache_salt=utf8("cache_salt", body.cache_salt or ""),
+        model=body.model,
+        expected_weights_version=body.expected_weights_version,
+        cache_salt=body.cache_salt or "",
     )
     fill_prompt(request.prompt, prompt)
     config = request.config
@@ -245,7 +237,7 @@ def generation_request(body: CompletionRequest, prompt: Prompt) -> api.GenerateR
         name = "truncate_prompt_tokens"
         _set(config, name, name, body.truncate_prompt_tokens)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    config.stopping.stop_sequences.extend(utf8("stop", stop) for stop in stops[: MAX_STOPS + 1])
+    config.stopping.stop_sequences.extend(stops[: MAX_STOPS + 1])
     try:
         config.stopping.stop_token_ids.extend(body.stop_token_ids or [])
     except (ValueError, OverflowError):
@@ -262,13 +254,9 @@ def generation_request(body: CompletionRequest, prompt: Prompt) -> api.GenerateR
 
 
 def fill_prompt(message: Any, prompt: Prompt) -> None:
-    """Set a Prompt to a text or to token ids.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT, for a text that UTF-8 cannot express.
-    """
+    """Set a Prompt to a text or to token ids."""
     if isinstance(prompt, str):
-        message.text = utf8("prompt", prompt)
+        message.text = prompt
     else:
         message.token_ids.ids.extend(prompt)
 
@@ -279,7 +267,6 @@ def check(body: CompletionRequest) -> None:
     Raises:
         StatusError: INVALID_ARGUMENT.
     """
-    utf8("user", body.user or "")
     outputs = 1 if body.n is None else body.n
     if body.best_of is not None and body.best_of != outputs:
         raise invalid("best_of", f"only n ({outputs}) is supported")
@@ -296,16 +283,3 @@ def _set(message: Any, field: str, name: str, value: Any) -> None:
         setattr(message, field, value)
     except (TypeError, ValueError, OverflowError) as error:
         raise invalid(name, str(error)[:200]) from None
-
-
-def utf8(name: str, value: str) -> str:
-    """Check that a text can be written as UTF-8; JSON can also write half of a surrogate pair.
-
-    Raises:
-        StatusError: INVALID_ARGUMENT.
-    """
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise invalid(name, "has half of a surrogate pair") from None
-    return value

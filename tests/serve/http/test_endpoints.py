@@ -122,10 +122,6 @@ def test_a_base_model_has_no_chat(ai: openai.OpenAI) -> None:
         ({"prompt": "word " * 500}, "prompt"),
         ({"prompt": ["x"] * 2049}, "prompt"),
         ({"prompt": {}}, "prompt"),
-        ({"prompt": "\ud800"}, "prompt"),
-        ({"prompt": "x", "user": "\ud800"}, "user"),
-        ({"prompt": "x", "stop": ["\ud800"]}, "stop"),
-        ({"prompt": "x", "logit_bias": {"\ud800": 1}}, "logit_bias"),
         ({"prompt": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": "x", "top_p": 0}, "top_p"),
     ],
@@ -146,7 +142,7 @@ def test_errors_name_the_parameter(
     [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"prompt": NaN}', b'{"temperature": Infinity}',
      b"[" * 100_000, b'{"prompt":' + b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}",
      b'{"prompt": [' + b"[1]," * 5000 + b"[1]]}", b'{"prompt": ["[' + b'"' * 5000,
-     rb'{"prompt": "x", "max_tok\ud800s": 2}', rb'{"stream_options": {"\ud800": 2}}',
+     rb'{"prompt": "\ud800"}', rb'{"prompt": "x", "max_tok\ud800s": 2}', rb'{"stream_options": {"\ud800": 2}}',
      rb'{"prompt": "x", "max_tok\ns": 2}', rb'{"\u0000": 2}', rb'{"a.b[0]": 2}', rb'{"": 2}'],
 )  # fmt: skip
 def test_bodies_that_are_no_requests(http: httpx.Client, data: bytes) -> None:
