@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from gpt_dist.data.shards import write_shard
 from gpt_dist.text.tokenizers import CharTokenizer
-from tests import warm
+from tests import forks, warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # while the tests are imported, which takes a quarter less then
@@ -32,6 +33,14 @@ BIN = Path(sys.executable).parent
 
 Row = dict[str, Any]
 TIMING = ("tokens_per_second", "mfu", "step_ms")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the place where all workers find the process for forks."""
+    if not hasattr(config, "workerinput"):
+        directory = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(directory.cleanup)
+        os.environ |= {forks.SESSION: directory.name, forks.OWNER: str(os.getpid())}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,17 +1,14 @@
 """Run ``python -m MODULE …``, alone or as several ranks, in forks of a process that has torch.
 
-A fork server imports the heavy libraries once, and every command is a fork of it. That saves the
-seconds of CPU time that importing torch costs each process. Nothing else is shared: a command has
-its own working directory, environment, output and exit status. Tests about the launcher itself
-(``torchrun``, signals to it, its restarts) start real processes instead.
+That saves the seconds of CPU time that importing torch costs each process. Nothing else is shared:
+a command has its own working directory, environment, output and exit status. Tests about the
+launcher itself (``torchrun``, signals to it, its restarts) start real processes instead.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
-import multiprocessing
 import os
 import runpy
 import signal
@@ -24,36 +21,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 
-PRELOAD = [
-    "pytest",
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",  # DeepSpeed needs it
-    "tests.warm_deepspeed",
-    "numpy",
-    "safetensors.torch",
-    "matplotlib.figure",
-    "torch.utils.tensorboard",
-    "gpt_dist.training.trainer",
-    "gpt_dist.inference.decoder",
-]
-ROOT = str(Path(__file__).resolve().parents[1])
+from tests import forks
+
+ROOT = str(forks.ROOT)
 
 
-def _become(
-    module: str, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[str]
-) -> None:
+def _become(_: Connection, module: str, arguments: list[str], cwd: str, outputs: list[str]) -> None:
     """Turn this fork into the command."""
     for number, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
     sys.path[:0] = [cwd, ROOT]
     sys.argv = [module, *arguments]
-    gc.freeze()  # what the server has imported need not be looked through again and again
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
@@ -79,26 +59,19 @@ class Command:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         environment = dict(os.environ if env is None else env)
         search = [ROOT, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(search)  # for processes that it starts
-        self.process = context.Process(
-            target=_become,
-            args=(
-                module, list(arguments), str(cwd or Path.cwd()), environment,
-                [str(path) for path in outputs],
-            ),
-            daemon=True,
+        where = cwd or Path.cwd()
+        self.fork = forks.Fork(
+            _become, module, list(arguments), str(where), [str(path) for path in outputs],
+            cwd=where, env=environment,
         )  # fmt: skip
-        self.process.start()
-        assert self.process.pid is not None
-        self.pid = self.process.pid
+        self.pid = self.fork.pid
 
     def poll(self) -> int | None:
         """Exit status, or None while it runs."""
-        return self.process.exitcode
+        return self.fork.poll()
 
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -106,12 +79,11 @@ class Command:
 
     def wait(self, timeout: float = 240) -> int:
         """Exit status; a command that takes longer than ``timeout`` seconds is killed."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-        assert self.process.exitcode is not None
-        return self.process.exitcode
+        if self.fork.poll(timeout) is None:
+            self.send_signal(signal.SIGKILL)
+        status = self.fork.poll(60)
+        assert status is not None
+        return status
 
 
 def run(
@@ -159,8 +131,8 @@ class Ranks:
         """Exit status: of several ranks 0 or, as torchrun's, 1. One that fails ends the others."""
         deadline = time.monotonic() + timeout
         while running := [command for command in self.commands if command.poll() is None]:
-            sentinels = [command.process.sentinel for command in running]
-            wait(sentinels, max(0.0, deadline - time.monotonic()))
+            ends = [command.fork.connection for command in running]
+            wait(ends, max(0.0, deadline - time.monotonic()))
             if any(command.poll() for command in self.commands) or time.monotonic() > deadline:
                 for command in running:
                     command.send_signal(signal.SIGKILL)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
 
-from tests.warm import PRELOAD
+from tests import forks
 
 
 def on_ranks(
@@ -26,35 +25,25 @@ def on_ranks(
     Raises:
         AssertionError: a rank failed, or did not end in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ends, processes = [], []
-    for rank in range(size):
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank, args=(theirs, rank, size, store.port, function, arguments), daemon=True
-        )
-        process.start()
-        theirs.close()
-        ends.append(mine)
-        processes.append(process)
+    ranks = [forks.Fork(_rank, rank, size, store.port, function, arguments) for rank in range(size)]
     results: list[Any] = []
     try:
-        for rank, end in enumerate(ends):
-            assert end.poll(timeout), f"rank {rank} did not end in {timeout:.0f} s"
-            problem, result = end.recv()
-            assert not problem, f"rank {rank}:\n{problem}"
+        for number, rank in enumerate(ranks):
+            assert rank.connection.poll(timeout), f"rank {number} did not end in {timeout:.0f} s"
+            answer = rank.connection.recv()
+            assert isinstance(answer, tuple), f"rank {number} ended with status {answer}"
+            problem, result = answer
+            assert not problem, f"rank {number}:\n{problem}"
             results.append(result)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        for rank in ranks:
+            rank.kill()
     return results
 
 
 def _rank(
-    end: Any, rank: int, size: int, port: int,
+    end: Connection, rank: int, size: int, port: int,
     function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     from gpt_dist.parallel.world import start
@@ -63,7 +52,6 @@ def _rank(
     values = (rank, rank, size, size, port)
     os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    gc.freeze()  # as in tests.warm
     try:
         with start("cpu") as world:
             result = function(world, *arguments)

@@ -7,9 +7,9 @@ import fcntl
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -32,6 +32,7 @@ from serve.engine.loading import Loaded
 from serve.engine.scheduler import Scheduler
 from serve.options import Options
 from serve.server import Server
+from tests import warm
 from tests.components import missing, require
 
 CONTEXT = 160
@@ -115,54 +116,51 @@ class Clock:
 
 
 class Process:
-    """A ``python -m serve`` process."""
+    """A ``python -m serve`` process, which writes into a directory."""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a full pipe would block it
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
+    def __init__(self, directory: Path, *arguments: object, **environment: str) -> None:
+        self.out, self.errors = directory / "stdout", directory / "stderr"
+        for file in (self.out, self.errors):
+            file.touch()
+        self.command = warm.Command(
+            "serve", [*map(str, arguments)], (self.out, self.errors),
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        )
+        )  # fmt: skip
 
     def ready(self) -> str:
         """Wait for its line ``ready: …``; returns host:port."""
-        assert self.process.stdout is not None
-        self.lines = []
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-            if line.startswith("ready: "):
-                return line.split()[1]
-        raise AssertionError(self.end(None))
+        ready = re.compile(r"^ready: (\S+).*\n", re.MULTILINE)
+        wait_until(lambda: ready.search(self.out.read_text()) or self.command.poll() is not None)
+        self.lines = self.out.read_text().splitlines()
+        found = ready.search(self.out.read_text())
+        assert found, self.log()
+        return found[1]
 
     def log(self) -> str:
         """Return what it has written to stderr so far."""
-        file = self.errors.fileno()
-        return os.pread(file, os.fstat(file).st_size, 0).decode()
+        return self.errors.read_text()
 
     def end(self, number: int | None = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal and wait; returns exit status and stderr."""
         if number is not None:
-            self.process.send_signal(number)
-        self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, self.log()
+            self.command.send_signal(number)
+        return self.command.wait(PATIENCE), self.log()
 
 
 @pytest.fixture
-def processes() -> Iterator[Callable[..., Process]]:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
     """Start servers as processes; those still running at the end are killed."""
     started: list[Process] = []
 
     def start(*arguments: object, **environment: str) -> Process:
-        started.append(Process(*arguments, **environment))
+        directory = tmp_path_factory.mktemp("serve")
+        started.append(Process(directory, *arguments, **environment))
         return started[-1]
 
     yield start
     for process in started:
-        process.process.kill()
-        process.process.communicate()
+        if process.command.poll() is None:
+            process.end(signal.SIGKILL)
 
 
 class LiveServer:
