@@ -28,7 +28,7 @@ quick: install  ## Run the tests that need no process of their own: under 90 sec
 
 # More workers than cores, because the longest tests mostly wait.
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/pytest -n 5 --dist worksteal
 
 test-cluster: install  ## Install Slurm and iproute2 (as root), run the tests on a real cluster
 	bash tests/cluster/setup.sh
