@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ class Lab:
             "train.steps": steps,
             "train.batch_tokens": arguments.tokens,
             "train.micro_batch_size": arguments.tokens // arguments.context,
-            "train.eval_every": max(1, steps // 6),
+            "train.eval_every": max(1, steps // 4),
             "train.eval_tokens": arguments.eval_tokens,
             "train.checkpoint_every": 0,
             "train.sample_every": 0,
@@ -191,10 +192,10 @@ def compare(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
-    """Sweep each recipe, then train all seeds at its best rate."""
+def measure(lab: Lab, recipes: list[Recipe]) -> Iterator[dict[str, Any]]:
+    """Sweep each recipe, then train all seeds at its best rate; the result after each recipe."""
     arguments = lab.arguments
-    result: dict[str, Any] = {"recipes": {}}
+    result: dict[str, Any] = {"data": Path(arguments.data).name, "recipes": {}}
     for recipe in recipes:
         sweep = lab.sweep(recipe)
         rate = min(sweep, key=sweep.__getitem__)
@@ -215,8 +216,7 @@ def measure(lab: Lab, recipes: list[Recipe]) -> dict[str, Any]:
         if result["recipes"]:
             found["beside_the_first"] = compare(found, next(iter(result["recipes"].values())))
         result["recipes"][recipe.name] = found
-    result["data"] = Path(arguments.data).name
-    return result
+        yield result
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -271,10 +271,10 @@ def main() -> None:
     if arguments.seeds < 2:
         raise UsageError(f"--seeds {arguments.seeds}: expected 2 or more, to tell the spread")
     with tempfile.TemporaryDirectory(prefix="learning-") as name:
-        result = measure(Lab(arguments, Path(name)), recipes)
+        for result in measure(Lab(arguments, Path(name)), recipes):
+            record(arguments.json, result, packages=("scipy",))
     for recipe, found in result["recipes"].items():
         print(f"{recipe}: {verdict(found)}")
-    record(arguments.json, result, packages=("scipy",))
     if arguments.picture:
         pictures.learning(result, Path(arguments.picture))
 

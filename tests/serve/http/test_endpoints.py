@@ -143,7 +143,8 @@ def test_errors_name_the_parameter(
      b"[" * 100_000, b'{"prompt":' + b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}",
      b'{"prompt": [' + b"[1]," * 5000 + b"[1]]}", b'{"prompt": ["[' + b'"' * 5000,
      rb'{"prompt": "\ud800"}', rb'{"prompt": "x", "max_tok\ud800s": 2}',
-     rb'{"stream_options": {"\ud800": 2}}', rb'{"prompt": "x", "max_tok\ns": 2}', rb'{"\u0000": 2}', rb'{"a.b[0]": 2}', rb'{"": 2}'],
+     rb'{"stream_options": {"\ud800": 2}}',
+     rb'{"prompt": "x", "max_tok\ns": 2}', rb'{"\u0000": 2}', rb'{"a.b[0]": 2}', rb'{"": 2}'],
 )  # fmt: skip
 def test_bodies_that_are_no_requests(http: httpx.Client, data: bytes) -> None:
     answer = http.post("/v1/completions", content=data)
