@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -28,6 +30,15 @@ def log_of(cwd: Path) -> str:
     return "\n".join(log.read_text(errors="replace") for log in sorted(cwd.glob("*.log")))
 
 
+def send(number: signal.Signals, out: Path) -> None:
+    """Send a signal to both ranks of a run."""
+    started = [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or ())]
+    ranks = [process for process in started if "RANK" in process.environ()]
+    assert len(ranks) == 2, started
+    for rank in ranks:
+        rank.send_signal(number)
+
+
 @pytest.mark.slow(110)
 def test_time_limit_checkpoints_requeues_and_finishes(
     slurm: SlurmCluster, tiny_config: Config, tmp_path: Path
@@ -44,9 +55,13 @@ def test_time_limit_checkpoints_requeues_and_finishes(
         TRAIN, "--config", str(config), "--out_dir", str(out), "--resume", "never", cwd=tmp_path,
     )  # fmt: skip
     # The limit comes closer when the run is under way, however long its start took. Slurm looks
-    # at limits every 30 s: the signal comes within that time, and the end another 30 s later.
+    # at limits every 30 s: the signal comes within that time, and the end another 30 s later. Until
+    # then the ranks sleep, because the steps would have to be repeated below.
     wait_until(lambda: step_count(out) > 5, "step 5")
     slurm.update(job, f"EndTime={datetime.now() + timedelta(seconds=40):%FT%T}")
+    send(signal.SIGSTOP, out)
+    wait_until(lambda: "time is nearly up" in log_of(tmp_path), "the signal")
+    send(signal.SIGCONT, out)
     slurm.wait(job, "PENDING", "COMPLETED", "FAILED", "TIMEOUT")
     assert slurm.job(job)["JobState"] == "PENDING", log_of(tmp_path)
     slurm.update(job, "TimeLimit=30")

@@ -20,7 +20,7 @@ from serve.inference import grpc_service_pb2 as kserve_pb
 from tests.serve.conftest import CONTEXT, PATIENCE, LiveServer, StartServer, errors
 from tests.serve.soak import Leaks
 
-COUNT = 100_000 if os.environ.get("SOAK") else 10_000
+COUNT = 100_000 if os.environ.get("SOAK") else 5_000
 SERVICE = api.DESCRIPTOR.services_by_name["GenerationService"]
 MODEL = model_api.DESCRIPTOR.services_by_name["ModelService"]
 INFERENCE = kserve_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
