@@ -1,4 +1,4 @@
-"""Import DeepSpeed in the fork server, for the CPU and without its banner."""
+"""Import DeepSpeed in the process for forks, for the CPU and without its banner."""
 
 import logging
 import os
