@@ -69,6 +69,7 @@ def flags(data: Path, steps: int) -> list[str]:
         "model.context_length": 64,
         "optim.lr": 1e-3,
         "optim.min_lr": 1e-4,
+        "optim.warmup_steps": 10,
         "train.steps": steps,
         "train.batch_tokens": 4096,
         "train.micro_batch_size": 32,
@@ -169,7 +170,7 @@ def quiet_run(run: Run) -> float:
     start = time.monotonic()
     run.start()
     if run.agent is None or run.agent.wait():
-        raise GptDistError(f"the quiet run failed:\n{run.log.read_text()[-2000:]}")
+        raise GptDistError(f"the quiet run failed:\n{run.log.read_text()[-6000:]}")
     return time.monotonic() - start
 
 
