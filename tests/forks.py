@@ -38,7 +38,9 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "gpt_dist.training.trainer",
     "gpt_dist.inference.decoder",
+    "gradio",
 ]
+"""Left out where it is not installed."""
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = "GPT_DIST_TEST_SESSION"
 """Environment variable: the directory of the session's socket."""
@@ -96,7 +98,8 @@ def _connect() -> Connection:
 
 def _serve(address: Path, owner: int) -> None:
     for name in PRELOAD:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     gc.freeze()  # forks need not look through it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)

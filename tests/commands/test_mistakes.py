@@ -28,6 +28,7 @@ from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
 from gpt_dist.text.tokenizers import load_tokenizer
 from serve.client import connection
 from serve.options import Options
+from tests import warm
 from tests.conftest import words
 from tests.serve.conftest import LiveServer, tiny_model
 from tests.serve.test_security import Authority
@@ -184,10 +185,14 @@ def type_here(command: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str
 def type_fresh(command: str) -> tuple[int, str]:
     """The same in a process of its own, which cannot reach the hub."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)],
-        capture_output=True, text=True, env=environment, timeout=240,
-    )  # fmt: skip
+    module, *arguments = shlex.split(command)
+    if module.partition(".")[0] == "serve":  # never asks the hub
+        done = warm.run_ranks(module, arguments, env=environment)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True, text=True, env=environment, timeout=240,
+        )  # fmt: skip
     return done.returncode, done.stderr
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import subprocess
-import sys
+import signal
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from gpt_dist.text.tokenizers import CharTokenizer, load_tokenizer
 from serve.playground.__main__ import check_page, launch_options, main, make_parser
 from serve.playground.page import converse, model_info
 from serve.playground.replies import GROWING, Reply, ended, panels
+from tests import warm
 from tests.components import require, require_module
 from tests.conftest import free_port
 from tests.serve.conftest import CONTEXT, PATIENCE, StartServer, wait_until
@@ -34,6 +35,7 @@ from tests.serve.test_security import Authority
 LONG = 3000
 ALPHABET = "abcdefghijklmnopqrstuvwxyz éß\n<>&\"'"
 VOCABULARY = len(ALPHABET)
+READY = re.compile(r"^ready:.*\n", re.MULTILINE)
 
 
 @pytest.fixture
@@ -55,27 +57,22 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(*command: str) -> Iterator[str]:
+def running(module: str, *arguments: str) -> Iterator[str]:
     """Run a module until the block ends; yields its line ``ready: …``."""
     # Without the fast kernels a long reply takes seconds, which leaves time to stop it.
     slow = {"OMP_NUM_THREADS": "1", "GPT_DIST_KERNELS": "0", "GRADIO_ANALYTICS_ENABLED": "False"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | slow,
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if line.startswith("ready:"):
-                yield line
-                break
-        else:
-            raise AssertionError(f"{command} ended with status {process.wait()}")
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name, "log")
+        log.touch()
+        process = warm.Command(module, arguments, (log, log), env=os.environ | slow)
+        try:
+            wait_until(lambda: process.poll() is not None or READY.search(log.read_text()))
+            ready = READY.search(log.read_text())
+            assert ready, log.read_text()
+            yield ready[0]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
