@@ -38,9 +38,8 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "gpt_dist.training.trainer",
     "gpt_dist.inference.decoder",
-    "gradio",
 ]
-"""Left out where it is not installed."""
+"""Not what reads the environment when it is imported, as huggingface_hub does."""
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = "GPT_DIST_TEST_SESSION"
 """Environment variable: the directory of the session's socket."""
@@ -98,8 +97,7 @@ def _connect() -> Connection:
 
 def _serve(address: Path, owner: int) -> None:
     for name in PRELOAD:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
+        importlib.import_module(name)
     gc.freeze()  # forks need not look through it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, lambda *_: None)
