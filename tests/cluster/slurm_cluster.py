@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import random
 import re
 import shutil
 import signal
@@ -118,7 +117,7 @@ class SlurmCluster:
             "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0",
             "ReturnToService=2",
             # Scripts derive ports from a job's number: two clusters at once must not share them.
-            f"FirstJobId={random.randrange(1, 20_000)}",
+            f"FirstJobId={1 + os.getpid() % 20_000}",
             "MpiDefault=none",
             f"KillWait={self.kill_wait}",
             f"StateSaveLocation={self.directory}/state",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +115,27 @@ def test_rolling_restarts_lose_no_call(several: Servers) -> None:
         for each in asking:
             each.result(PATIENCE)
     assert set(outcomes) == {"OK", "HTTP"}, outcomes
+
+
+def test_a_body_that_comes_after_its_head_is_sent_to_another_server(several: Servers) -> None:
+    host, port = several.web.split(":")
+    body = b'{"prompt": "to be", "max_tokens": 2}'
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+
+    def fetch(_: int) -> bytes:
+        with socket.create_connection((host, int(port)), PATIENCE) as connection:
+            connection.sendall(head.encode())
+            time.sleep(0.1)
+            connection.sendall(body)
+            return connection.recv(12)
+
+    stopping = several.servers[0].server.service
+    stopping.draining = True  # HAProxy finds out within half a second
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(fetch, range(8))) == [b"HTTP/1.1 200"] * 8
+    finally:
+        stopping.draining = False
 
 
 @pytest.mark.parametrize("several", [(2, 3), (3, 3)], indirect=True)
