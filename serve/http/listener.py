@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -22,13 +23,19 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_CONNECTIONS = 4096
 """Each takes about 30 KB."""
 HEAD_SECONDS = 30.0
+REFUSED_SECONDS = 0.1
+"""Between two reads of a body whose answer is out, each of up to 256 KB."""
 
 
 class _Protocol(H11Protocol):
-    """Closes connections beyond a number, and those that do not complete a request's head."""
+    """Closes connections beyond a number, and those that do not complete a request's head.
+
+    A body that was refused is read on slowly, so that many of them do not keep the event loop busy.
+    """
 
     most = MAX_CONNECTIONS
     head_seconds = HEAD_SECONDS
+    refused_seconds = REFUSED_SECONDS
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -40,6 +47,9 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY:
+            self.flow.pause_reading()
+            self.loop.call_later(self.refused_seconds, self._read_on)
         if self.cycle is None or self.cycle.response_complete:
             self._expect()
         else:
@@ -48,6 +58,10 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()
         super().connection_lost(exc)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _expect(self) -> None:
         if self._late is None:
