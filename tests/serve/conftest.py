@@ -13,10 +13,11 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -276,6 +277,9 @@ class HeldDecoder:
         pause: seconds that each of them takes at the least.
     """
 
+    made: ClassVar[weakref.WeakSet[HeldDecoder]] = weakref.WeakSet()
+    """Those that may be held when a test ends."""
+
     def __init__(self, decoder: Decoder, pause: float = 0.0) -> None:
         self.decoder, self.pause = decoder, pause
         self.calls = 0
@@ -284,6 +288,7 @@ class HeldDecoder:
         """Raised by the next of them."""
         self._permits, self._waiting = math.inf, False
         self._changed = threading.Condition()
+        HeldDecoder.made.add(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
@@ -330,6 +335,14 @@ class HeldDecoder:
     def step(self) -> Any:
         self._wait()
         return self.decoder.step()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_held() -> Iterator[None]:
+    """A test that fails while it holds a decoder must not stop the tests after it."""
+    yield
+    for decoder in HeldDecoder.made:
+        decoder.release()
 
 
 NODE = Path(__file__).parents[2] / "examples/node"
