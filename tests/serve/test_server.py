@@ -156,10 +156,11 @@ def test_a_dead_engine_fails_every_call_at_once(start: StartServer, model: GPT) 
     decoder = HeldDecoder(Decoder(model, max_slots=2, dtype="fp32"))
     server = start(decoder)
     watcher = Watcher(server.target)
+    watcher.expect(SERVING)
     decoder.hold()
     generate_call = generate_once(server.target)
     calls = [generate_call.future(build_request([1])) for _ in range(5)]
-    wait_until(lambda: len(server.scheduler.jobs) == 5)
+    wait_until(lambda: len(server.scheduler.jobs) == 5 and decoder.held)
     decoder.error = RuntimeError("CUDA error: an illegal memory access was encountered")
     assert {job.slot >= 0 for job in server.scheduler.jobs.all()} == {True, False}
     decoder.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def test_what_cannot_be_met_is_refused_at_once(server: LiveServer) -> None:
             lambda: client.generate([1], max_new_tokens=20, ignore_eos=True, timeout=5)
         )
         assert reason == "DEADLINE_UNREACHABLE"
-        assert message.startswith("the answer would take at least 10 s")
+        assert re.match(r"the answer would take at least 10(\.\d)? s", message)
         client.generate([1], max_new_tokens=20, ignore_eos=True, timeout=PATIENCE)
     finally:
         server.scheduler.estimates.step = 0.0

@@ -9,8 +9,11 @@ from tests.serve.conftest import PATIENCE
 
 
 class Hurried(_Protocol):
-    most = 3
     head_seconds = 0.3
+
+
+class Few(_Protocol):
+    most = 3
 
 
 async def application(scope, receive, send):  # type: ignore[no-untyped-def]
@@ -51,9 +54,9 @@ def test_half_a_head_is_not_waited_for_and_a_slow_answer_is() -> None:
 
 def test_connections_are_bounded() -> None:
     async def run() -> None:
-        listener = Listener(application, "127.0.0.1", 0, protocol=Hurried)
+        listener = Listener(application, "127.0.0.1", 0, protocol=Few)
         kept = []
-        for _ in range(Hurried.most):
+        for _ in range(Few.most):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
             writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             kept.append((reader, writer))
