@@ -39,6 +39,8 @@ PLACES = 256
 """Calls that a server takes at once, unless --max-slots and --max-queue say otherwise."""
 WAITS = (1, 2, 4, 8, 16, 30)
 """Seconds until a server that has ended is started again, at its first end, its second, …"""
+RESTARTED_WITHIN = 600
+"""Seconds in which a server that is restarted must load its model."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -131,15 +133,15 @@ class Balancer:
         """Send a server no more calls."""
         self._each(number, "drain")
 
-    def ready(self, number: int) -> bool:
-        """Send a server calls again; returns whether HAProxy finds it healthy within a minute."""
+    def ready(self, number: int, seconds: float = 60) -> bool:
+        """Send a server calls again; returns whether HAProxy finds it healthy in this time."""
         self._each(number, "ready")
 
         def up() -> bool:
             rows = [line.split(",") for line in self.command("show stat").splitlines()]
             return sum(row[1:2] == [f"s{number}"] and row[17] == "UP" for row in rows) == 2
 
-        return wait_for(up, 60)
+        return wait_for(up, seconds)
 
     def _each(self, number: int, state: str) -> None:
         for name in ("grpc", "http"):
@@ -193,7 +195,7 @@ class Fleet:
         self.replicas, self.flags, self.balancer = replicas, flags, balancer
         self._stopped = self._rolling = False
 
-    def start(self, replica: Replica) -> None:
+    def start(self, replica: Replica) -> subprocess.Popen[bytes]:
         """Start a server."""
         # fmt: off
         command = [
@@ -203,6 +205,7 @@ class Fleet:
         ]
         # fmt: on
         replica.process = subprocess.Popen(command, env=os.environ | replica.environment)
+        return replica.process
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -222,9 +225,7 @@ class Fleet:
                 print(f"ready: {len(self.replicas)} servers", flush=True)
             if self._rolling:
                 self._rolling = False
-                for replica in self.replicas:
-                    self.restart(replica)
-                print("restarted", flush=True)
+                self.roll()
             time.sleep(0.2)
 
     def _revive(self, replica: Replica) -> None:
@@ -244,13 +245,34 @@ class Fleet:
             replica.due = 0.0
             self.start(replica)
 
-    def restart(self, replica: Replica) -> None:
-        """Replace a server by a new one, after its calls have ended elsewhere."""
+    def roll(self) -> None:
+        """Restart one server after another, for as long as they come back."""
+        for replica in self.replicas:
+            if not self.restart(replica):
+                if not self._stopped:
+                    print(
+                        f"server {replica.number} did not come back; those after it go on as "
+                        "they were",
+                        flush=True,
+                    )
+                return
+        print("restarted", flush=True)
+
+    def restart(self, replica: Replica) -> bool:
+        """Replace a server by a new one, after its calls have ended.
+
+        Returns:
+            Whether the new one gets calls.
+        """
         self.balancer.drain(replica.number)
         self._end([replica])
-        self.start(replica)
-        wait_for(lambda: replica.healthy or self._stopped, 600)
-        self.balancer.ready(replica.number)
+        process = self.start(replica)
+
+        def decided() -> bool:
+            return self._stopped or process.poll() is not None or replica.healthy
+
+        wait_for(decided, RESTARTED_WITHIN)
+        return self.balancer.ready(replica.number, 60 if replica.healthy else 0)
 
     def _end(self, replicas: list[Replica]) -> None:
         running = [replica.process for replica in replicas if replica.process is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -175,6 +176,44 @@ def test_a_poisoned_request_ends_one_server(several: Servers) -> None:
 def test_exposure(fleet: Any, flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fleet.main(flags)
+
+
+def test_a_rolling_restart_ends_where_a_server_does_not_come_back(
+    fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model that cannot be loaded, one server is lost and not all of them."""
+    commands = {0: ["sleep", "1000"], 1: ["false"], 2: ["sleep", "1000"]}
+    calls: list[tuple[str, int]] = []
+
+    class Balancer:
+        def drain(self, number: int) -> None:
+            calls.append(("drain", number))
+
+        def ready(self, number: int, seconds: float) -> bool:
+            calls.append(("ready", number))
+            return seconds > 0
+
+    class Replica(fleet.Replica):  # type: ignore[misc]
+        @property
+        def healthy(self) -> bool:
+            assert self.process is not None
+            return self.process.poll() is None and self.number != 1
+
+    class Fleet(fleet.Fleet):  # type: ignore[misc]
+        def start(self, replica: Any) -> Any:
+            replica.process = subprocess.Popen(commands[replica.number])
+            return replica.process
+
+    replicas = [Replica(number, 0, 0) for number in range(3)]
+    made = Fleet(replicas, [], Balancer())
+    for replica in replicas:
+        made.start(replica)
+    last = replicas[2].process
+    made.roll()
+    made._end(replicas)
+    assert replicas[2].process is last
+    assert calls == [("drain", 0), ("ready", 0), ("drain", 1), ("ready", 1)]
+    assert capsys.readouterr().out.startswith("server 1 did not come back;")
 
 
 def test_one_server_a_gpu_or_socket(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
