@@ -13,8 +13,10 @@ import threading
 import time
 from typing import Any
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    *("message", "asctime", "taskName"),
+    "color_message",  # uvicorn's message again, for a terminal
+}
 
 MOST = 500
 """Maximum length of a logged value or message: callers choose some of them."""
@@ -144,7 +146,9 @@ def set_up(style: str, level: str) -> None:
     target = logging.StreamHandler(sys.stderr)
     target.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
     handler = BackgroundHandler(target)
-    for name in ("serve", "gpt_dist", "uvicorn"):
+    wanted = logging.getLevelNamesMapping()[level.upper()]
+    # uvicorn's starts and stops are ours, which are logged already.
+    for name, least in (("serve", 0), ("gpt_dist", 0), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
+        logger.setLevel(max(wanted, least))

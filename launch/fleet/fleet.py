@@ -193,7 +193,7 @@ class Fleet:
 
     def __init__(self, replicas: list[Replica], flags: list[str], balancer: Balancer) -> None:
         self.replicas, self.flags, self.balancer = replicas, flags, balancer
-        self._stopped = self._rolling = False
+        self._stopped = self._rolling = self._announced = False
 
     def start(self, replica: Replica) -> subprocess.Popen[bytes]:
         """Start a server."""
@@ -214,14 +214,13 @@ class Fleet:
             signal.signal(number, lambda *_: setattr(self, "_stopped", True))
         for replica in self.replicas:
             self.start(replica)
-        announced = False
         while not self._stopped:
             if self.balancer.process.poll() is not None:
                 raise GptDistError("haproxy ended")
             for replica in self.replicas:
                 self._revive(replica)
-            if not announced and all(replica.healthy for replica in self.replicas):
-                announced = True
+            if not self._announced and all(replica.healthy for replica in self.replicas):
+                self._announced = True
                 print(f"ready: {len(self.replicas)} servers", flush=True)
             if self._rolling:
                 self._rolling = False
@@ -234,7 +233,7 @@ class Fleet:
         status = replica.process.poll()
         if status is None:
             return
-        if status == 2:
+        if status == 2 and not self._announced:
             raise UsageError(f"server {replica.number} refused its flags: its message is above")
         now = time.monotonic()
         if not replica.due:

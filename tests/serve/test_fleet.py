@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -228,12 +229,20 @@ def test_one_server_a_gpu_or_socket(fleet: Any, monkeypatch: pytest.MonkeyPatch)
     assert fleet.places(None)[1] == (["numactl", "--cpunodebind=1", "--membind=1"], {})
 
 
-def test_compose_uses_the_same_configuration(fleet: Any) -> None:
+def test_compose_uses_the_same_configuration(fleet: Any, tmp_path: Path) -> None:
+    backends = tmp_path / "backends.cfg"
+    backends.write_text(fleet.backends([fleet.Replica(0, 3, 4)]))
     compose = yaml.safe_load((FLEET / "compose.yaml").read_text())
     balancer = compose["services"]["haproxy"]
     text = (FLEET / "haproxy.cfg").read_text() + (FLEET / "backends.cfg").read_text()
     for name in balancer["environment"]:
         assert name in text
+    command = ["haproxy", "-c", "-f", str(FLEET / "haproxy.cfg"), "-f", str(backends)]
+    addresses = {"FLEET_GRPC": "127.0.0.1:1", "FLEET_HTTP": "127.0.0.1:2"}
+    environment = os.environ | addresses | {"FLEET_SOCKET": str(tmp_path / "socket")}
+    checked = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0
+    assert "[WARNING]" not in checked.stderr
     for part in (
         "balance leastconn",
         "http-check send meth GET uri /health",

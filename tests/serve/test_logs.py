@@ -47,6 +47,7 @@ def test_every_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("_loggers")
 def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     set_up("plain", "info")
+    logging.getLogger("uvicorn.error").info("Started server process [1]")
     logging.getLogger("serve").info("hello", extra={"request_id": "7", "ms": 3})
     logging.getLogger("serve").handlers[0].close()
     line = capsys.readouterr().err
