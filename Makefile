@@ -44,9 +44,10 @@ lint: install  ## Check style, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-soak: install  ## Run the long versions of the fault tests, results in benchmarks/results
+soak: install  ## Run the long versions of tests, results in benchmarks/results
 	$(BIN)/python benchmarks/faults.py --kills 100 --json benchmarks/results/faults.json
 	$(BIN)/python benchmarks/soak.py --json benchmarks/results/soak.json
+	SOAK=1 $(BIN)/pytest tests/inference/test_speculation.py
 
 proto: install  ## Generate the stubs from proto/
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh

@@ -227,7 +227,7 @@ def training(found: Record, out: Path, theme: Theme = LIGHT) -> None:
 
 def learning(found: Record, out: Path, theme: Theme = LIGHT) -> None:
     """The sweeps of learning rates, and the validation loss of all seeds, by recipe."""
-    figure = new_figure(8.5, 3.6, theme)
+    figure = new_figure(8.5, 3.2 + 0.2 * len(found["recipes"]), theme)
     left, right = figure.subplots(1, 2)
     style(left, theme, "Loss at the end", "by learning rate, one seed")
     style(right, theme, "Validation loss", "at each recipe's best rate, all seeds")
@@ -238,33 +238,20 @@ def learning(found: Record, out: Path, theme: Theme = LIGHT) -> None:
         rates = [float(rate) for rate in values["sweep"]]
         losses = list(values["sweep"].values())
         best = losses.index(min(losses))
-        box = {"facecolor": theme.page, "edgecolor": "none", "pad": 0.5}
-        ink = theme.muted if color == theme.peer else color
-        text = {"color": ink, "fontweight": "bold", "bbox": box}
-        left.plot(rates, losses, "o-", color=color, linewidth=1.8, markersize=4)
+        label = f"{name}: {values['mean']:.2f} after {values['steps']} steps, lr {rates[best]:g}"
+        left.plot(rates, losses, "o-", color=color, linewidth=1.8, markersize=4, label=label)
         left.plot(rates[best], losses[best], "o", color=color, markersize=9, fillstyle="none")
-        left.annotate(
-            f"{name}, best {rates[best]:g}", (rates[best], losses[best]), (0, -16), **text,
-            fontsize=9, ha="center", va="center", textcoords="offset points",
-        )  # fmt: skip
         for points in values["curves"]:
             steps, losses = zip(*points[1:], strict=True)
             right.plot(steps, losses, color=color, linewidth=1.2)
-        right.annotate(
-            f"{name}\n{values['mean']:.2f}", (steps[-1], values["mean"]), (6, 0), **text,
-            fontsize=9, va="center", textcoords="offset points",
-        )  # fmt: skip
-    low, high = left.get_ylim()
-    left.set_ylim(low - 0.12 * (high - low), high)
     left.set(xscale="log", xlabel="learning rate")
     ticks = sorted({float(rate) for values in recipes.values() for rate in values["sweep"]})
     left.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
     right.set(xlabel="step", xlim=(0, None))
-    left.margins(x=0.15)
-    right.margins(x=0.18)
     for axes in (left, right):
         axes.grid(axis="y", color=theme.grid, linewidth=0.6)
+    figure.legend(loc="outside lower left", labelcolor=theme.ink, frameon=False, fontsize=9)
     figure.savefig(out)
 
 
