@@ -23,7 +23,7 @@ DS_BUILD_OPS=0 "$python" -m pip wheel "${quiet[@]}" --no-build-isolation --wheel
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
   pydantic pydantic_core annotated-types typing-inspection \
   grpcio grpcio-health-checking grpcio-reflection grpcio-status googleapis-common-protos protobuf \
-  prometheus_client starlette uvicorn anyio h11 click \
+  prometheus_client starlette orjson uvicorn anyio h11 click \
   hjson msgpack ninja py-cpuinfo psutil einops tqdm \
   matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six \
   pytest pluggy iniconfig hypothesis sortedcontainers filelock

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -112,3 +113,14 @@ def test_use(wheel: Path, tmp_path: Path) -> None:
     finally:
         server.terminate()
         assert server.wait(30) == 0
+
+
+def test_a_rented_machine_gets_what_it_lacks() -> None:
+    """A dependency is there already, travels as a wheel, or is of no use to the GPU suite."""
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    needed = {re.split(r"[<>=]", name)[0].lower().replace("-", "_") for name in names}
+    script = (ROOT / "benchmarks/gpu_wheels.sh").read_text()
+    carried = set(script.lower().replace("-", "_").split())
+    there = {"torch", "tensorboard", "rich", "tiktoken", "requests"}
+    there |= {"numpy", "tokenizers", "safetensors", "huggingface_hub", "httpx", "pyyaml"}
+    assert needed - carried - there == {"pyarrow", "datasets"}
