@@ -44,8 +44,6 @@ from gpt_dist.data.loader import validation_batches
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from gpt_dist.parallel.world import available_cpus
 
-FIRST_RATES = (1e-3, 2e-3, 4e-3)
-"""The first rates of a sweep."""
 SIGNIFICANT = 0.01
 """A difference counts if chance makes one as large less often than this."""
 
@@ -158,7 +156,7 @@ class Lab:
 
     def sweep(self, recipe: Recipe) -> dict[float, float]:
         """Loss by learning rate, on the first seed."""
-        rates = list(FIRST_RATES)
+        rates = [self.arguments.rate * factor for factor in (0.5, 1, 2)]
         while True:
             runs = [Run(recipe, rate, 1) for rate in rates]
             losses = [outcome.loss for outcome in self.train(runs)]
@@ -255,6 +253,7 @@ def main() -> None:
         "--recipe", nargs=3, action="append", required=True, metavar=("NAME", "STEPS", "FLAGS"),
         help="what to compare; the others are held against the first",
     )  # fmt: skip
+    parser.add_argument("--rate", type=float, default=2e-3, help="where sweeps begin (0.002)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds, 2 or more (3)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
     parser.add_argument("--context", type=int, default=128, help="context length (128)")
