@@ -35,3 +35,13 @@ def require_module(name: str, reason: str | None = None) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError:
         missing(reason or f"the package {name} is not installed")
+
+
+class Later:
+    """A module that is imported when it is first used: some take seconds, in every worker."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(require_module(self._name), attribute)

@@ -1,4 +1,4 @@
-"""``gpt_dist.train`` with a slow disk: ``slow_disk.py SECONDS_A_CHECKPOINT FLAGS…``."""
+"""``gpt_dist.train`` whose disk takes so many seconds for each checkpoint: ``SECONDS FLAGS…``."""
 
 from __future__ import annotations
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 
 from gpt_dist.inference.decoder import Decoder
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
+from tests.components import Later
 from tests.serve.conftest import PATIENCE, LiveServer, StartServer
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = Later("openai")
 
 
 def url(server: LiveServer, scheme: str = "http") -> str:

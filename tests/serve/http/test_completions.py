@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import openai
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from gpt_dist.inference.speculation import StepTimes
 from gpt_dist.model.gpt import GPT
 from serve.client import Client
 from tests.serve.conftest import CONTEXT, TOKENIZER, LiveServer, StartServer
-from tests.serve.http.conftest import openai_client
+from tests.serve.http.conftest import openai, openai_client
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 

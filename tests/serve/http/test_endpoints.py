@@ -12,7 +12,6 @@ from typing import Any
 import grpc
 import httpx
 import httpx2
-import openai
 import pytest
 
 from gpt_dist.errors import GptDistError
@@ -33,7 +32,7 @@ from tests.serve.conftest import (
     StartServer,
     wait_until,
 )
-from tests.serve.http.conftest import openai_client, url
+from tests.serve.http.conftest import openai, openai_client, url
 from tests.serve.test_security import Authority
 
 LONG = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}

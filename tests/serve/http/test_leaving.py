@@ -11,7 +11,6 @@ import threading
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from gpt_dist.inference.decoder import Decoder
@@ -25,7 +24,7 @@ from tests.serve.conftest import (
     errors,
     wait_until,
 )
-from tests.serve.http.conftest import openai_client, url
+from tests.serve.http.conftest import openai, openai_client, url
 from tests.serve.soak import Leaks
 
 COUNT = 10_000 if os.environ.get("SOAK") else 400
