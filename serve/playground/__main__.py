@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,12 +172,18 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     check_page(args)
     options = launch_options(args)
+    # Gradio takes seconds to import: what can go wrong without it goes wrong first.
+    if find_spec("gradio") is None:
+        raise UsageError("the playground needs Gradio: pip install 'gpt_dist[playground]'")
+    taken = GptDistError(
+        f"cannot listen on {args.host}:{args.port}: the port is in use, or the address is not this "
+        "machine's; choose another --port"
+    )
     try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "the playground needs Gradio: pip install 'gpt_dist[playground]'"
-        ) from None
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except (OSError, OverflowError):
+        raise taken from None
     server = InProcessServer(args.checkpoint) if args.checkpoint else None
     if server is not None:
         connection: dict[str, Any] = {"target": server.target}
@@ -192,11 +200,8 @@ def main(argv: list[str] | None = None) -> None:
                 _frontend=False,  # do not end where the page takes more than 3 s to answer
                 **options,
             )  # fmt: skip
-        except (OSError, OverflowError):
-            raise GptDistError(
-                f"cannot listen on {args.host}:{args.port}: the port is in use, or the address is "
-                "not this machine's; choose another --port"
-            ) from None
+        except OSError:
+            raise taken from None
         scheme = "https" if args.page_cert else "http"
         print(f"ready: {scheme}://{args.host}:{args.port}", flush=True)
         page.block_thread()

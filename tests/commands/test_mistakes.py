@@ -160,11 +160,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, objec
         server.close()
 
 
-def is_slow(typed: str) -> bool:
-    """Whether a command takes more than about a second: Gradio alone takes three to import."""
-    return typed.startswith("fresh: ") or "playground" in typed
-
-
 def type_here(command: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run ``MODULE ARGUMENTS`` in this process as ``python -m`` would; status and stderr."""
     name, *arguments = shlex.split(command)
@@ -198,7 +193,10 @@ def type_fresh(command: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("typed", "status", "sense"),
-    [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * is_slow(row[0])) for row in MISTAKES],
+    [
+        pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * row[0].startswith("fresh: "))
+        for row in MISTAKES
+    ],
 )
 def test_a_mistake_is_answered_in_one_line(
     typed: str,

@@ -128,17 +128,14 @@ def test_ranks_fail_together_and_one_prints(tiny_config: Config, tmp_path: Path)
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("where", ["command line", "all ranks together"])
-def test_torchrun_does_not_restart_a_usage_error(
-    tiny_config: Config, tmp_path: Path, where: str
-) -> None:
-    flag = "--trian.steps" if where == "command line" else "--data.path"
-    command = train_command(tiny_config(), tmp_path / "run", flag, "nothing", ranks=2)
+def test_torchrun_does_not_restart_a_usage_error(tiny_config: Config, tmp_path: Path) -> None:
+    """Which all ranks find together: one that is alone on the command line ends the same way."""
+    command = train_command(tiny_config(), tmp_path / "run", "--data.path", "nothing", ranks=2)
     command.insert(1, "--max-restarts=3")
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert "did you mean train.steps?" in done.stderr or "no data there" in done.stderr
+    assert "no data there" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
