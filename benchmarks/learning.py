@@ -12,6 +12,8 @@ best one has a worse one on either side; then it trains with all seeds. A recipe
 first one if its mean loss is lower and a one-sided Welch test says so at p < 0.01, the rule of
 github.com/KellerJordan/modded-nanogpt, track 3. A recipe with ``--optim.average`` is scored by that
 average of its weights. Losses do not depend on speed, so one run per core runs at a time.
+
+The file of --json is written after each recipe. The same command goes on with those that it lacks.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import pictures
 import torch
 import yaml
 from flags import as_flags, benchmark_parser
-from record import record
+from record import command, record
 from scipy import stats
 
 from gpt_dist.checkpoints.reader import load_model
@@ -190,11 +192,25 @@ def compare(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def done_before(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The recipes that the same command has measured before it was stopped, by name."""
+    path = Path(arguments.json or "")
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return dict(found["recipes"]) if found["command"] == command() else {}
+
+
 def measure(lab: Lab, recipes: list[Recipe]) -> Iterator[dict[str, Any]]:
     """Sweep each recipe, then train all seeds at its best rate; the result after each recipe."""
     arguments = lab.arguments
+    before = done_before(arguments)
     result: dict[str, Any] = {"data": Path(arguments.data).name, "recipes": {}}
     for recipe in recipes:
+        if recipe.name in before:
+            result["recipes"][recipe.name] = before[recipe.name]
+            yield result
+            continue
         sweep = lab.sweep(recipe)
         rate = min(sweep, key=sweep.__getitem__)
         outcomes = lab.train([Run(recipe, rate, seed + 1) for seed in range(arguments.seeds)])

@@ -43,6 +43,11 @@ def commit() -> str:
     return name + "+" * any(not any(r in line for r in results) for line in changed.splitlines())
 
 
+def command() -> str:
+    """What was typed to start this benchmark."""
+    return shlex.join(["python", *sys.argv])
+
+
 def version_in(python: str, package: str) -> str:
     """The version of a package that another interpreter would import."""
     code = f"from importlib.metadata import version; print(version({package!r}))"
@@ -66,7 +71,7 @@ def record(
     if not path:
         return
     document = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": machine(),
