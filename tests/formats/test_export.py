@@ -123,6 +123,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("settings", SHAPES, ids=str)
 def test_transformers_computes_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
     tokenizer = make_tokenizer("bpe")

@@ -62,6 +62,7 @@ def test_compiles_without_spilling(
     assert found.stack == found.local == 0
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_memory(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 sequences of GPT-2: a chunk of logits, the head's gradient, and casts of the inputs."""

@@ -107,6 +107,7 @@ def test_gradcheck(function: Any, shapes: list[tuple[int, ...]]) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.slow(5)
 def test_the_device_chooses_the_implementation() -> None:
     """A CPU tensor takes the CPU's; another device (here: meta) the reference."""
     chosen: list[str] = []

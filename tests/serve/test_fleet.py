@@ -81,6 +81,7 @@ def several(fleet: Any, start: StartServer, model: GPT, request: Any) -> Iterato
     made.balancer.close()
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("several", [(2,), (3,)], indirect=True)
 def test_rolling_restarts_lose_no_call(several: Servers) -> None:
     outcomes: Counter[str] = Counter()
@@ -138,6 +139,21 @@ def test_a_body_that_comes_after_its_head_is_sent_to_another_server(several: Ser
             assert list(pool.map(fetch, range(8))) == [b"HTTP/1.1 200"] * 8
     finally:
         stopping.draining = False
+
+
+@pytest.mark.slow(5)
+def test_a_server_that_is_busy_for_seconds_gets_calls_all_the_same(several: Servers) -> None:
+    several.balancer.drain(1)
+
+    async def pause() -> None:
+        time.sleep(2)  # four health checks
+
+    pausing = several.servers[0].begin(pause())
+    time.sleep(1.5)
+    body = {"prompt": "to be", "max_tokens": 1}
+    answer = httpx.post(f"http://{several.web}/v1/completions", json=body, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    pausing.result(PATIENCE)
 
 
 @pytest.mark.parametrize("several", [(2, 3), (3, 3)], indirect=True)

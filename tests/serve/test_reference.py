@@ -55,6 +55,7 @@ def server(start: StartServer, served: GPT) -> LiveServer:
     return start(Decoder(served, max_slots=8, dtype="fp32"))
 
 
+@pytest.mark.slow(5)
 def test_greedy_text_of_fifty_callers(
     server: LiveServer, served: GPT, reference: transformers.PreTrainedModel
 ) -> None:

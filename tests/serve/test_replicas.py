@@ -272,6 +272,7 @@ def test_open_streams_without_work_end_with_a_status(start: StartServer, model: 
         silent.set()
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("count", [2, 3])
 def test_rolling_restarts_lose_no_call(start: StartServer, model: GPT, count: int) -> None:
     """Servers under load; one after the other drains, and a new one takes its port."""

@@ -101,6 +101,7 @@ def test_the_run_ends_like_one_without_damage(
     assert (out / "checkpoints/step-00000020.damaged-2").is_dir()
 
 
+@pytest.mark.slow(5)
 def test_best_never_points_to_nothing(finished: Config) -> None:
     """Set aside, the damaged checkpoint takes the link with it."""
     out = Path(finished.out_dir)

@@ -27,6 +27,7 @@ def run(config: Path, out: Path, *flags: str) -> list[dict[str, object]]:
     return [row for row in read_rows(out, timing=False) if "train_loss" in row]
 
 
+@pytest.mark.slow(5)
 def test_a_finished_run_of_wsd_is_extended(
     tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_finished_run_of_wsd_is_extended(
     assert f"fell since step 6; better continue --resume {before} " in said
 
 
+@pytest.mark.slow(5)
 def test_the_average_is_saved_continued_evaluated_and_exported(
     tiny_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +96,7 @@ def test_the_average_is_saved_continued_evaluated_and_exported(
     assert losses[1] == losses[2] != losses[0]
 
 
+@pytest.mark.slow(5)
 def test_an_outlier_is_logged_and_a_run_continues_with_its_window(
     tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:

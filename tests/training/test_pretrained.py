@@ -117,6 +117,7 @@ def test_a_run_keeps_the_shape_it_took(small: Callable[..., Config], tmp_path: P
     train_here(changed(by_file, train=longer.train), ALONE, lambda: False)  # complete already
 
 
+@pytest.mark.slow(5)
 def test_a_conflict_names_the_flags(small: Callable[..., Config], tmp_path: Path) -> None:
     source = small(bias=False)
     config = fine_tuning(source, tmp_path / "tuned", None, "--model.n_layer", "3",

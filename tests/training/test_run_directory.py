@@ -51,6 +51,7 @@ def start_of(config: Config, world: World = ALONE) -> str | None:
     return start.path.name if start else None
 
 
+@pytest.mark.slow(5)
 def test_the_lock_comes_before_the_choice(
     finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_unset_and_zero_are_not_the_same(client: Client) -> None:
             assert plain or field.has_presence, field.full_name
 
 
+@pytest.mark.slow(5)
 def test_responses_too_large_are_refused_before_the_work(start: StartServer) -> None:
     decoder = HeldDecoder(Decoder(tiny_model(context=400), max_slots=64, dtype="fp32"))
     server = start(decoder)
@@ -189,6 +190,7 @@ def test_responses_too_large_are_refused_before_the_work(start: StartServer) -> 
     server.wait_at_rest()
 
 
+@pytest.mark.slow(5)
 def test_a_batch_is_read_as_there_is_room_for_it(
     start: StartServer, model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
