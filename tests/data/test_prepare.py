@@ -104,6 +104,7 @@ SOURCES: list[Writer] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("write", SOURCES, ids=lambda function: function.__name__)
 def test_ids_equal_tiktokens_document_by_document(write: Writer, tmp_path: Path) -> None:
     documents = stories(300)

@@ -506,6 +506,7 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
 }
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_gets_what_the_page_says(
     target: Target, name: str, caplog: pytest.LogCaptureFixture

@@ -156,6 +156,7 @@ def test_a_server_that_is_busy_for_seconds_gets_calls_all_the_same(several: Serv
     pausing.result(PATIENCE)
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("several", [(2, 3), (3, 3)], indirect=True)
 def test_full_servers_fail_no_call_while_another_has_room(several: Servers) -> None:
     *full, idle = several.servers

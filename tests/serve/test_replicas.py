@@ -88,6 +88,7 @@ def method_calls(server: LiveServer, code: str) -> float:
     return float(server.server.metrics.calls.labels(method, code)._value.get())
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_full_replica_fails_no_call_while_another_has_room(
     start: StartServer, model: GPT, count: int

@@ -194,6 +194,7 @@ def test_health_is_that_of_autograds_gradients(tiny_config: Config, optimizer: s
         assert abs(cosine) > 0.02
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize(
     ("settings", "losses", "saved", "best"),
     [

@@ -83,6 +83,7 @@ def jain(shares: list[float]) -> float:
     return float(values.sum() ** 2 / (len(values) * (values**2).sum()))
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("pause", [2, 7])
 def test_light_callers_hardly_notice_a_hog(pause: int) -> None:
     ticks = 250
