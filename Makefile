@@ -26,7 +26,7 @@ demo: install  ## Prepare text, train on 2 ranks, sample, serve, call
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 quick: install  ## Run the tests that need no process of their own: under 90 seconds
-	$(BIN)/pytest -n 4 --dist worksteal -m "not slow and not cluster and not node"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not cluster and not node"
 
 # More workers than cores, because the longest tests mostly wait.
 test: install  ## Run all tests (those that need Slurm, Node or Chromium skip where it is missing)

@@ -245,6 +245,7 @@ def test_every_strategy_follows_one_process(
             assert all(blocks), (name, accumulation)
 
 
+@pytest.mark.slow
 def test_a_run_is_handed_from_engine_to_engine(shown: dict[int, list[dict[str, Any]]]) -> None:
     """From one process to two ranks, to four and back, with another strategy at each step."""
     total = 2 + sum(map(len, STRATEGIES.values()))
