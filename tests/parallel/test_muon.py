@@ -267,11 +267,13 @@ def test_a_run_is_handed_from_engine_to_engine(shown: dict[int, list[dict[str, A
             torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_continues_bitwise(shown: dict[int, list[dict[str, Any]]]) -> None:
     for found in shown[2]:
         assert found["same"] == dict.fromkeys(STOPPED, True)
 
 
+@pytest.mark.slow
 def test_an_outlier_is_skipped_under_every_strategy(
     shown: dict[int, list[dict[str, Any]]],
 ) -> None:
