@@ -13,7 +13,8 @@ first one if its mean loss is lower and a one-sided Welch test says so at p < 0.
 github.com/KellerJordan/modded-nanogpt, track 3. A recipe with ``--optim.average`` is scored by that
 average of its weights. Losses do not depend on speed, so one run per core runs at a time.
 
-The file of --json is written after each recipe. The same command goes on with those that it lacks.
+The file of --json is written after each recipe. The same command at the same commit goes
+on with those that it lacks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import pictures
 import torch
 import yaml
 from flags import as_flags, benchmark_parser
-from record import command, record
+from record import command, commit, record
 from scipy import stats
 
 from gpt_dist.checkpoints.reader import load_model
@@ -193,12 +194,13 @@ def compare(found: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def done_before(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The recipes that the same command has measured before it was stopped, by name."""
+    """The recipes that the same command and code have measured before, by name."""
     path = Path(arguments.json or "")
     if not path.is_file():
         return {}
     found: dict[str, Any] = json.loads(path.read_text())
-    return dict(found["recipes"]) if found["command"] == command() else {}
+    same = (found["command"], found["commit"]) == (command(), commit())
+    return dict(found["recipes"]) if same else {}
 
 
 def measure(lab: Lab, recipes: list[Recipe]) -> Iterator[dict[str, Any]]:
