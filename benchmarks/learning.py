@@ -44,7 +44,7 @@ from scipy import stats
 from gpt_dist.checkpoints.reader import load_model
 from gpt_dist.data.dataset import open_dataset
 from gpt_dist.data.loader import validation_batches
-from gpt_dist.errors import GptDistError, UsageError, run_main
+from gpt_dist.errors import GptDistError, UsageError, at_least, run_main
 from gpt_dist.parallel.world import available_cpus
 
 SIGNIFICANT = 0.01
@@ -198,8 +198,11 @@ def done_before(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     path = Path(arguments.json or "")
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text())
-    same = (found["command"], found["commit"]) == (command(), commit())
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        same = (found["command"], found["commit"]) == (command(), commit())
+    except (ValueError, KeyError, TypeError):
+        raise GptDistError(f"{path} is no record; delete it, or choose another --json") from None
     return dict(found["recipes"]) if same else {}
 
 
@@ -265,28 +268,32 @@ def parsed_recipes(given: list[list[str]]) -> list[Recipe]:
 
 
 def main() -> None:
-    parser = benchmark_parser(__file__, __doc__)
+    parser, count = benchmark_parser(__file__, __doc__), at_least(1, int)
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
     parser.add_argument(
         "--recipe", nargs=3, action="append", required=True, metavar=("NAME", "STEPS", "FLAGS"),
         help="what to compare; the others are held against the first",
     )  # fmt: skip
-    parser.add_argument("--rate", type=float, default=2e-3, help="where sweeps begin (0.002)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds, 2 or more (3)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step (4096)")
-    parser.add_argument("--context", type=int, default=128, help="context length (128)")
-    parser.add_argument("--n-layer", type=int, default=4, help="blocks (4)")
-    parser.add_argument("--n-head", type=int, default=4, help="heads (4)")
-    parser.add_argument("--n-embd", type=int, default=128, help="width (128)")
-    parser.add_argument("--warmup", type=int, default=30, help="steps of warm-up (30)")
-    parser.add_argument("--eval-tokens", type=int, default=131072, help="of a validation (131072)")
-    parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once (cores)")
+    parser.add_argument(
+        "--rate", type=at_least(1e-9, float), default=2e-3, help="where sweeps begin (0.002)"
+    )
+    parser.add_argument(
+        "--seeds", type=at_least(2, int), default=3, help="2 or more, to tell the spread (3)"
+    )
+    parser.add_argument("--tokens", type=count, default=4096, help="tokens per step (4096)")
+    parser.add_argument("--context", type=count, default=128, help="context length (128)")
+    parser.add_argument("--n-layer", type=count, default=4, help="blocks (4)")
+    parser.add_argument("--n-head", type=count, default=4, help="heads (4)")
+    parser.add_argument("--n-embd", type=count, default=128, help="width (128)")
+    parser.add_argument("--warmup", type=at_least(0, int), default=30, help="steps of warm-up (30)")
+    parser.add_argument(
+        "--eval-tokens", type=count, default=131072, help="of a validation (131072)"
+    )
+    parser.add_argument("--jobs", type=count, default=available_cpus(), help="runs at once (cores)")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     parser.add_argument("--picture", metavar="FILE", help="draw the result here")
     arguments = parser.parse_args()
     recipes = parsed_recipes(arguments.recipe)
-    if arguments.seeds < 2:
-        raise UsageError(f"--seeds {arguments.seeds}: expected 2 or more, to tell the spread")
     with tempfile.TemporaryDirectory(prefix="learning-") as name:
         for result in measure(Lab(arguments, Path(name)), recipes):
             record(arguments.json, result, packages=("scipy",))

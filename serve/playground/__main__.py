@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_dist.errors import GptDistError, Parser, UsageError, run_main
+from gpt_dist.errors import GptDistError, Parser, UsageError, at_least, run_main
 from serve.certificates import check_files
 from serve.client.connection import DEFAULT_TARGET, read_token
 from serve.playground.page import build, model_card, model_info
@@ -106,7 +106,12 @@ def make_parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--host", default="127.0.0.1", help="address of the page (default: 127.0.0.1)"
     )
-    page.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
+    page.add_argument(
+        "--port",
+        type=at_least(1, int, 65535),
+        default=7860,
+        help="port of the page (default: 7860)",
+    )
     for name, text in (
         ("page-cert", "certificate chain of the page (PEM)"),
         ("page-key", "its private key (PEM)"),
@@ -182,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()
-    except (OSError, OverflowError):
+    except OSError:
         raise taken from None
     server = InProcessServer(args.checkpoint) if args.checkpoint else None
     if server is not None:
