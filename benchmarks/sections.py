@@ -305,7 +305,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "faults": ("Faults", faults, ()),
     "scaling": ("Scaling", scaling, ()),
     "data": ("Data", data, ("tiktoken",)),
-    "serving": ("Decoding beside other engines", serving, ("transformers", "ctranslate2")),
+    "serving": ("Decoding beside other engines", serving, ()),
     "speculation": ("Decoding with speculation", speculation, ()),
     "architectures": ("Decoding nanochat beside GPT-2", architectures, ()),
     "serving_rpc": ("The server", serving_rpc, ("grpcio",)),

@@ -1,58 +1,64 @@
-"""Decoding speed compared with transformers and CTranslate2, on random GPT-2 124M weights.
+"""Decoding speed beside other engines, on random GPT-2 124M weights.
 
     python benchmarks/serving.py --json benchmarks/results/serving.json
+    python benchmarks/serving.py --engines own llama_cpp openvino --dtypes bf16 int8
 
-Prompts of 64 tokens, 64 new tokens, top-k 50. Every engine has its own process, and the engines
-take turns, so that all run under the same conditions. CTranslate2 gets its own environment in the
-cache directory.
+Prompts of 64 tokens, 64 new tokens, top-k 50, prefill included. Every engine (`benchmarks/engines`)
+has its own process and, if it needs other packages, its own environment in the cache directory. The
+engines take turns, so that all run under the same conditions.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import venv
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from engines import ENGINES, NEW, VOCABULARY
+from flags import benchmark_parser
 from record import record, version_in
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gpt_dist.checkpoints.writer import write_checkpoint
-from gpt_dist.config.settings import Config
-from gpt_dist.model.gpt import GPT, VOCAB_PARAMETERS
+from gpt_dist.config.settings import ModelConfig
+from gpt_dist.errors import GptDistError, at_least, run_main
+from gpt_dist.export import export_hf
+from gpt_dist.model.gpt import GPT
 from gpt_dist.text.tokenizers import load_tokenizer
 
 HERE = Path(__file__).parent
-VOCABULARY = 50257
-NEW = 64
-TRANSFORMERS = [("sdpa", "dynamic"), ("eager", "dynamic"), ("sdpa", "static")]
-"""Settings of transformers. The fastest one per batch size is the peer."""
-TARGETS = {"bf16": (2.3, 2.5, 3.0), "int8": (1.5, 1.5, 1.5)}
-"""Required at batch 1, 8 and 32: bf16 over transformers' bf16, int8 over CTranslate2's int8."""
+DTYPES = ("fp32", "bf16", "int8")
+TARGETS = {"bf16": 1.2, "int8": 1.4}
+"""Wanted at each batch size: this project over the fastest peer of the same precision."""
+
+
+Contestant = tuple[str, str]
+"""What a table calls an engine, such as ``transformers bf16``, and the way it is run."""
+Figures = dict[Contestant, dict[int, list[dict[str, float]]]]
+"""What an engine answered for each batch size in each round."""
 
 
 class Engine:
-    """A process that measures one engine."""
+    """A process that measures one engine with one of its settings."""
 
-    def __init__(self, python: Path | str, **settings: Any) -> None:
+    def __init__(self, python: Path | str, settings: dict[str, Any], log: Path) -> None:
+        self.log = log
         self._process = subprocess.Popen(
-            [str(python), str(HERE / "serving_engines.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(HERE.parent), "TOKENIZERS_PARALLELISM": "false"},
-        )
+            [str(python), "-m", "engines", json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+            env=environment(),
+        )  # fmt: skip
         self._read()
 
     def measure(self, batch: int) -> dict[str, float]:
@@ -65,7 +71,7 @@ class Engine:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"an engine failed: {' '.join(self._process.args[1:])}")  # type: ignore
+            raise failed(" ".join(self._process.args[2:]), self.log.read_text())  # type: ignore
         result: dict[str, float] = json.loads(line)
         return result
 
@@ -73,132 +79,134 @@ class Engine:
         self._process.communicate(input="", timeout=20)
 
 
-def prepare_weights(folder: Path) -> Path:
-    """Random GPT-2 124M weights, as a checkpoint and as an .npz in Hugging Face's layout."""
+def environment() -> dict[str, str]:
+    """Variables for an engine's process."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    return os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def failed(what: str, output: str) -> GptDistError:
+    """The error that tells what an engine said last."""
+    last = "\n".join(output.strip().splitlines()[-5:])
+    return GptDistError(f"{what} failed; leave it out by --engines, or mend it:\n{last}")
+
+
+def exported_model(folder: Path) -> Path:
+    """GPT-2 124M with random weights, as a directory for Hugging Face."""
     torch.manual_seed(0)
-    config = Config.model_validate({"model": {"vocab_size": VOCABULARY}})
-    model = GPT(config.model)
-    tensors, arrays = {}, {}
-    for name, tensor in model.state_dict().items():
-        cut = tensor[:VOCABULARY] if name in VOCAB_PARAMETERS else tensor
-        tensors[f"model.{name}"] = cut.contiguous()
-        arrays[name] = cut.numpy()
-    np.savez(folder / "weights.npz", **arrays)  # type: ignore[arg-type]
-    checkpoint = folder / "step-00000001"
-    checkpoint.mkdir()
-    state = {"step": 1, "config": config.model_dump()}
-    write_checkpoint(checkpoint, tensors, state, load_tokenizer("gpt2"))
-    return checkpoint
+    model = GPT(ModelConfig(vocab_size=VOCABULARY)).eval()
+    out = folder / "exported"
+    export_hf(model, load_tokenizer("gpt2"), out, torch.float32)
+    return out
 
 
-def peer_environment() -> Path:
-    """The Python of CTranslate2's environment, which is created if missing."""
+def python_of(name: str) -> Path:
+    """The Python of an engine's environment, which is created if missing."""
+    engine = importlib.import_module(f"engines.{name}")
+    if not hasattr(engine, "PACKAGES"):
+        return Path(sys.executable)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
-    folder = cache / "peers" / "ctranslate2"
-    python = folder / "bin" / "python"
-    ready = [str(python), "-c", "import ctranslate2"]
-    if not python.exists() or subprocess.run(ready, stderr=subprocess.DEVNULL).returncode:
+    folder = cache / "peers" / name
+    if not (folder / "complete").exists():
+        print(f"{name}: installing {' '.join(engine.PACKAGES)} in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "ctranslate2", "numpy"], check=True
-        )
-    return python
+        pip = [folder / "bin/python", "-m", "pip"]
+        commands = [[*pip, "install", "-q", *engine.PACKAGES]]
+        if hasattr(engine, "UNWANTED"):
+            commands.append([*pip, "uninstall", "-q", "-y", *engine.UNWANTED])
+        for command in commands:
+            done = subprocess.run(
+                command, env=os.environ | getattr(engine, "BUILD", {}), capture_output=True,
+                text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise failed(f"installing {' '.join(engine.PACKAGES)}", done.stdout + done.stderr)
+        (folder / "complete").touch()
+    return folder / "bin" / "python"
 
 
-def start_engines(folder: Path, peers: bool) -> dict[str, Engine]:
-    checkpoint, threads = prepare_weights(folder), torch.get_num_threads()
-    engines = {
-        f"gpt_dist {dtype}": Engine(
-            sys.executable, name="gpt_dist", dtype=dtype, checkpoint=str(checkpoint)
-        )
-        for dtype in ("fp32", "bf16", "int8")
-    }
-    if not peers:
-        return engines
-    python = peer_environment()
-    converted = str(folder / "ctranslate2")
-    settings = {"name": "convert", "weights": str(folder / "weights.npz"), "directory": converted}
-    subprocess.run(
-        [str(python), str(HERE / "serving_engines.py"), json.dumps(settings)], check=True
-    )
-    for attention, cache in TRANSFORMERS:
-        engines[f"transformers bf16 {attention} {cache}"] = Engine(
-            sys.executable, name="transformers", dtype="bfloat16", attention=attention, cache=cache
-        )
-    for dtype, name in (("fp32", "float32"), ("int8", "int8")):
-        engines[f"CTranslate2 {dtype}"] = Engine(
-            python, name="ctranslate2", dtype=name, directory=converted, threads=threads
-        )
-    return engines
+def start_engines(folder: Path, names: list[str], dtypes: list[str]) -> dict[Contestant, Engine]:
+    """A process for each engine, precision and way to run it."""
+    exported, started = exported_model(folder), {}
+    for name in names:
+        engine, python = importlib.import_module(f"engines.{name}"), python_of(name)
+        for label, variants in engine.VARIANTS.items():
+            if label.split()[-1] not in dtypes:
+                continue
+            for variant in variants:
+                settings = variant | {
+                    "engine": name, "exported": str(exported), "model": str(folder / label),
+                    "threads": torch.get_num_threads(),
+                }  # fmt: skip
+                if hasattr(engine, "convert"):
+                    done = subprocess.run(
+                        [str(python), "-m", "engines", json.dumps(settings | {"convert": True})],
+                        env=environment(), capture_output=True, text=True,
+                    )  # fmt: skip
+                    if done.returncode:
+                        raise failed(f"converting for {label}", done.stdout + done.stderr)
+                way = " ".join(str(value) for key, value in variant.items() if key != "dtype")
+                started[label, way] = Engine(python, settings, folder / f"{label} {way}.log")
+    return started
 
 
-def measure(engines: dict[str, Engine], batches: list[int], rounds: int) -> dict[str, Any]:
-    """Results of every engine and batch size: {engine: {batch: [a dictionary per round]}}."""
-    figures: dict[str, Any] = {name: {batch: [] for batch in batches} for name in engines}
-    turns = [
-        (number, batch, name)
-        for number in range(-1, rounds)
-        for batch in batches
-        for name in engines
-    ]
-    chosen: set[tuple[int, str]] = set()
-    for number, batch, name in track(turns, "measuring", console=Console(stderr=True)):
-        if number == 0 and not chosen:
-            chosen = best_transformers(figures, batches)
-        if number < 0 or not name.startswith("transformers") or (batch, name) in chosen:
-            figures[name][batch].append(engines[name].measure(batch))
-    for by_batch in figures.values():  # drop the warm-up round
-        for batch in batches:
-            by_batch[batch] = by_batch[batch][1:]
+def measure(engines: dict[Contestant, Engine], batches: list[int], rounds: int) -> Figures:
+    """Measure all engines in turns, after one round to warm up.
+
+    Of several ways to run an engine, each batch size goes on with the one that was fastest then.
+    """
+    first: Figures = {each: {} for each in engines}
+    for each, batch in track(
+        [(each, batch) for batch in batches for each in engines],
+        "warming up", console=Console(stderr=True),
+    ):  # fmt: skip
+        first[each][batch] = [engines[each].measure(batch)]
+
+    def fastest(each: Contestant, batch: int) -> bool:
+        ways = [way for way in engines if way[0] == each[0]]
+        return each == min(ways, key=lambda way: first[way][batch][0]["seconds"])
+
+    turns = [(each, batch) for batch in batches for each in engines if fastest(each, batch)]
+    figures: Figures = defaultdict(lambda: defaultdict(list))
+    for each, batch in track(turns * rounds, "measuring", console=Console(stderr=True)):
+        figures[each][batch].append(engines[each].measure(batch))
     return figures
 
 
-def best_transformers(figures: dict[str, Any], batches: list[int]) -> set[tuple[int, str]]:
-    """The fastest setting of transformers for each batch size, in the warm-up round."""
-    names = [name for name in figures if name.startswith("transformers")]
-    if not names:
-        return set()
-    return {
-        (batch, min(names, key=lambda name: figures[name][batch][0]["seconds"]))
-        for batch in batches
-    }
-
-
-def summarise(figures: dict[str, Any], batches: list[int]) -> dict[str, Any]:
+def summarise(figures: Figures, batches: list[int]) -> dict[str, Any]:
     """Medians and spread of tokens/s, ratios to the peers by round, shares of bandwidth."""
-    summary: dict[str, Any] = {"tokens_per_second": {}, "ratios": {}, "batch_1": {}}
-    by_round: dict[str, dict[int, list[float]]] = {}
-    for name, by_batch in figures.items():
-        short = "transformers bf16" if name.startswith("transformers") else name
-        for batch in batches:
-            speeds = [batch * NEW / figure["seconds"] for figure in by_batch[batch]]
-            if speeds:
-                by_round.setdefault(short, {})[batch] = speeds
-                summary["tokens_per_second"].setdefault(short, {})[batch] = {
-                    "median": statistics.median(speeds), "lowest": min(speeds),
-                    "highest": max(speeds), "setting": name,
-                }  # fmt: skip
-    for dtype, peer in (("bf16", "transformers bf16"), ("int8", "CTranslate2 int8")):
-        if peer in by_round:
-            summary["ratios"][f"gpt_dist {dtype} / {peer}"] = {
-                batch: statistics.median(
-                    own / other
-                    for own, other in zip(
-                        by_round[f"gpt_dist {dtype}"][batch], by_round[peer][batch], strict=True
-                    )
-                )
-                for batch in batches
-            }
-    for dtype in ("fp32", "bf16", "int8"):
-        ones = figures[f"gpt_dist {dtype}"].get(1, [])
-        if ones:
-            summary["batch_1"][dtype] = {
-                key: statistics.median(figure[key] for figure in ones)
-                for key in (
-                    "step_ms", "bandwidth_gb_per_second", "share_of_bandwidth", "ready_seconds"
-                )
+    speeds: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    medians: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for (label, way), by_batch in figures.items():
+        for batch, rounds in by_batch.items():
+            found = [batch * NEW / figure["seconds"] for figure in rounds]
+            speeds[label][batch] = found
+            medians[label][batch] = {
+                "median": statistics.median(found), "lowest": min(found), "highest": max(found),
+                "setting": way,
             }  # fmt: skip
-    return summary
+
+    def ratio(own: str, peer: str, batch: int) -> float:
+        pairs = zip(speeds[own][batch], speeds[peer][batch], strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    ratios = {
+        f"gpt_dist {dtype} / {peer}": {
+            batch: ratio(f"gpt_dist {dtype}", peer, batch) for batch in batches
+        }
+        for dtype in DTYPES
+        for peer in speeds
+        if peer.split()[-1] == dtype and not peer.startswith("gpt_dist")
+    }
+    alone = {
+        label.split()[-1]: {
+            key: statistics.median(figure[key] for figure in by_batch[1])
+            for key in ("step_ms", "bandwidth_gb_per_second", "share_of_bandwidth", "ready_seconds")
+        }
+        for (label, _), by_batch in figures.items()
+        if label.startswith("gpt_dist") and 1 in by_batch
+    }
+    return {"tokens_per_second": medians, "ratios": ratios, "batch_1": alone}
 
 
 def show(summary: dict[str, Any], batches: list[int]) -> None:
@@ -213,13 +221,13 @@ def show(summary: dict[str, Any], batches: list[int]) -> None:
             ),
         )
     for name, by_batch in summary["ratios"].items():
-        wanted = dict(zip((1, 8, 32), TARGETS[name.split()[1]], strict=True))
-        cells = [
-            f"{by_batch[batch]:.2f}×" + (f", wanted {wanted[batch]}×" if batch in wanted else "")
-            for batch in batches
-        ]
-        table.add_row(name, *cells, style="bold")
+        table.add_row(name, *(f"{by_batch[batch]:.2f}×" for batch in batches), style="bold")
     console.print(table)
+    for dtype, wanted in TARGETS.items():
+        found = [each for name, each in summary["ratios"].items() if name.endswith(dtype)]
+        if found:
+            least = ", ".join(f"{min(each[batch] for each in found):.2f}×" for batch in batches)
+            console.print(f"{dtype}: {least} the fastest peer of each batch size; wanted {wanted}×")
     for dtype, facts in summary["batch_1"].items():
         console.print(
             f"{dtype}: a step {facts['step_ms']:.2f} ms, {facts['share_of_bandwidth']:.0%} of "
@@ -228,25 +236,42 @@ def show(summary: dict[str, Any], batches: list[int]) -> None:
         )
 
 
+def versions(names: list[str]) -> dict[str, str]:
+    """Versions of the peers' first packages."""
+    found = {}
+    for name in names:
+        packages = getattr(importlib.import_module(f"engines.{name}"), "PACKAGES", ())
+        for package in packages[:1]:
+            found[name] = version_in(str(python_of(name)), re.split(r"[\[=]", package)[0])
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--no-peers", action="store_true", help="measure this project only")
+    parser = benchmark_parser(__file__, __doc__)
+    count = at_least(1, int)
+    parser.add_argument("--batches", type=count, nargs="+", default=[1, 8, 32], metavar="N")
+    parser.add_argument("--rounds", type=count, default=3, metavar="N", help="default: 3")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, metavar="NAME",
+        default=["own", "transformers", "ctranslate2"],
+        help=f"of {', '.join(ENGINES)}; default: the first three",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="default: all"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        engines = start_engines(Path(folder), not args.no_peers)
+        engines = start_engines(Path(folder), args.engines, args.dtypes)
         figures = measure(engines, args.batches, args.rounds)
         for engine in engines.values():
             engine.close()
     summary = summarise(figures, args.batches)
     show(summary, args.batches)
-    peers = {}
-    if not args.no_peers:
-        peers["ctranslate2"] = version_in(str(peer_environment()), "ctranslate2")
-    record(args.json, {**summary, "rounds": figures}, ("transformers",), peers)
+    own = ("transformers",) if "transformers" in args.engines else ()
+    every = {" ".join(each).strip(): by_batch for each, by_batch in figures.items()}
+    record(args.json, {**summary, "rounds": every}, own, versions(args.engines))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
