@@ -11,11 +11,15 @@ import argparse
 import difflib
 import os
 import re
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+PATIENCE = 5.0
+"""Seconds that the other ranks leave rank 0 to print an error."""
 
 
 class GptDistError(Exception):
@@ -73,7 +77,8 @@ def run_main(
 
     Under torchrun all ranks raise the same error and rank 0 prints it. The others wait a little
     before they exit, because torchrun kills all ranks of a node as soon as one has failed, and the
-    message must be out by then.
+    message must be out by then. On a host without rank 0, local rank 0 then prints what went wrong
+    before the ranks were connected: it may be wrong on that host alone.
 
     Args:
         main: the command; returns its exit status (None is 0).
@@ -92,13 +97,21 @@ def run_main(
         if isinstance(error, UsageError) and on_usage_error:
             on_usage_error()
         if "TORCHELASTIC_RUN_ID" in os.environ and not printed:
-            time.sleep(5)
+            time.sleep(PATIENCE)
+            if os.environ.get("LOCAL_RANK") == "0" and not connected():
+                print(f"error on {socket.gethostname()}: {describe(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A thread that waits in torch's store would abort the interpreter's orderly shutdown.
         os._exit(status)
     sys.exit(status)
+
+
+def connected() -> bool:
+    """Whether the ranks can agree on what went wrong; only then do all know of it."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_initialized())
 
 
 def is_rank_0() -> bool:

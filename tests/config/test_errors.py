@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from gpt_dist import errors
 from gpt_dist.errors import GptDistError, UsageError, run_main
 from gpt_dist.parallel import watchdog
 from gpt_dist.parallel.world import World
@@ -69,6 +70,35 @@ def test_other_ranks_say_nothing(
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("GPT_DIST_TRACEBACK", "1")
     assert fail(main, capsys) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "connected", "text"),
+    [
+        ("0", "0", False, "error: lost\n"),
+        ("8", "0", False, f"error on {socket.gethostname()}: lost\n"),
+        ("8", "0", True, ""),
+        ("9", "1", False, ""),
+    ],
+)
+def test_a_host_without_rank_0_says_what_only_it_may_know(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    local_rank: str,
+    connected: bool,
+    text: str,
+) -> None:
+    def main() -> None:
+        raise GptDistError("lost")
+
+    variables = {"TORCHELASTIC_RUN_ID": "a", "RANK": rank, "LOCAL_RANK": local_rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(errors, "PATIENCE", 0.0)
+    monkeypatch.setattr(errors, "connected", lambda: connected)
+    monkeypatch.setattr(errors.os, "_exit", sys.exit)
+    assert fail(main, capsys) == (1, text)
 
 
 def test_only_a_usage_error_ends_the_job(
