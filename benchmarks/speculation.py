@@ -1,26 +1,26 @@
 """Decoding with and without guesses, in turns, on text that repeats and on text that does not.
 
-    python benchmarks/speculation.py --json benchmarks/results/speculation.json
+    python benchmarks/speculation.py --checkpoint runs/repeating \\
+        --json benchmarks/results/speculation.json
 
-Each kind of text has prompts of its own for every sequence of a batch. Both decoders take their
-steps in turns, and must choose the same tokens; prefill is not measured. Without a checkpoint the
-model is GPT-2 124M with random weights.
+`repeating.yaml` trains that model. Each kind of text has prompts of its own for every sequence of a
+batch. Both decoders take their steps in turns, and must choose the same tokens; prefill is not
+measured. Without a checkpoint the model is GPT-2 124M with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import statistics
 import time
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import torch
 from bandwidth import bandwidth
 from record import record
+from repeating import shakespeare
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,10 +41,9 @@ GREEDY, DRAWN = {"temperature": 0.0}, {"temperature": 1.0}
 
 def passage(index: int, length: int = 400) -> str:
     """A passage of Shakespeare, another one for each index."""
-    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
-    text = gzip.decompress(asset.read_bytes()).decode()
-    start = 5000 * (index + 1) % (len(text) - length)
-    return text[start : start + length]
+    plays = shakespeare()
+    start = 5000 * (index + 1) % (len(plays) - length)
+    return plays[start : start + length]
 
 
 def story(index: int) -> str:
