@@ -226,6 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += losses.sum()
                 if grad_hidden is not None:
                     head.backward(logits, grad_hidden[part])
+                if part.stop >= hidden.shape[0]:
+                    del head  # before its gradient is made
                 if grad_hidden is None or not ctx.needs_input_grad[1]:
                     pass
                 elif fused:

@@ -65,7 +65,11 @@ def test_compiles_without_spilling(
 @pytest.mark.slow(5)
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_memory(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 sequences of GPT-2: a chunk of logits, the head's gradient, and casts of the inputs."""
+    """16 sequences of GPT-2: a chunk of logits, the gradients, and the inputs in bf16.
+
+    Of several chunks also the head in bf16; it is dropped before the last chunk's product makes
+    its gradient.
+    """
     rows, width, padded = 16 * 1024, 768, 50304
     chunk = rows // chunks * padded * 2
     monkeypatch.setattr(cross_entropy, "chunk_bytes", lambda device: chunk)
@@ -78,10 +82,10 @@ def test_memory(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
             cross_entropy._LinearCrossEntropy.forward(
                 context, hidden, weight, targets, 50257, 0.0, torch.bfloat16, True, False
             )
-    casts = 2 * (hidden.numel() + hidden.numel() // chunks + weight.numel())
-    gradient = 4 * weight.numel()
-    assert chunk + gradient < watch.peak
-    assert watch.peak <= 1.01 * (chunk + gradient + casts)
+    inputs = 2 * hidden.numel() // chunks + 2 * weight.numel() * (chunks > 1)
+    gradients = 2 * hidden.numel() + 4 * weight.numel()
+    assert chunk + gradients < watch.peak
+    assert watch.peak <= 1.001 * (chunk + gradients + inputs)
 
 
 def test_chunks_are_few_and_equal() -> None:
