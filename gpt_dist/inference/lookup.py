@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 
 NGRAMS = (4, 2)
 """Numbers of tokens by which earlier occurrences are found. In other outputs only the first."""
-CLASSES = 5
-"""Matches of 2 or 3, 4 to 7, 8 to 15, 16 to 31 and more tokens are told apart."""
+PRIORS = (0.1, 0.4, 0.6, 0.8, 0.9)
+"""How often a match of 2 or 3, 4 to 7, 8 to 15, 16 to 31 and more tokens is right about the next
+one: what is believed until the text shows another rate."""
 FADE = 1 / 16
 """Weight of the newest token in what a sequence has shown."""
 SLOW_FADE = 1 / 256
@@ -22,8 +23,8 @@ SLOW_FADE = 1 / 256
 
 
 def class_of(agree: int) -> int:
-    """The class of a match of so many tokens; see `CLASSES`."""
-    return min(agree.bit_length(), CLASSES + 1) - 2
+    """The class of a match of so many tokens; see `PRIORS`."""
+    return min(agree.bit_length(), len(PRIORS) + 1) - 2
 
 
 class Memory:
@@ -92,7 +93,7 @@ class Follower:
         self.tokens: list[int] = []
         self.agree = 0
         """How many of the last tokens agree with the text before the guess; 0 without a guess."""
-        self._shared = [0.0] * CLASSES if shared is None else shared
+        self._shared = list(PRIORS) if shared is None else shared
         self._rates = list(self._shared)
         self._memory = memory
         self._after: dict[tuple[int, ...], int] = {}

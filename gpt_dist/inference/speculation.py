@@ -12,12 +12,15 @@ step costs so much that even a certain guess would not pay, nothing is looked up
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 
 import numpy as np
 
-from gpt_dist.inference.lookup import CLASSES, Follower, Memory
+from gpt_dist.inference.lookup import PRIORS, Follower, Memory
 
 MOST = 32
 """Maximum number of tokens guessed for one sequence."""
@@ -27,6 +30,8 @@ UNLIKELY = 0.01
 """A token that is less likely to be reached and right is not guessed."""
 REST = 4
 """Steps from one look for guesses to the next while none is worth its row."""
+TRUSTED = 3
+"""Measurements of a number of rows that are believed."""
 REVIEW = 32
 """Steps after which the measured times are looked at again."""
 
@@ -60,35 +65,53 @@ def with_guesses(
 
 
 class StepTimes:
-    """The measured time of a step by its number of rows.
+    """The measured time of a step by its number of rows, in units of its own.
+
+    The speed of the machine changes, and steps of some widths are rare. So each measurement is
+    divided by the pace: how long the latest steps took, beside earlier ones as wide as they.
 
     Args:
-        keep: measurements kept of each number of rows; their median counts.
+        keep: measurements kept of each number of rows, and of the pace; their median counts.
         stale: steps after which a measurement is forgotten.
     """
 
     def __init__(self, keep: int = 5, stale: int = 2000) -> None:
         self.keep, self.stale = keep, stale
         self._now = 0
-        self._measured: dict[int, list[float]] = {}
+        self._measured: dict[int, deque[float]] = {}
+        self._paces: deque[float] = deque([1.0], keep)
         self._updated: dict[int, int] = {}
         self._least: dict[int, float] = {}
 
     def add(self, rows: int, seconds: float) -> None:
         """Note a measurement."""
         self._now += 1
-        if rows not in self._measured or self._now % REVIEW == 0:
+        kept = self._measured.setdefault(rows, deque(maxlen=self.keep))
+        if len(kept) < TRUSTED or self._now % REVIEW == 0:
             self._least = {}
-        kept = self._measured.setdefault(rows, [])
-        kept.append(seconds)
-        del kept[: -self.keep]
+        if kept:
+            self._paces.append(seconds / median(kept))
+        kept.append(seconds / median(self._paces))
         self._updated[rows] = self._now
         if self._now % self.stale == 0:
             for count in [n for n, at in self._updated.items() if at <= self._now - self.stale]:
                 del self._measured[count], self._updated[count]
 
+    def _typical(self) -> Iterator[float]:
+        """The time of each measured number of rows, from the lowest on.
+
+        Measured only once or twice, a step may have been disturbed. What it took beyond the next
+        lower number of rows then counts in part, so that it is tried again.
+        """
+        before = math.inf
+        for _, kept in sorted(self._measured.items()):
+            time = median(kept)
+            trust = min(1.0, len(kept) / TRUSTED)
+            before = before + (time - before) * trust if time > before else time
+            yield before
+
     def estimate(self, rows: int) -> np.ndarray:
-        """Seconds of a step with 0, 1, ..., ``rows`` rows; inf where no step was nearly as wide.
+        """The time of a step with 0, 1, ..., ``rows`` rows; inf where no step was nearly as wide.
 
         Between two measured numbers it is interpolated. Up to twice the highest one a row costs
         what it costs up to there, as far as that is known: so wider steps are tried by and by.
@@ -96,11 +119,8 @@ class StepTimes:
         if not self._measured:
             return np.full(rows + 1, np.inf)
         counts = np.array(sorted(self._measured))
-        times = np.array(
-            [sorted(kept)[len(kept) // 2] for _, kept in sorted(self._measured.items())]
-        )
         # More rows never take less time; where it seems so, something else took the time.
-        times = np.minimum.accumulate(times[::-1])[::-1]
+        times = np.minimum.accumulate(np.array(list(self._typical()))[::-1])[::-1]
         every = np.arange(rows + 1)
         result: np.ndarray = np.interp(every, counts, times)
         if len(counts) > 1 and counts[-1] < rows:
@@ -137,7 +157,7 @@ class Speculator:
     ) -> None:
         self.rows, self.clock = rows, clock
         self.times = StepTimes()
-        self._shared = [0.0] * CLASSES
+        self._shared = list(PRIORS)
         self._memories: list[Memory | None] = [None] * slots
         self._followers = [Follower() for _ in range(slots)]
         self._rest = 0

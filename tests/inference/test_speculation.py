@@ -243,21 +243,44 @@ def test_a_loop_that_begins_and_ends_is_noticed() -> None:
     assert steps < 720
 
 
+def test_a_disturbed_first_measurement_does_not_end_guessing() -> None:
+    loop = [1, 2, 3, 4, 5] * 40
+    wide = 0
+
+    def cost(rows: int) -> float:
+        nonlocal wide
+        wide += rows > 1
+        return 3.0 if wide == 1 and rows > 1 else 1 + 0.01 * rows
+
+    assert follow(loop, cost)[0] < 60
+
+
 def test_times_of_steps() -> None:
-    times = StepTimes(keep=3, stale=10)
+    times = StepTimes(keep=3, stale=20)
     assert np.isinf(times.estimate(4)).all()
     times.add(1, 10.0)
     assert times.estimate(4).tolist() == [10, 10, 10, np.inf, np.inf]
-    times.add(4, 16.0)
+    for expected in (12, 14, 16):  # believed by and by
+        times.add(4, 16.0)
+        assert times.estimate(4)[4] == expected
     assert times.estimate(9).tolist() == [10, 10, 12, 14, 16, 18, 20, 22, 24, np.inf]
     for seconds in (90.0, 16.0, 16.0):  # one disturbed step
         times.add(4, seconds)
     assert times.estimate(4)[4] == 16
-    times.add(2, 99.0)  # more rows took less time: it was something else
+    for _ in range(3):
+        times.add(2, 99.0)  # more rows took less time: it was something else
     assert times.estimate(4)[2] == 16
-    for _ in range(30):
+    for _ in range(60):
         times.add(1, 10.0)
     assert times.estimate(2).tolist() == [10, 10, 10]  # the others are forgotten
+
+
+def test_times_are_compared_at_the_pace_of_their_moment() -> None:
+    times = StepTimes()
+    for rows, seconds in ((1, 10.0), (1, 20.0), (2, 24.0), (1, 10.0)):  # slow for a while
+        for _ in range(5):
+            times.add(rows, seconds)
+    assert times.estimate(2)[1:].tolist() == pytest.approx([10, 12])
 
 
 def test_earlier_outputs_of_a_caller_are_guessed_from(free_rows: None) -> None:
