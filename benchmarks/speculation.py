@@ -3,9 +3,9 @@
     python benchmarks/speculation.py --checkpoint runs/repeating \\
         --json benchmarks/results/speculation.json
 
-`repeating.yaml` trains that model. Each kind of text has prompts of its own for every sequence of a
-batch. Both decoders take their steps in turns, and must choose the same tokens; prefill is not
-measured. Without a checkpoint the model is GPT-2 124M with random weights.
+`repeating.yaml` trains that model. Every sequence of every round has a prompt of its own. Both
+decoders take their steps in turns, and must choose the same tokens; prefill is not measured. Without
+a checkpoint the model is GPT-2 124M with random weights.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import numpy as np
+import repeating
 import torch
 from bandwidth import bandwidth
 from record import record
-from repeating import shakespeare
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,16 +40,16 @@ BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 GREEDY, DRAWN = {"temperature": 0.0}, {"temperature": 1.0}
 
 
-def passage(index: int, length: int = 400) -> str:
+def passage(index: int, length: int = 200) -> str:
     """A passage of Shakespeare, another one for each index."""
-    plays = shakespeare()
+    plays = repeating.shakespeare()
     start = 5000 * (index + 1) % (len(plays) - length)
     return plays[start : start + length]
 
 
 def story(index: int) -> str:
-    """The beginning of a story, another one for each index."""
-    return f"Once upon a time there was a girl with {index} dogs. She"
+    """The beginning of a story, another one for each index; its refrain came once or twice."""
+    return repeating.story(Random(f"continued {index}"), "")[:330]
 
 
 KINDS: dict[str, tuple[Callable[[int], str], dict[str, float]]] = {
@@ -70,12 +71,12 @@ KINDS: dict[str, tuple[Callable[[int], str], dict[str, float]]] = {
 """Prompts by index, and how they are continued. Noise begins with random tokens."""
 
 
-def prompts(kind: str, batch: int, tokenizer: Tokenizer, room: int) -> list[list[int]]:
-    dice = np.random.default_rng(0)
+def prompts(kind: str, indices: range, tokenizer: Tokenizer, room: int) -> list[list[int]]:
+    dice = np.random.default_rng(indices.start)
     return [
         tokenizer.encode(KINDS[kind][0](index))[-room:]
         or dice.integers(tokenizer.vocab_size, size=64).tolist()
-        for index in range(batch)
+        for index in indices
     ]
 
 
@@ -134,10 +135,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     cases = [(kind, batch) for kind in args.kind for batch in args.batch]
     for kind, batch in track(cases, "measuring", console=Console(stderr=True)):
-        texts = prompts(kind, batch, tokenizer, room)
-        params = [SamplingParams(seed=index, **KINDS[kind][1]) for index in range(batch)]
         rounds: list[dict[str, Contestant]] = []
-        for _ in range(args.rounds + 1):
+        for number in range(args.rounds + 1):
+            indices = range(number * batch, (number + 1) * batch)
+            texts = prompts(kind, indices, tokenizer, room)
+            params = [SamplingParams(seed=index, **KINDS[kind][1]) for index in indices]
             results = run(decoders, texts, params, args.new)
             pairs = zip(results["off"].tokens, results["auto"].tokens, strict=True)
             if any(off[: args.new] != auto[: args.new] for off, auto in pairs):
@@ -186,8 +188,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=list(BYTES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--new", type=int, default=64, help="tokens of each sequence")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=160, help="tokens of each sequence")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     results = measure(args)

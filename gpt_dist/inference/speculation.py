@@ -30,10 +30,12 @@ UNLIKELY = 0.01
 """A token that is less likely to be reached and right is not guessed."""
 REST = 4
 """Steps from one look for guesses to the next while none is worth its row."""
+PATIENCE = 8
+"""Steps after a guess in which there is no rest."""
 TRUSTED = 3
 """Measurements of a number of rows that are believed."""
 REVIEW = 32
-"""Steps after which the measured times are looked at again."""
+"""Measured steps after which the times are looked at again."""
 
 
 def with_guesses(
@@ -72,10 +74,10 @@ class StepTimes:
 
     Args:
         keep: measurements kept of each number of rows, and of the pace; their median counts.
-        stale: steps after which a measurement is forgotten.
+        stale: measured steps after which a measurement is forgotten.
     """
 
-    def __init__(self, keep: int = 5, stale: int = 2000) -> None:
+    def __init__(self, keep: int = 5, stale: int = 500) -> None:
         self.keep, self.stale = keep, stale
         self._now = 0
         self._measured: dict[int, deque[float]] = {}
@@ -161,6 +163,8 @@ class Speculator:
         self._memories: list[Memory | None] = [None] * slots
         self._followers = [Follower() for _ in range(slots)]
         self._rest = 0
+        self._vain = PATIENCE
+        self._awake = False
         self._started = 0.0
         self._count = 0
 
@@ -189,19 +193,26 @@ class Speculator:
         self._started = self.clock()  # choosing guesses is part of what they cost
         drafts: dict[int, list[int]] = {}
         self._rest -= 1
-        if slots and self._rest <= 0 and (least := self.times.least_chance(len(slots))) <= 1:
-            for slot in slots:
-                follower = self._followers[slot]
-                follower.extend(news(slot, len(follower.tokens)))
-            likely = [slot for slot in slots if self._followers[slot].chance() >= least]
-            drafts = self._choose(likely, len(slots), room, least)
-            self._rest = 0 if drafts else REST
+        self._awake = bool(slots) and self._rest <= 0
+        if self._awake:
+            self._rest, self._vain = REST, self._vain + 1
+            if (least := self.times.least_chance(len(slots))) <= 1:
+                for slot in slots:
+                    follower = self._followers[slot]
+                    follower.extend(news(slot, len(follower.tokens)))
+                likely = [slot for slot in slots if self._followers[slot].chance() >= least]
+                drafts = self._choose(likely, len(slots), room, least)
+            if drafts:
+                self._vain = 0
+            if self._vain < PATIENCE:
+                self._rest = 0
         self._count = len(slots) + sum(map(len, drafts.values()))
         return drafts
 
     def learn(self) -> None:
         """Note how long the step took. Call it right after the step."""
-        self.times.add(self._count, self.clock() - self._started)
+        if self._awake:
+            self.times.add(self._count, self.clock() - self._started)
 
     def _choose(
         self, slots: Sequence[int], active: int, room: Callable[[int], int], least: float

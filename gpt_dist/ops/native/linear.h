@@ -16,6 +16,7 @@ enum DType : int32_t { FP32, BF16, INT8 };
 enum Epilogue : int32_t { STORE, ADD, GELU, RELU2, CAP };
 
 constexpr int BLOCK = 64;  // outputs are padded to a multiple of this
+constexpr int DISTANCE = 4096;  // bytes from weights to those prefetched meanwhile
 constexpr int GROUP = 64;  // int8 activations that share a scale; inputs are padded to a multiple
 
 struct Linear {  // weights (outputs, inputs), packed by `pack`
@@ -215,21 +216,24 @@ template <DType D> void linear(Team& team, const Operand& x, const Linear& layer
     const int width = rows == 1 ? Tile<D, 1>::WIDTH : PANEL;  // of a strip of outputs
     const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, strips = (layer.outputs + width - 1) / width;
     const size_t size = (size_t)x.inputs * block_bytes(D) * width / BLOCK;
-    // With one tile, weights stream from memory. Long runs of strips let the hardware's prefetcher
-    // follow, and only the beginnings of the next strip's panels are prefetched here. With several tiles, each
-    // prefetches a share of the strip that this thread probably gets next.
+    // With one tile, weights stream from memory, in long runs of strips. The hardware's prefetcher
+    // follows a whole block, and only the beginnings of the next strip's panels are prefetched here;
+    // a single narrow panel is prefetched from DISTANCE ahead. With several tiles, each prefetches a
+    // share of the strip that this thread probably gets next.
     const int run = tiles == 1 ? std::clamp(strips / (3 * team.size), 1, 64) : 1;
     const int vectors = width / LANES, lines = tiles == 1 ? 0 : (vectors + tiles - 1) / tiles;
     auto compute = [&](int strip) {
         const int next = strip % run == run - 1 ? strip + 1 + (team.size - 1) * run : strip + 1;
         const uint8_t* soon = next < strips ? layer.weight + next * size : nullptr;
-        if (tiles == 1 && soon)
+        if (tiles == 1 && width == BLOCK && soon)
             for (int column = 0; column < width; column += PANEL)
                 Ahead{soon + column * size / width, 32 * PANEL / width}.fetch();
         for (int tile = 0; tile < tiles; tile++) {
             const int first = rows * tile / tiles, end = rows * (tile + 1) / tiles;
             const bool useful = soon && tile * lines < vectors;
-            const Ahead ahead{soon + tile * lines * size / vectors, useful ? lines : 0};
+            const Ahead ahead = tiles == 1 && width < BLOCK
+                ? Ahead{layer.weight + strip * size + DISTANCE, 1}
+                : Ahead{soon + tile * lines * size / vectors, useful ? lines : 0};
             kernels[end - first - 1](x, first, layer, strip * width, ahead, out, stride, e);
         }
     };
