@@ -29,7 +29,8 @@ GAIN = 1.05
 UNLIKELY = 0.01
 """A token that is less likely to be reached and right is not guessed."""
 REST = 4
-"""Steps from one look for guesses to the next while none is worth its row."""
+"""Steps from one look for guesses to the next while none is worth its row, at least; as many as there
+are sequences, as each has to be looked at."""
 PATIENCE = 8
 """Steps after a guess in which there is no rest."""
 TRUSTED = 3
@@ -195,7 +196,7 @@ class Speculator:
         self._rest -= 1
         self._awake = bool(slots) and self._rest <= 0
         if self._awake:
-            self._rest, self._vain = REST, self._vain + 1
+            self._rest, self._vain = max(REST, len(slots)), self._vain + 1
             if (least := self.times.least_chance(len(slots))) <= 1:
                 for slot in slots:
                     follower = self._followers[slot]
