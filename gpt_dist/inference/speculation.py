@@ -29,8 +29,8 @@ GAIN = 1.05
 UNLIKELY = 0.01
 """A token that is less likely to be reached and right is not guessed."""
 REST = 4
-"""Steps from one look for guesses to the next while none is worth its row, at least; as many as there
-are sequences, as each has to be looked at."""
+"""Steps from one look for guesses to the next while none is worth its row; where there are more
+sequences, as many as these, because a look takes time for each."""
 PATIENCE = 8
 """Steps after a guess in which there is no rest."""
 TRUSTED = 3
