@@ -70,15 +70,18 @@ def serving(found: Record) -> str:
 
 def speculation(found: Record) -> str:
     def cell(values: Record) -> str:
-        return "{ratio:.2f}× ({lowest:.2f}–{highest:.2f})".format(**values)
+        speed = values["tokens_per_second"]["auto"]
+        return "{ratio:.2f}× ({lowest:.2f}–{highest:.2f}), ".format(**values) + f"{speed:,.0f}"
 
     texts = found["by_text"]
     batches = list(next(iter(texts.values())))
     rows = [[text, *(cell(values[batch]) for batch in batches)] for text, values in texts.items()]
     return (
-        f"Tokens/s with `--speculate auto` ÷ tokens/s without; {found['model']}, backend "
-        f"`{found['backend']}`:\n\n"
+        f"Tokens/s with `--speculate auto` ÷ tokens/s without, and tokens/s with it; "
+        f"{found['model']}, backend `{found['backend']}`:\n\n"
         + table(["text", *(f"batch {batch}" for batch in batches)], rows)
+        + "\n\nOne token for each pass over the weights would be at most "
+        f"{found['one_token_a_pass_per_second']:,.0f} tokens/s at batch 1."
     )
 
 

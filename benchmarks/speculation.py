@@ -4,8 +4,8 @@
         --json benchmarks/results/speculation.json
 
 `repeating.yaml` trains that model. Every sequence of every round has a prompt of its own. Both
-decoders take their steps in turns, and must choose the same tokens; prefill is not measured. Without
-a checkpoint the model is GPT-2 124M with random weights.
+decoders take their steps in turns, and must choose the same tokens; prefill is not measured. Where
+no checkpoint is given, the model is GPT-2 124M with random weights.
 """
 
 from __future__ import annotations
