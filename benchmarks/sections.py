@@ -301,6 +301,7 @@ def gpu(found: Record) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Record], str], tuple[str, ...]]] = {
     "training": ("Training beside other trainers", training, ("transformers",)),
     "learning": ("Recipes beside each other", learning, ()),
+    "switches": ("One change at a time", learning, ()),
     "muon_step": ("A step of Muon beside other implementations", muon_step, ()),
     "shakespeare": ("Losses on Shakespeare", shakespeare, ()),
     "startup": ("Start-up", startup, ()),
