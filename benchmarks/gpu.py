@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
 import json
 import re
 import statistics
@@ -25,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ from gpt_dist.inference.generation import generate_many
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
 from gpt_dist.ops import cross_entropy
+from gpt_dist.text.bundled import shakespeare
 from gpt_dist.text.tokenizers import load_tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,9 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def write_shakespeare(out: Path) -> None:
     """The bundled Shakespeare as GPT-2 tokens; ``gpt_dist.prepare`` would need pyarrow."""
-    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
-    text = gzip.decompress(asset.read_bytes()).decode()
-    tokens = np.array(load_tokenizer("gpt2").encode(text), np.uint16)
+    tokens = np.array(load_tokenizer("gpt2").encode(shakespeare()), np.uint16)
     out.mkdir()
     write_shard(out / "x_train_000000.bin", tokens[4096:])
     write_shard(out / "x_val_000000.bin", tokens[:4096])

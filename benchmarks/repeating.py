@@ -8,16 +8,15 @@ and stories with a refrain. `repeating.yaml` says how the model is trained on it
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from random import Random
 
 from flags import benchmark_parser
 
 from gpt_dist.errors import run_main
+from gpt_dist.text.bundled import shakespeare
 
 WORDS = """
 apple big bird blue book boat bread bright cat chair cloud cold cup dark day deep dog door egg fast
@@ -32,12 +31,6 @@ Anna Ben Clara Dan Ella Finn Grace Hugo Ida Jack Lily Max Nora Otto Rosa Sam Tom
 """.split()  # noqa: SIM905
 LENGTH = 1500
 """Characters of a document, about."""
-
-
-def shakespeare() -> str:
-    """The bundled plays."""
-    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
-    return gzip.decompress(asset.read_bytes()).decode()
 
 
 def repeated(text: str) -> str:

@@ -42,7 +42,6 @@ DTYPES = ("fp32", "bf16", "int8")
 TARGETS = {"bf16": 1.2, "int8": 1.4}
 """Wanted at each batch size: this project over the fastest peer of the same precision."""
 
-
 Contestant = tuple[str, str]
 """What a table calls an engine, such as ``transformers bf16``, and the way it is run."""
 Figures = dict[Contestant, dict[int, list[dict[str, float]]]]
@@ -52,13 +51,14 @@ Figures = dict[Contestant, dict[int, list[dict[str, float]]]]
 class Engine:
     """A process that measures one engine with one of its settings."""
 
-    def __init__(self, python: Path | str, settings: dict[str, Any], log: Path) -> None:
-        self.log = log
-        self._process = subprocess.Popen(
-            [str(python), "-m", "engines", json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
-            env=environment(),
-        )  # fmt: skip
+    def __init__(self, name: str, python: Path, settings: dict[str, Any], log: Path) -> None:
+        self.name, self.log = name, log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [str(python), "-m", "engines", json.dumps(settings)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=environment(),
+            )  # fmt: skip
         self._read()
 
     def measure(self, batch: int) -> dict[str, float]:
@@ -71,7 +71,7 @@ class Engine:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise failed(" ".join(self._process.args[2:]), self.log.read_text())  # type: ignore
+            raise failed(self.name, self.log.read_text())
         result: dict[str, float] = json.loads(line)
         return result
 
@@ -91,6 +91,17 @@ def failed(what: str, output: str) -> GptDistError:
     return GptDistError(f"{what} failed; leave it out by --engines, or mend it:\n{last}")
 
 
+def checked(what: str, command: list[str], variables: dict[str, str]) -> None:
+    """Run a command to its end.
+
+    Raises:
+        GptDistError: it failed.
+    """
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        raise failed(what, done.stdout + done.stderr)
+
+
 def exported_model(folder: Path) -> Path:
     """GPT-2 124M with random weights, as a directory for Hugging Face."""
     torch.manual_seed(0)
@@ -108,19 +119,14 @@ def python_of(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_dist"
     folder = cache / "peers" / name
     if not (folder / "complete").exists():
-        print(f"{name}: installing {' '.join(engine.PACKAGES)} in {folder}", file=sys.stderr)
+        what = f"installing {' '.join(engine.PACKAGES)}"
+        print(f"{name}: {what} in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
-        pip = [folder / "bin/python", "-m", "pip"]
-        commands = [[*pip, "install", "-q", *engine.PACKAGES]]
+        pip = [str(folder / "bin/python"), "-m", "pip"]
+        build = getattr(engine, "BUILD", {})
+        checked(what, [*pip, "install", "-q", *engine.PACKAGES], build)
         if hasattr(engine, "UNWANTED"):
-            commands.append([*pip, "uninstall", "-q", "-y", *engine.UNWANTED])
-        for command in commands:
-            done = subprocess.run(
-                command, env=os.environ | getattr(engine, "BUILD", {}), capture_output=True,
-                text=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise failed(f"installing {' '.join(engine.PACKAGES)}", done.stdout + done.stderr)
+            checked(what, [*pip, "uninstall", "-q", "-y", *engine.UNWANTED], build)
         (folder / "complete").touch()
     return folder / "bin" / "python"
 
@@ -139,14 +145,11 @@ def start_engines(folder: Path, names: list[str], dtypes: list[str]) -> dict[Con
                     "threads": torch.get_num_threads(),
                 }  # fmt: skip
                 if hasattr(engine, "convert"):
-                    done = subprocess.run(
-                        [str(python), "-m", "engines", json.dumps(settings | {"convert": True})],
-                        env=environment(), capture_output=True, text=True,
-                    )  # fmt: skip
-                    if done.returncode:
-                        raise failed(f"converting for {label}", done.stdout + done.stderr)
+                    converting = json.dumps(settings | {"convert": True})
+                    command = [str(python), "-m", "engines", converting]
+                    checked(f"converting for {label}", command, environment())
                 way = " ".join(str(value) for key, value in variant.items() if key != "dtype")
-                started[label, way] = Engine(python, settings, folder / f"{label} {way}.log")
+                started[label, way] = Engine(label, python, settings, folder / f"{label} {way}.log")
     return started
 
 

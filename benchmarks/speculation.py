@@ -33,6 +33,7 @@ from gpt_dist.inference.decoder import Decoder
 from gpt_dist.inference.lookup import Memory
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
+from gpt_dist.text.bundled import shakespeare
 from gpt_dist.text.tokenizers import Tokenizer, load_tokenizer
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -42,7 +43,7 @@ GREEDY, DRAWN = {"temperature": 0.0}, {"temperature": 1.0}
 
 def passage(index: int, length: int = 200) -> str:
     """A passage of Shakespeare, another one for each index."""
-    plays = repeating.shakespeare()
+    plays = shakespeare()
     start = 5000 * (index + 1) % (len(plays) - length)
     return plays[start : start + length]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from gpt_dist.inference.generation import score
 from gpt_dist.inference.results import Weights
 from gpt_dist.inference.sampling import SamplingParams
 from gpt_dist.model.gpt import GPT
+from gpt_dist.text.bundled import shakespeare
 from gpt_dist.text.tokenizers import Tokenizer
 from serve.options import Options
 
@@ -161,10 +160,8 @@ def _warm(decoder: Decoder, tokenizer: Tokenizer) -> None:
 
 def _int8_loss(model: GPT, decoder: Decoder, tokenizer: Tokenizer) -> str:
     """Measure how int8 rounding changes the loss on the text bundled with the package."""
-    asset = resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"
-    text = gzip.decompress(asset.read_bytes())[:4000].decode(errors="ignore")
     try:
-        ids = tokenizer.encode(text)[: decoder.max_context]
+        ids = tokenizer.encode(shakespeare()[:4000])[: decoder.max_context]
     except UsageError:  # the vocabulary lacks some of its characters
         return "int8: loss difference not measured: the tokenizer cannot encode the sample text"
     with torch.inference_mode():

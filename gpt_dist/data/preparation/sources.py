@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
@@ -30,6 +29,7 @@ from gpt_dist.data.preparation.inputs import (
 )
 from gpt_dist.data.preparation.readers import TextMode
 from gpt_dist.errors import GptDistError, UsageError
+from gpt_dist.text.bundled import SHAKESPEARE
 
 TINYSHAKESPEARE = RemoteFile(
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -111,8 +111,7 @@ def is_on_hub(args: argparse.Namespace) -> bool:
 
 
 def _shakespeare(args: argparse.Namespace, _: str | None) -> Source:
-    bundled = Path(str(resources.files("gpt_dist.text") / "assets" / "shakespeare.txt.gz"))
-    path = _local(args.source)[0] if args.source else bundled
+    path = _local(args.source)[0] if args.source else SHAKESPEARE
     return Source([FileInput(path, text_reader("files"))], whole_files=True)
 
 
