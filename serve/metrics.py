@@ -103,7 +103,7 @@ class Metrics:
         decoder = scheduler.decoder
         self.serving(scheduler.weights.newest)
         self.gauge("live_weights", "Sets of weights in memory", lambda: scheduler.weights.live)
-        self.gauge("running", "Sequences being generated", lambda: len(scheduler.running))
+        self.gauge("running", "Sequences being generated", lambda: len(scheduler.slots.running))
         self.registry.register(_Callers(self, scheduler))
         self.gauge("waiting", "Requests waiting for a slot", lambda: scheduler.jobs.waiting)
         self.gauge(
@@ -118,7 +118,7 @@ class Metrics:
         self.gauge(
             "kv_tokens",
             "Tokens of running sequences in the KV cache",
-            lambda: sum(decoder.length(slot) for slot in list(scheduler.running)),
+            lambda: sum(decoder.length(slot) for slot in list(scheduler.slots.running)),
         )
         self.gauge(
             "kv_capacity_tokens",
@@ -210,7 +210,7 @@ class _Callers(Collector):
                 family.add_metric([label], count)
             yield family
         text = "How many times a sequence has lost its slot to another caller's"
-        yield CounterMetricFamily("gpt_dist_preemptions", text, self._scheduler.preempted)
+        yield CounterMetricFamily("gpt_dist_preemptions", text, self._scheduler.slots.preempted)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -104,7 +104,7 @@ class ModelService:
         served = self.serving.accept(request.model)
         scheduler = served.engine.scheduler
         return model_api.GetServerStatusResponse(
-            running=len(scheduler.running),
+            running=len(scheduler.slots.running),
             waiting=scheduler.jobs.waiting,
             max_slots=served.limits.max_slots,
             max_queue=scheduler.max_queue,

@@ -235,4 +235,6 @@ class Queue:
         with self._lock:
             jobs = [*self._jobs, *self._displaced]
             self._jobs, self._lines, self._displaced = {}, {}, []
+        for job in jobs:
+            job.slot = -1
         return jobs

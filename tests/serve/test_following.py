@@ -155,10 +155,10 @@ def test_live_weights_are_bounded(followed: Followed, tmp_path: Path) -> None:
 
     def begin(client: Client) -> Any:
         """A sequence that runs until the decoder is released."""
-        before = len(scheduler.running)
+        before = len(scheduler.slots.running)
         request = build_request([1] * 9, max_new_tokens=100, ignore_eos=True)
         call = client._stub.Generate.future(request)
-        wait_until(lambda: len(scheduler.running) > before)
+        wait_until(lambda: len(scheduler.slots.running) > before)
         return call
 
     def look() -> str:

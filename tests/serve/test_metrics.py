@@ -52,7 +52,7 @@ def test_metrics_match_what_was_sent(start: StartServer, model: GPT) -> None:
             with pytest.raises(grpc.RpcError):
                 GenerationServiceStub(channel).Generate(request)
         decoder.allow(4)  # two prompts, two steps
-        wait_until(lambda: decoder.held and len(server.scheduler.running) == 2)
+        wait_until(lambda: decoder.held and len(server.scheduler.slots.running) == 2)
         counted("OK", 3)
         counted("INVALID_ARGUMENT", 1)
         counted("RESOURCE_EXHAUSTED", 1)

@@ -106,7 +106,7 @@ def test_light_callers_hardly_notice_a_hog(pause: int) -> None:
 
     total = sum(mixed.tokens.values())
     assert total >= 0.99 * sum(in_order.tokens.values())
-    assert mixed.scheduler.preempted > 20
+    assert mixed.scheduler.slots.preempted > 20
     for made, tokens in mixed.sent.items():  # streams have no gap, no repetition, no other token
         assert tokens == expected(made.ids.tolist(), made.sampling.seed, 1, len(tokens))
 
@@ -153,7 +153,7 @@ def test_a_real_model_goes_on_with_the_same_tokens(
             for each, event in scheduler.tick():
                 if isinstance(event, Token):
                     tokens[each].append(event.token)
-        assert scheduler.preempted == 2 * disturbed
+        assert scheduler.slots.preempted == 2 * disturbed
         streams.append([tokens[each] for each in hog])
     assert streams[0] == streams[1]
     assert min(map(len, streams[0])) >= 30
@@ -168,7 +168,7 @@ def test_what_waits_again_had_begun() -> None:
     scheduler.tick()
     scheduler.submit([light])
     scheduler.tick()
-    assert scheduler.preempted == 0  # a caller with one slot keeps it
+    assert scheduler.slots.preempted == 0  # a caller with one slot keeps it
     decoder, _ = fake_decoder(2, 64)
     scheduler = Scheduler(decoder)
     hog = [job("hog", max_new_tokens=30) for _ in range(2)]
@@ -176,7 +176,7 @@ def test_what_waits_again_had_begun() -> None:
     scheduler.tick()
     scheduler.submit([light := job("light", max_new_tokens=30)])
     scheduler.tick()
-    assert (scheduler.preempted, light.slot >= 0) == (1, True)
+    assert (scheduler.slots.preempted, light.slot >= 0) == (1, True)
     ends = scheduler.abandon("broken")
     assert {each for each, event in ends if isinstance(event, Lost) and event.began} == {
         *hog,

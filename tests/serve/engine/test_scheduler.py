@@ -82,7 +82,7 @@ def at_rest(scheduler: Scheduler) -> bool:
     decoder = scheduler.decoder
     return (
         len(scheduler.jobs) == 0
-        and not scheduler.running
+        and not scheduler.slots.running
         and len(decoder.free_slots) == decoder.max_slots
         and not decoder.active_slots
     )

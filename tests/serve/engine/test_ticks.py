@@ -24,8 +24,9 @@ from serve.engine.jobs import (
     Started,
     Token,
 )
+from serve.engine.prefill import COPIES
 from serve.engine.refusals import QueueFull, TooLate
-from serve.engine.scheduler import COPIES, Scheduler
+from serve.engine.scheduler import Scheduler
 from tests.fake_decoder import (
     VOCABULARY,
     FakeBackend,
@@ -241,7 +242,7 @@ class Traffic:
             assert not job.cancelled
             self.events[job].append(event)
         work = self.backend.computed - computed + (self.backend.copied - copied) / COPIES
-        assert work <= self.scheduler.prefill_chunk
+        assert work <= self.scheduler.prefill.chunk
         assert self.backend.steps - steps <= 2  # one for each set of weights in use
 
     def run(self, count: int) -> None:
@@ -317,7 +318,7 @@ def test_random_sequences_get_the_stream_of_an_undisturbed_server(
     assert (accepted > COUNT / 10) == speculate
     assert reused > COUNT / (100 if LONG else 50)  # within a caller
     assert traffic.decoder.weights.version > 3
-    assert chunk == 5 or traffic.scheduler.preempted > COUNT / 50  # else prompts hold it up
+    assert chunk == 5 or traffic.scheduler.slots.preempted > COUNT / 50  # else prompts hold it up
     assert traffic.scheduler.weights.live == 1
     note(
         f"scheduler: {'dense' if dense else 'sparse'} steps, chunks of {chunk}"
