@@ -22,7 +22,11 @@ class Resources(NamedTuple):
 
 
 def resources(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, capability: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    capability: int,
 ) -> Resources:
     """Compile a kernel to machine code and ask NVIDIA's ``cuobjdump`` what it uses.
 
@@ -30,7 +34,7 @@ def resources(
         kernel: a function with ``@triton.jit``.
         signature: name → type of the arguments, in their order; pointers are aligned to 16 bytes.
         constants: name → value of those that are ``tl.constexpr``.
-        warps: of a program.
+        options: of the compiler, such as ``num_warps``.
         capability: of the GPU, such as 90.
     """
     import triton
@@ -48,9 +52,7 @@ def resources(
         constexprs=constants,
         attrs=aligned,
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

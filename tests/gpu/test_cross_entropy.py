@@ -56,7 +56,7 @@ def test_compiles_without_spilling(
         kernel,
         {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32"},
         {"COLUMNS": columns, "CLASSES": classes, "CAP": cap, **sizes},
-        warps,
+        {"num_warps": warps},
         capability,
     )
     assert found.stack == found.local == 0

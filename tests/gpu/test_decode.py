@@ -46,8 +46,12 @@ def test_sampling_equals_the_other_backends(interpreted: Found) -> None:
         assert found["counted"] == 4  # two rows count their tokens
 
 
-def attention(parts: int, size: int, group: int) -> tuple[str, dict[str, str], dict[str, Any], int]:
-    from gpt_dist.ops.triton.decode import keys_of
+Kernel = tuple[str, dict[str, str], dict[str, Any], dict[str, int]]
+"""Name, signature, constants and options of a kernel."""
+
+
+def attention(parts: int, size: int, group: int) -> Kernel:
+    from gpt_dist.ops.triton.decode import OPTIONS, keys_of
 
     width = 1 << (size - 1).bit_length()
     signature = {
@@ -59,12 +63,10 @@ def attention(parts: int, size: int, group: int) -> tuple[str, dict[str, str], d
         "HEADS": 12, "GROUP": group, "SIZE": size, "WIDTH": width,
         "SPLITS": parts, "KEYS": keys_of(width),
     }  # fmt: skip
-    return "attention", signature, constants, 4
+    return "attention", signature, constants, OPTIONS
 
 
-def add_norm(
-    columns: int, rms: bool, keep: bool
-) -> tuple[str, dict[str, str], dict[str, Any], int]:
+def add_norm(columns: int, rms: bool, keep: bool) -> Kernel:
     signature = {
         "stream": "*fp32", "branch": "*bf16", "weight": "*fp32", "bias": "*fp32", "out": "*bf16",
         "eps": "fp32",
@@ -73,7 +75,7 @@ def add_norm(
         "COLUMNS": columns, "WIDTH": 1 << (columns - 1).bit_length(), "ADD": True, "RMS": rms,
         "SCALED": not rms, "BIASED": not rms, "KEEP": keep,
     }  # fmt: skip
-    return "add_norm", signature, constants, 4
+    return "add_norm", signature, constants, {"num_warps": 4}
 
 
 @pytest.mark.slow(12)
@@ -85,17 +87,19 @@ def test_compiles_without_spilling(capability: int) -> None:
         "combine",
         {"partial": "*fp32", "out": "*bf16"},
         {"SIZE": 64, "WIDTH": 64, "SPLITS": 16},
-        1,
+        {"num_warps": 1},
     )
-    for name, signature, constants, warps in (
+    for name, signature, constants, options in (
         attention(16, 64, 1),
         attention(1, 64, 1),
         attention(4, 128, 2),
+        attention(1, 128, 1),
+        attention(16, 256, 1),
         add_norm(768, rms=False, keep=False),
         add_norm(1600, rms=True, keep=True),
         combine,
     ):
-        found = resources(getattr(decode, name), signature, constants, warps, capability)
+        found = resources(getattr(decode, name), signature, constants, options, capability)
         assert found.stack == found.local == 0, (name, constants)
     pointers = {
         "logits": "*fp32", "scores": "*fp32", "scales": "*fp32", "numbers": "*i64",
@@ -104,5 +108,5 @@ def test_compiles_without_spilling(capability: int) -> None:
         "inputs": "*i64", "tokens": "*i64",
     }  # fmt: skip
     sizes = {"COLUMNS": 50304, "CLASSES": 50257, "BLOCK": 4096, "PARTS": 13}
-    found = resources(sampling.sample, pointers, sizes, 16, capability)
+    found = resources(sampling.sample, pointers, sizes, {"num_warps": 16}, capability)
     assert found.stack == found.local == 0, found

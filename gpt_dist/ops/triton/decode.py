@@ -12,8 +12,11 @@ from torch import Tensor
 
 from gpt_dist.ops.triton.cross_entropy import LOG2_E, on
 
-TILE = 4096
-"""Elements of keys that a program handles together."""
+TILE = 2048
+"""Elements of keys that a program of attention handles together."""
+OPTIONS = {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 80})
+"""Of attention: three programs fit a multiprocessor. Left to itself, the assembler takes 48 to 255
+registers and spills some with one version of Triton or another."""
 PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of an H100."""
 
@@ -212,7 +215,7 @@ def attention_(
         attention[(rows, n_head, parts)](  # type: ignore[index]
             qkv, cache[0], cache[1], positions, active, out, partial,
             cache.stride(1), cache.stride(2), size**-0.5,
-            HEADS=n_head, GROUP=n_head // kv_heads, KEYS=keys_of(width), **sizes, num_warps=4,
+            HEADS=n_head, GROUP=n_head // kv_heads, KEYS=keys_of(width), **sizes, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
             combine[(rows * n_head,)](partial, out, **sizes, num_warps=1)  # type: ignore[index]
