@@ -114,6 +114,16 @@ def test_it_is_built_and_stepped_without_a_directory(
     assert recorder.steps[-1]["train_loss"] < recorder.steps[0]["train_loss"] - 0.1
 
 
+def test_a_cpu_does_not_beat_its_peak(tiny_config: Config, nothing_written: Path) -> None:
+    """A peak that was measured while other programs ran gives way to what a step reached."""
+    recorder = Recorder()
+    with stepping(tiny_config(train={"steps": 5}), "--optim.warmup_steps", "1") as run:
+        Trainer(run, [], Monitor([recorder]), peak=1.0).train()
+    shares = [row["mfu"] for row in recorder.steps]
+    assert max(shares) == 1
+    assert min(shares) > 1e-3
+
+
 def trainer_of(run: Run, stop: Callable[[], bool] = lambda: False) -> tuple[Trainer, Recorder]:
     """A trainer with the usual callbacks, whose results are only recorded."""
     recorder = Recorder()
