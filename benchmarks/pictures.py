@@ -88,14 +88,14 @@ def bars(axes: Any, groups: list[dict[str, float]], theme: Theme) -> None:
         for name, value in group.items():
             own = name.startswith("gpt_dist")
             weight = "bold" if own else "normal"
-            axes.barh(place, value, color=theme.ours if own else theme.peer, height=0.5)
+            axes.barh(place, value, color=theme.ours if own else theme.peer, height=0.38)
             axes.annotate(
-                name, (0, place + 0.25), (0, 3), textcoords="offset points", fontsize=9,
+                name, (0, place + 0.19), (0, 4), textcoords="offset points", fontsize=8.5,
                 color=theme.ink, fontweight=weight,
             )  # fmt: skip
             axes.annotate(
                 f"{value:,.0f}" + (f"  ({value / best_peer:.1f}×)" if own else ""),
-                (value, place), (5, 0), textcoords="offset points", va="center", fontsize=9,
+                (value, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5,
                 color=theme.ink, fontweight=weight,
             )  # fmt: skip
             place -= 1
@@ -155,10 +155,14 @@ def first_screen(results: Path, theme: Theme, out: Path) -> None:
     style(training_axes, theme, "Training, tokens/s", "GPT-2 124M, bf16, two CPU cores")
     bars(training_axes, [{name: v["tokens_per_second"] for name, v in found.items()}], theme)
 
-    speeds = read(results, "serving.json")["tokens_per_second"]
+    speeds = read(results, "serving-avx512.json")["tokens_per_second"]
     style(decoding_axes, theme, "Decoding, tokens/s", "GPT-2 124M, batch 32, two CPU cores")
-    pairs = ("gpt_dist int8", "CTranslate2 int8"), ("gpt_dist bf16", "transformers bf16")
-    groups = [{name: speeds[name]["32"]["median"] for name in pair} for pair in pairs]
+    medians = {name: batches["32"]["median"] for name, batches in speeds.items()}
+    groups = [
+        {name: medians[name] for name in sorted(medians, key=medians.__getitem__, reverse=True)
+         if name.endswith(dtype)}
+        for dtype in ("int8", "bf16")
+    ]  # fmt: skip
     bars(decoding_axes, groups, theme)
     training_axes.set_ylim(decoding_axes.get_ylim())
     figure.savefig(out)
