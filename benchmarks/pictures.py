@@ -158,11 +158,11 @@ def first_screen(results: Path, theme: Theme, out: Path) -> None:
     speeds = read(results, "serving-avx512.json")["tokens_per_second"]
     style(decoding_axes, theme, "Decoding, tokens/s", "GPT-2 124M, batch 32, two CPU cores")
     medians = {name: batches["32"]["median"] for name, batches in speeds.items()}
+    fastest_first = sorted(medians.items(), key=lambda item: -item[1])
     groups = [
-        {name: medians[name] for name in sorted(medians, key=medians.__getitem__, reverse=True)
-         if name.endswith(dtype)}
+        {name: speed for name, speed in fastest_first if name.endswith(dtype)}
         for dtype in ("int8", "bf16")
-    ]  # fmt: skip
+    ]
     bars(decoding_axes, groups, theme)
     training_axes.set_ylim(decoding_axes.get_ylim())
     figure.savefig(out)
